@@ -1,0 +1,113 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""From logits to scores, and to the selection scores that experts are chosen by.
+
+The bias is added for selection only. An expert whose logit is -inf is masked: its
+selection score is -inf whatever its bias, so it is chosen only when nothing else
+is left. A NaN logit gets a NaN score and the same selection score, -inf.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute import types
+
+
+def prepare_logits(
+  logits: jax.Array, config: types.RouterConfig
+) -> jax.Array:
+  """The logits as the score function sees them: float32, scaled, capped.
+
+  Args:
+    logits: `[T, E]` floating point. Router projection output.
+    config: static router description.
+
+  Returns:
+    `[T, E]` float32, `cap * tanh(multiplier * logits / cap)`.
+  """
+  logits = logits.astype(jnp.float32)
+  if config.logit_multiplier != 1.0:
+    logits = logits * config.logit_multiplier
+  if config.logit_soft_cap is not None:
+    cap = config.logit_soft_cap
+    # tanh would turn the -inf of a masked expert into -cap.
+    capped = cap * jnp.tanh(logits / cap)
+    logits = jnp.where(logits == -jnp.inf, -jnp.inf, capped)
+  return logits
+
+
+def score(logits: jax.Array, score_fn: types.ScoreFn) -> jax.Array:
+  """Applies a score function over the last axis, NaN for NaN and 0 for -inf.
+
+  A NaN logit does not reach the scores of its neighbours, also under softmax.
+
+  Args:
+    logits: `[..., E]` float32, from `prepare_logits`.
+    score_fn: "softmax", "sigmoid" or "sqrtsoftplus".
+
+  Returns:
+    `[..., E]` float32. A softmax over -inf alone is all zeros.
+  """
+  if score_fn == "sigmoid":
+    return jax.nn.sigmoid(logits)
+  if score_fn == "sqrtsoftplus":
+    return _sqrt_softplus(logits)
+  is_nan = jnp.isnan(logits)
+  return jnp.where(is_nan, jnp.nan, _softmax(jnp.where(is_nan, -jnp.inf, logits)))
+
+
+def scores(logits: jax.Array, config: types.RouterConfig) -> jax.Array:
+  """Scores of all experts, without the bias; what weights and losses use.
+
+  Args:
+    logits: `[T, E]` floating point. Router projection output.
+    config: static router description.
+
+  Returns:
+    `[T, E]` float32.
+
+  Example:
+    >>> config = types.RouterConfig(num_experts=2, top_k=1)
+    >>> scores(jnp.zeros((1, 2)), config)
+    Array([[0.5, 0.5]], dtype=float32)
+  """
+  return score(prepare_logits(logits, config), config.score_fn)
+
+
+def selection_scores(
+  logits: jax.Array, expert_bias: jax.Array | None, config: types.RouterConfig
+) -> jax.Array:
+  """What experts are compared by: scores (or logits) plus the bias.
+
+  Args:
+    logits: `[T, E]` floating point. Router projection output.
+    expert_bias: `[E]` float32, or None for no bias.
+    config: static router description.
+
+  Returns:
+    `[T, E]` float32 without NaN: -inf where the logit is -inf or the sum is
+    NaN. Group limits are not applied. No gradient passes.
+  """
+  logits = jax.lax.stop_gradient(prepare_logits(logits, config))
+  if config.score_after_top_k or config.bias_space == "logits":
+    selection = logits
+  else:
+    selection = score(logits, config.score_fn)
+  if expert_bias is not None:
+    selection = selection + jax.lax.stop_gradient(expert_bias)[None]
+  masked = (logits == -jnp.inf) | jnp.isnan(selection)
+  return jnp.where(masked, -jnp.inf, selection)
+
+
+def _softmax(x: jax.Array) -> jax.Array:
+  peak = jax.lax.stop_gradient(jnp.max(x, axis=-1, keepdims=True))
+  e = jnp.exp(x - jnp.where(peak == -jnp.inf, 0.0, peak))
+  total = jnp.sum(e, axis=-1, keepdims=True)
+  return e / jnp.where(total == 0.0, 1.0, total)
+
+
+def _sqrt_softplus(x: jax.Array) -> jax.Array:
+  # Below -15 softplus(x) is exp(x) to the last bit or so; the square root of its
+  # underflow would have an infinite slope, exp(x / 2) has not.
+  far = x < -15.0
+  near = jnp.sqrt(jax.nn.softplus(jnp.where(far, 0.0, x)))
+  return jnp.where(far, jnp.exp(x / 2), near)

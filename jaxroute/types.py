@@ -1,0 +1,231 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The types that travel between modules, and the letters of their shapes.
+
+Dimension letters, used in every docstring:
+
+  T tokens (batch x sequence, flattened)   E routed experts
+  K `top_k`, experts per token             D model width
+  F expert hidden width                    G expert groups
+  N = T * K assignments                    C capacity, rows per expert
+  Lyr layers
+
+Conventions that hold everywhere: a positive `expert_bias` attracts tokens; ties
+go to the lowest expert index; scores, weights and biases are float32 and loads
+int32 whatever the dtype of the model.
+"""
+
+import dataclasses
+import math
+import numbers
+from typing import Any, Literal
+
+import jax
+
+ScoreFn = Literal["softmax", "sigmoid", "sqrtsoftplus"]
+BiasSpace = Literal["scores", "logits"]
+GroupScore = Literal["top1", "top2", "top_k"]
+Implementation = Literal["xla", "tpu", "gpu"]
+PyTree = Any
+
+
+def _choices(literal) -> tuple[str, ...]:
+  return literal.__args__
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterConfig:
+  """What a router computes; frozen and hashable, so static under `jax.jit`.
+
+  Attributes:
+    num_experts: E, the number of routed experts.
+    top_k: K, experts chosen per token, in `[1, E]`.
+    score_fn: logits to scores. "sigmoid" (DeepSeek-V3), "softmax" over the E
+      experts, or "sqrtsoftplus" = `sqrt(log(1 + exp(x)))` (DeepSeek-V4).
+    score_after_top_k: choose on `logits + expert_bias` and apply `score_fn` to
+      the K chosen logits only (softmax then runs over K). The bias lives in
+      logit space whatever `bias_space` says, for there are no scores to choose
+      on.
+    bias_space: what `expert_bias` is added to for selection, "scores" or
+      "logits".
+    num_groups: G. Experts form G contiguous groups of E / G; a token may only
+      use experts of its best `group_top_k` groups (node-limited routing).
+    group_top_k: groups kept per token, in `[1, G]`.
+    group_score: what a group is worth: its best selection score ("top1"), the
+      sum of its best two ("top2"), or of its best `top_k / group_top_k`
+      ("top_k").
+    normalize_weights: divide the K weights by their sum + `norm_eps`.
+    norm_eps: keeps that division finite when all K scores are zero.
+    scaling_factor: multiplies the weights at the end.
+    logit_soft_cap: if given, logits become `cap * tanh(logits / cap)`.
+    logit_multiplier: multiplies the logits before the cap.
+
+  Raises:
+    ValueError: if a value is out of range or the groups do not divide.
+
+  References:
+    DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2.
+  """
+
+  num_experts: int
+  top_k: int
+  score_fn: ScoreFn = "sigmoid"
+  score_after_top_k: bool = False
+  bias_space: BiasSpace = "scores"
+  num_groups: int = 1
+  group_top_k: int = 1
+  group_score: GroupScore = "top2"
+  normalize_weights: bool = True
+  norm_eps: float = 1e-20
+  scaling_factor: float = 1.0
+  logit_soft_cap: float | None = None
+  logit_multiplier: float = 1.0
+
+  def __post_init__(self):
+    self._check_sizes()
+    self._check_groups()
+    for name, literal in (
+      ("score_fn", ScoreFn),
+      ("bias_space", BiasSpace),
+      ("group_score", GroupScore),
+    ):
+      value = getattr(self, name)
+      if value not in _choices(literal):
+        raise ValueError(
+          f"`{name}` must be one of {_choices(literal)}, got {value!r}."
+        )
+    for name in ("scaling_factor", "logit_multiplier"):
+      if not math.isfinite(getattr(self, name)):
+        raise ValueError(
+          f"`{name}` must be finite, got {getattr(self, name)}."
+        )
+    if self.logit_soft_cap is not None and not 0 < self.logit_soft_cap < math.inf:
+      raise ValueError(
+        "`logit_soft_cap` must be positive and finite, or None for no cap, got"
+        f" {self.logit_soft_cap}."
+      )
+    if not 0 <= self.norm_eps < math.inf:
+      raise ValueError(
+        f"`norm_eps` must be in [0, inf), got {self.norm_eps}."
+      )
+
+  def _check_sizes(self):
+    for name in ("num_experts", "top_k", "num_groups", "group_top_k"):
+      value = getattr(self, name)
+      if not isinstance(value, numbers.Integral) or value < 1:
+        raise ValueError(
+          f"`{name}` must be an int of at least 1, got {value!r}."
+        )
+    if self.top_k > self.num_experts:
+      raise ValueError(
+        f"`top_k` must be in [1, num_experts={self.num_experts}], got"
+        f" {self.top_k}. Choose fewer experts per token or add experts."
+      )
+
+  def _check_groups(self):
+    if self.num_experts % self.num_groups:
+      raise ValueError(
+        f"`num_groups` must divide `num_experts`={self.num_experts}, got"
+        f" {self.num_groups}."
+      )
+    if self.group_top_k > self.num_groups:
+      raise ValueError(
+        f"`group_top_k` must be in [1, num_groups={self.num_groups}], got"
+        f" {self.group_top_k}."
+      )
+    reachable = self.group_top_k * self.group_size
+    if self.top_k > reachable:
+      raise ValueError(
+        f"`top_k`={self.top_k} experts do not fit into `group_top_k`="
+        f"{self.group_top_k} groups of {self.group_size}: at most {reachable}."
+        " Keep more groups or choose fewer experts."
+      )
+    if self.num_groups == 1:
+      return
+    if self.group_score == "top2" and self.group_size < 2:
+      raise ValueError(
+        "`group_score`='top2' needs at least 2 experts per group, got"
+        f" {self.num_experts} / {self.num_groups} = 1. Use 'top1'."
+      )
+    if self.group_score == "top_k":
+      if self.top_k % self.group_top_k:
+        raise ValueError(
+          f"`group_score`='top_k' needs `group_top_k`={self.group_top_k} to"
+          f" divide `top_k`={self.top_k}. Use 'top1' or 'top2'."
+        )
+
+  @property
+  def group_size(self) -> int:
+    """Experts per group, E / G."""
+    return self.num_experts // self.num_groups
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Routing:
+  """What `jaxroute.route` decided for T tokens.
+
+  Attributes:
+    expert_idx: `[T, K]` int32. The chosen experts, best first.
+    weights: `[T, K]` float32. From the *unbiased* scores; 0 where a token is
+      masked, NaN where one of its chosen logits is NaN. The only field with a
+      gradient.
+    load: `[E]` int32. Assignments per expert, over the tokens of `token_mask`.
+    cutoff: `[T]` float32. The best selection score that was not chosen (the
+      (K+1)-th): the token's dual price. -inf if there is none.
+    token_mask: `[T]` bool. The tokens that are counted and dispatched: the
+      caller's mask, less the tokens with a NaN among their chosen logits.
+  """
+
+  expert_idx: jax.Array
+  weights: jax.Array
+  load: jax.Array
+  cutoff: jax.Array
+  token_mask: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEOutput:
+  """What a Mixture-of-Experts layer did besides its output; for losses, logs.
+
+  Attributes:
+    routing: the routes taken.
+    logits: `[T, E]` float32. What was routed.
+    group_sizes: `[E]` int32. Rows each expert processed: `routing.load` less
+      the drops.
+  """
+
+  routing: Routing
+  logits: jax.Array
+  group_sizes: jax.Array
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Partition:
+  """How a layer's tokens and experts lie on the mesh in force (`jax.set_mesh`).
+
+  Attributes:
+    token_axes: mesh axes that the leading axis of the tokens is sharded over.
+    expert_axis: mesh axis that the experts' parameters are sharded over, or
+      None if every device holds all. It may be one of `token_axes`.
+  """
+
+  token_axes: tuple[str, ...] = ()
+  expert_axis: str | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RouterState:
+  """The dual variables of all layers and what their next update needs.
+
+  Attributes:
+    expert_bias: `[Lyr, E]` float32, or a pytree of `[..., E]` arrays (a Flax
+      collection, say). Added to the scores for selection only.
+    load: int32, shaped like `expert_bias`. Assignments since the last update.
+    rule_state: the state of the dual rule, `rule.init(expert_bias)`.
+  """
+
+  expert_bias: PyTree
+  load: PyTree
+  rule_state: PyTree

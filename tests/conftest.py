@@ -1,0 +1,48 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""What every test stands on: eight CPU devices and strict promotion."""
+
+import os
+
+# Read once, when jax makes its CPU client, so before jax is imported. Two
+# workers share the machine: threads per matmul would only fight each other.
+_FLAGS = ["--xla_force_host_platform_device_count=8"]
+if "PYTEST_XDIST_WORKER" in os.environ:
+  _FLAGS.append("--xla_cpu_multi_thread_eigen=false")
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# The first example of a shape compiles, which no deadline survives; and a test
+# that fails does so in every run.
+hypothesis.settings.register_profile(
+  "jaxroute", deadline=None, derandomize=True
+)
+hypothesis.settings.load_profile("jaxroute")
+
+
+@pytest.fixture
+def key() -> jax.Array:
+  """A random key, the same in every run and every test."""
+  return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtype_promotion(request):
+  mode = "strict"
+  if request.node.get_closest_marker("implicit_promotion"):
+    mode = "standard"
+  with jax.numpy_dtype_promotion(mode):
+    yield
+
+
+def pytest_runtest_setup(item):
+  """Skips a test marked `gpu` or `tpu` where there is none."""
+  for platform in ("gpu", "tpu"):
+    if item.get_closest_marker(platform):
+      found = {device.platform for device in jax.devices()}
+      if platform not in found:
+        pytest.skip(f"needs a {platform.upper()}, found {sorted(found)}")
