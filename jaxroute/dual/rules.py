@@ -1,0 +1,192 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Published balancing rules as optax transformations.
+
+The dual function of the balanced assignment problem has the subgradient
+`load - mean`; `jaxroute.metrics.violation` is that, over the mean. A rule maps it
+to what is added to the bias, exactly as an optimizer maps a gradient to what is
+added to a parameter, so every optax transformation is a rule and these compose
+with it. They work on any pytree of `[..., E]` arrays, experts last.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxroute.dual import schedules
+
+
+def sign(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+  """The auxiliary-loss-free rule: `bias += rate * sign(mean - load)`.
+
+  Args:
+    rate: u, a number of at least 0 or a schedule; 1e-3 is usual for sigmoid
+      scores.
+
+  Returns:
+    A rule. Every step of it has size 0 or u; it is not zero-sum: chain
+    `center()` after it for that.
+
+  Raises:
+    ValueError: if `rate` is negative or not finite.
+
+  Example:
+    >>> rule = sign(0.25)
+    >>> violation = jnp.array([1.0, -0.5, 0.0])
+    >>> rule.update(violation, rule.init(violation))[0]
+    Array([-0.25,  0.25, -0.  ], dtype=float32)
+
+  References:
+    Wang et al., 2024, https://arxiv.org/abs/2408.15664, algorithm 1.
+  """
+  return optax.chain(optax.scale_by_sign(), _descend(rate))
+
+
+def proportional(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+  """Dual gradient step: `bias += rate * (mean - load) / mean`.
+
+  The common step on the dual is `rate / mean`, so the update sums to zero. It
+  oscillates when the step times the largest curvature of the dual exceeds 2.
+
+  Args:
+    rate: a number of at least 0 or a schedule.
+
+  Returns:
+    A rule.
+
+  Raises:
+    ValueError: if `rate` is negative or not finite.
+
+  References:
+    Wang et al., 2024, https://arxiv.org/abs/2408.15664, section 4.3.
+  """
+  return _descend(rate)
+
+
+def center() -> optax.GradientTransformation:
+  """Subtracts the mean over experts: the zero-sum part of an update.
+
+  Selection does not see a common offset of the bias; without this, rules such as
+  `sign` let it drift.
+
+  Returns:
+    A stateless transformation, to be chained before or after others.
+
+  Example:
+    >>> rule = optax.chain(sign(1.0), center())
+    >>> violation = jnp.array([3.0, -1.0, -1.0, -1.0])
+    >>> rule.update(violation, rule.init(violation))[0]
+    Array([-1.5,  0.5,  0.5,  0.5], dtype=float32)
+  """
+
+  def subtract_mean(updates, params=None):
+    del params
+    return jax.tree.map(
+      lambda u: u - jnp.mean(u, axis=-1, keepdims=True), updates
+    )
+
+  return optax.stateless(subtract_mean)
+
+
+def smebu(
+  rate: optax.ScalarOrSchedule = 5e-4, beta: float = 0.5, kappa: float = 2.0
+) -> optax.GradientTransformation:
+  """Soft-clamped, centred steps with momentum (SMEBU).
+
+  With `v = -violation`: `d = rate * tanh(kappa * v)`, less its mean over experts;
+  `m = beta * m + (1 - beta) * d`; `bias += m`.
+
+  Args:
+    rate: lambda, the largest step; a number of at least 0 or a schedule.
+    beta: momentum, in `[0, 1)`.
+    kappa: how soon a violation saturates; positive.
+
+  Returns:
+    A rule. `beta = 0` and a large `kappa` give `sign`, centred.
+
+  Raises:
+    ValueError: if an argument is out of range.
+
+  References:
+    Trinity Large, https://arxiv.org/abs/2602.17004.
+  """
+  if not 0 <= beta < 1:
+    raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
+  if not kappa > 0:
+    raise ValueError(f"`kappa` must be positive, got {kappa}.")
+
+  def clamp(updates, params=None):
+    del params
+    return jax.tree.map(lambda v: jnp.tanh(kappa * v), updates)
+
+  return optax.chain(
+    optax.stateless(clamp),
+    _descend(rate),
+    center(),
+    optax.ema(beta, debias=False),
+  )
+
+
+class PidState(NamedTuple):
+  """State of `pid`.
+
+  Attributes:
+    integral: like the bias, float32. Sum of the violations so far.
+    previous: like the bias, float32. The last violation.
+  """
+
+  integral: optax.Updates
+  previous: optax.Updates
+
+
+def pid(
+  proportional: float, integral: float = 0.0, derivative: float = 0.0
+) -> optax.GradientTransformation:
+  """PID control of the bias increment.
+
+  `bias -= proportional * v + integral * sum(v) + derivative * (v - v_before)`
+  with the violation v; the violation before the first update counts as 0.
+
+  Args:
+    proportional: gain of the violation, at least 0. LongCat-Flash's rule with
+      speed mu is `pid(mu / E)`.
+    integral: gain of the sum of all violations, at least 0.
+    derivative: gain of the change of the violation, at least 0.
+
+  Returns:
+    A rule.
+
+  Raises:
+    ValueError: if a gain is negative or not finite.
+
+  References:
+    LongCat-Flash, https://arxiv.org/abs/2509.01322.
+  """
+  schedules.check_rate("proportional", proportional)
+  schedules.check_rate("integral", integral)
+  schedules.check_rate("derivative", derivative)
+
+  def init(bias):
+    return PidState(
+      integral=optax.tree.zeros_like(bias), previous=optax.tree.zeros_like(bias)
+    )
+
+  def update(violation, state, params=None):
+    del params
+    total = jax.tree.map(jnp.add, state.integral, violation)
+    updates = jax.tree.map(
+      lambda v, s, p: -(proportional * v + integral * s + derivative * (v - p)),
+      violation,
+      total,
+      state.previous,
+    )
+    return updates, PidState(integral=total, previous=violation)
+
+  return optax.GradientTransformation(init, update)
+
+
+def _descend(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+  if not callable(rate):
+    schedules.check_rate("rate", rate)
+  return optax.scale_by_learning_rate(rate)

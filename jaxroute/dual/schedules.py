@@ -1,0 +1,70 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Step sizes of the dual ascent that shrink with the number of updates n.
+
+A constant step ends in a limit cycle about as wide as the step; a shrinking one
+lets the bias settle.
+"""
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def check_rate(name: str, rate: float) -> None:
+  """Raises ValueError unless `rate` is a finite number of at least 0."""
+  if not 0 <= rate < float("inf"):
+    raise ValueError(
+      f"`{name}` must be finite and at least 0, got {rate}. A negative rate"
+      " drives loads apart; 0 freezes the bias."
+    )
+
+
+def inverse_sqrt(rate: float) -> optax.Schedule:
+  """`rate / sqrt(n)` at the n-th update, n = 1, 2, ...
+
+  Args:
+    rate: u, the size of the first step; at least 0.
+
+  Returns:
+    An `optax.Schedule` of the zero-based update count.
+
+  Raises:
+    ValueError: if `rate` is negative or not finite.
+
+  Example:
+    >>> float(inverse_sqrt(0.5)(3))
+    0.25
+  """
+  check_rate("rate", rate)
+
+  def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+    return rate / jnp.sqrt(jnp.asarray(count, jnp.float32) + 1.0)
+
+  return schedule
+
+
+def inverse(rate: float) -> optax.Schedule:
+  """`rate / n` at the n-th update, n = 1, 2, ...
+
+  The total travel is only `rate * ln N` after N updates: a rate that is too
+  small stalls before balance.
+
+  Args:
+    rate: u, the size of the first step; at least 0.
+
+  Returns:
+    An `optax.Schedule` of the zero-based update count.
+
+  Raises:
+    ValueError: if `rate` is negative or not finite.
+
+  Example:
+    >>> float(inverse(0.5)(4))
+    0.10000000149011612
+  """
+  check_rate("rate", rate)
+
+  def schedule(count: jax.typing.ArrayLike) -> jax.Array:
+    return rate / (jnp.asarray(count, jnp.float32) + 1.0)
+
+  return schedule

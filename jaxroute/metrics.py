@@ -1,0 +1,182 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""How balanced a load is. Every function reduces the expert axis, the last one.
+
+MaxVio has two readings (Wang et al., 2024): of one training batch ("batch") and
+of a whole validation set ("global"). Both are `max_vio`: of the batch's load, or
+of the loads summed over the set.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute import types
+
+
+def violation(load: jax.Array) -> jax.Array:
+  """`(load - mean) / mean`, the scale-free subgradient of the dual.
+
+  The sign is that of the integer `E * load - sum(load)` whatever the counts: the
+  mean is split into quotient and remainder before anything becomes float32.
+
+  Args:
+    load: `[..., E]` int32. Assignments per expert, summed over all devices.
+
+  Returns:
+    `[..., E]` float32; 0 where nothing was counted.
+
+  Raises:
+    ValueError: if `load` is a scalar or not an integer array.
+
+  Example:
+    >>> violation(jnp.array([3, 1, 1, 3]))
+    Array([ 0.5, -0.5, -0.5,  0.5], dtype=float32)
+  """
+  if load.ndim < 1 or not jnp.issubdtype(load.dtype, jnp.integer):
+    raise ValueError(
+      f"`load` must be integer [..., E], got {load.dtype} {load.shape}. Sum"
+      " counts as int32: float rounding can flip the sign."
+    )
+  e = load.shape[-1]
+  # The quotients first: the sum of the counts itself may not fit an int32.
+  rest = jnp.sum(load % e, axis=-1, keepdims=True)
+  quotient = jnp.sum(load // e, axis=-1, keepdims=True) + rest // e
+  fraction = (rest % e).astype(jnp.float32) / e
+  mean = quotient.astype(jnp.float32) + fraction
+  difference = (load - quotient).astype(jnp.float32) - fraction
+  return jnp.where(mean == 0, 0.0, difference / jnp.where(mean == 0, 1.0, mean))
+
+
+def max_vio(load: jax.Array) -> jax.Array:
+  """Maximal violation: how far the busiest expert is above the mean load.
+
+  Args:
+    load: `[..., E]` int32. Assignments per expert, summed over all devices.
+
+  Returns:
+    `[...]` float32, from 0 (balanced, or nothing counted) to E / K - 1.
+
+  Raises:
+    ValueError: if `load` is a scalar or not an integer array.
+
+  Example:
+    >>> max_vio(jnp.array([3, 1, 1, 3]))
+    Array(0.5, dtype=float32)
+
+  References:
+    Wang et al., 2024, https://arxiv.org/abs/2408.15664, section 4.1.
+  """
+  return jnp.max(violation(load), axis=-1)
+
+
+def coefficient_of_variation(load: jax.Array) -> jax.Array:
+  """Standard deviation of the load over its mean.
+
+  Args:
+    load: `[..., E]` int32.
+
+  Returns:
+    `[...]` float32; 0 if balanced or nothing was counted.
+
+  Example:
+    >>> coefficient_of_variation(jnp.array([3, 1, 1, 3]))
+    Array(0.5, dtype=float32)
+  """
+  return jnp.sqrt(jnp.mean(violation(load) ** 2, axis=-1))
+
+
+def load_entropy(load: jax.Array) -> jax.Array:
+  """Entropy of the load's distribution over experts, relative to uniform.
+
+  Args:
+    load: `[..., E]` int32.
+
+  Returns:
+    `[...]` float32 in `[0, 1]`: 1 is balance, 0 is one expert taking all or
+    nothing counted. A single expert is balanced: 1.
+
+  Example:
+    >>> load_entropy(jnp.array([2, 2, 0, 0]))
+    Array(0.5, dtype=float32)
+  """
+  e = load.shape[-1]
+  share = (violation(load) + 1.0) / e
+  entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
+  relative = entropy / jnp.log(e) if e > 1 else jnp.ones_like(entropy)
+  return jnp.where(jnp.any(load > 0, axis=-1), relative, 0.0)
+
+
+def dead_experts(load: jax.Array) -> jax.Array:
+  """Number of experts that received nothing.
+
+  Args:
+    load: `[..., E]` int32.
+
+  Returns:
+    `[...]` int32.
+
+  Example:
+    >>> dead_experts(jnp.array([3, 0, 0, 1]))
+    Array(2, dtype=int32)
+  """
+  return jnp.sum(load == 0, axis=-1, dtype=jnp.int32)
+
+
+def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
+  """Share of the assignments that were routed but not dispatched.
+
+  Args:
+    load: `[..., E]` int32. Assignments per expert before any drop.
+    group_sizes: `[..., E]` int32. Rows per expert that were dispatched.
+
+  Returns:
+    `[...]` float32 in `[0, 1]`; 0 if nothing was routed.
+
+  Example:
+    >>> drop_fraction(jnp.array([6, 2]), jnp.array([4, 2]))
+    Array(0.25, dtype=float32)
+  """
+  routed = jnp.maximum(jnp.sum(load, axis=-1), 1)
+  dropped = jnp.sum(load - group_sizes, axis=-1)
+  return dropped.astype(jnp.float32) / routed.astype(jnp.float32)
+
+
+def bias_spread(expert_bias: jax.Array) -> jax.Array:
+  """Largest less smallest bias: what selection sees of its size.
+
+  Args:
+    expert_bias: `[..., E]` float32.
+
+  Returns:
+    `[...]` float32.
+
+  Example:
+    >>> bias_spread(jnp.array([5.0, 5.25, 4.5]))
+    Array(0.75, dtype=float32)
+  """
+  return jnp.max(expert_bias, axis=-1) - jnp.min(expert_bias, axis=-1)
+
+
+def summary(
+  load: types.PyTree, expert_bias: types.PyTree
+) -> dict[str, jax.Array]:
+  """The numbers worth logging every step, over all layers.
+
+  Args:
+    load: int32 pytree of `[..., E]` arrays, `[Lyr, E]` or a Flax collection.
+    expert_bias: float32, with arrays of the same shapes in the same order.
+
+  Returns:
+    Scalars: `max_vio`, `load_cv`, `load_entropy` and `bias_spread` (means over
+    layers) and `dead_experts` (the sum over them).
+  """
+
+  def per_layer(metric, tree):
+    return jnp.concatenate([metric(x).reshape(-1) for x in jax.tree.leaves(tree)])
+
+  return {
+    "max_vio": jnp.mean(per_layer(max_vio, load)),
+    "load_cv": jnp.mean(per_layer(coefficient_of_variation, load)),
+    "load_entropy": jnp.mean(per_layer(load_entropy, load)),
+    "dead_experts": jnp.sum(per_layer(dead_experts, load)),
+    "bias_spread": jnp.mean(per_layer(bias_spread, expert_bias)),
+  }

@@ -1,0 +1,81 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Metrics on loads small enough to check by hand, and exact on large ones."""
+
+from hypothesis import given, settings, strategies as st
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+
+from jaxroute import metrics
+
+
+def _load(*counts):
+  return jnp.array(counts, jnp.int32)
+
+
+def test_violation_by_hand():
+  np.testing.assert_array_equal(
+    metrics.violation(_load(8, 4, 4, 0)), [1.0, 0.0, 0.0, -1.0]
+  )
+
+
+def test_nothing_counted_is_no_violation():
+  assert metrics.max_vio(_load(0, 0, 0)) == 0
+  assert not metrics.violation(_load(0, 0, 0)).any()
+
+
+@settings(deadline=None, max_examples=100)
+@given(
+  st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9).filter(any)
+)
+def test_the_sign_is_exact_up_to_the_largest_int32(counts):
+  mean_gap = [len(counts) * c - sum(counts) for c in counts]
+  v = metrics.violation(_load(*counts))
+  np.testing.assert_array_equal(np.sign(v), np.sign(mean_gap))
+  np.testing.assert_allclose(v, oracle.violation(counts), rtol=2e-6, atol=1e-6)
+
+
+def test_max_vio_is_zero_iff_balanced_and_bounded():
+  e, k, t = 8, 2, 10
+  assert metrics.max_vio(jnp.full((e,), 5, jnp.int32)) == 0
+  worst = jnp.zeros((e,), jnp.int32).at[:k].set(t)
+  assert metrics.max_vio(worst) == e / k - 1
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(0, 10_000))
+def test_global_is_at_most_the_mean_of_batches(seed):
+  loads = np.random.default_rng(seed).multinomial(64, [0.4, 0.3, 0.2, 0.1], 5)
+  loads = jnp.asarray(loads, jnp.int32)
+  whole = metrics.max_vio(loads.sum(0))
+  assert whole <= jnp.mean(metrics.max_vio(loads)) + 1e-6
+
+
+def test_other_metrics_by_hand():
+  load = _load(4, 4, 0, 0)
+  assert metrics.coefficient_of_variation(load) == 1.0
+  np.testing.assert_allclose(metrics.load_entropy(load), 0.5, rtol=1e-6)
+  assert metrics.dead_experts(load) == 2
+  assert metrics.load_entropy(_load(0, 0)) == 0
+  assert metrics.load_entropy(_load(7)) == 1
+  assert metrics.load_entropy(_load(9, 0, 0)) == 0
+  assert metrics.bias_spread(jnp.array([1.0, -0.5, 0.25])) == 1.5
+  assert metrics.drop_fraction(_load(6, 2), _load(4, 2)) == 0.25
+  assert metrics.drop_fraction(_load(0, 0), _load(0, 0)) == 0
+
+
+def test_summary_averages_layers_and_adds_dead_experts():
+  load = jnp.array([[4, 4, 0, 0], [2, 2, 2, 2]], jnp.int32)
+  out = metrics.summary(load, jnp.array([[1.0, 0, 0, 0], [0.0, 0, 0, 0]]))
+  assert out["max_vio"] == 0.5
+  assert out["load_cv"] == 0.5
+  np.testing.assert_allclose(out["load_entropy"], 0.75, rtol=1e-6)
+  assert out["dead_experts"] == 2
+  assert out["bias_spread"] == 0.5
+
+
+@pytest.mark.parametrize("load", [jnp.array(3), jnp.array([1.0, 2.0])])
+def test_a_load_that_is_no_count_is_refused(load):
+  with pytest.raises(ValueError, match="`load` must be integer"):
+    metrics.violation(load)
