@@ -1,0 +1,322 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Pure step functions: count loads, move the bias, train, evaluate.
+
+The bias moves in `update` and nowhere else: once per optimizer step, by the load
+that `accumulate` summed over the micro-batches of that step. All states are plain
+pytrees, to be jitted, donated, sharded and checkpointed like any other; under
+`jax.jit` over sharded tokens the loads are global already.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxroute import metrics as metrics_lib
+from jaxroute import types
+
+# (params, expert_bias, batch) -> (loss, (load, metrics)); see `train_step`.
+LossFn = Callable[
+  [types.PyTree, types.PyTree, types.PyTree],
+  tuple[jax.Array, tuple[types.PyTree, dict[str, jax.Array]]],
+]
+
+
+def init_router_state(
+  rule: optax.GradientTransformation, num_experts: int, num_layers: int = 1
+) -> types.RouterState:
+  """Zero biases, zero loads and the rule's initial state.
+
+  Args:
+    rule: any optax transformation; see `jaxroute.dual`.
+    num_experts: E.
+    num_layers: Lyr, the layers that have a router.
+
+  Returns:
+    A `RouterState` with `[Lyr, E]` arrays.
+
+  Raises:
+    ValueError: if a size is below 1.
+
+  Example:
+    >>> from jaxroute import dual
+    >>> init_router_state(dual.sign(1e-3), num_experts=2).load
+    Array([[0, 0]], dtype=int32)
+  """
+  for name, size in (("num_experts", num_experts), ("num_layers", num_layers)):
+    if size < 1:
+      raise ValueError(f"`{name}` must be at least 1, got {size}.")
+  expert_bias = jnp.zeros((num_layers, num_experts), jnp.float32)
+  return types.RouterState(
+    expert_bias=expert_bias,
+    load=jnp.zeros((num_layers, num_experts), jnp.int32),
+    rule_state=rule.init(expert_bias),
+  )
+
+
+def accumulate(
+  state: types.RouterState, routing: types.Routing | Sequence[types.Routing]
+) -> types.RouterState:
+  """Adds the load of a forward pass; call it for every training micro-batch.
+
+  Args:
+    state: with `[Lyr, E]` arrays, from `init_router_state`.
+    routing: of all layers: a `Routing` whose `load` is `[Lyr, E]` (what a scan
+      over layers returns), a sequence of Lyr `Routing`s, or one if Lyr is 1.
+
+  Returns:
+    `state` with the loads added; the bias is unchanged.
+
+  Raises:
+    ValueError: if the loads do not fit the state.
+  """
+  if isinstance(routing, types.Routing):
+    load = routing.load if routing.load.ndim > 1 else routing.load[None]
+  else:
+    load = jnp.stack([r.load for r in routing])
+  if load.shape != jnp.shape(state.load):
+    raise ValueError(
+      f"`routing` must hold loads of shape {jnp.shape(state.load)} (layers,"
+      f" experts), got {load.shape}. Pass the routing of every layer at once."
+    )
+  return dataclasses.replace(state, load=state.load + load)
+
+
+def update(
+  state: types.RouterState,
+  rule: optax.GradientTransformation,
+  apply: jax.typing.ArrayLike = True,
+  axis_name: str | Sequence[str] | None = None,
+) -> types.RouterState:
+  """The dual step: moves all biases by the rule, once per optimizer step.
+
+  Args:
+    state: with the load of the step's micro-batches accumulated.
+    rule: the transformation that `state.rule_state` belongs to; static.
+    apply: `[]` bool. False (a skipped optimizer step, a frozen bias) discards
+      the load and changes nothing else.
+    axis_name: mesh axes to sum the load over first, inside `jax.shard_map`
+      where every device counted its own tokens. All layers travel in one
+      all-reduce. Under `jax.jit` alone loads are global: leave it None.
+
+  Returns:
+    The next `RouterState`, its load zero.
+
+  Raises:
+    ValueError: if bias and load do not belong together.
+
+  Example:
+    >>> from jaxroute import dual
+    >>> rule = dual.sign(0.5)
+    >>> state = init_router_state(rule, num_experts=2)
+    >>> state = dataclasses.replace(state, load=jnp.array([[3, 1]]))
+    >>> update(state, rule).expert_bias
+    Array([[-0.5,  0.5]], dtype=float32)
+  """
+  with jax.named_scope("jaxroute.update"):
+    load = _like_bias(state.load, state.expert_bias)
+    if axis_name is not None:
+      load = jax.lax.psum(load, axis_name)
+    violation = jax.tree.map(metrics_lib.violation, load)
+    updates, rule_state = rule.update(
+      violation, state.rule_state, state.expert_bias
+    )
+    expert_bias = optax.apply_updates(state.expert_bias, updates)
+    expert_bias, rule_state = _where(
+      apply, (expert_bias, rule_state), (state.expert_bias, state.rule_state)
+    )
+    return types.RouterState(
+      expert_bias=expert_bias,
+      load=jax.tree.map(jnp.zeros_like, state.load),
+      rule_state=rule_state,
+    )
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainState:
+  """All that a training run carries from step to step.
+
+  Attributes:
+    step: `[]` int32. Batches seen, skipped ones included.
+    params: the model's trainable parameters.
+    opt_state: state of the optimizer of `params`.
+    router: biases, loads and the rule's state.
+  """
+
+  step: jax.Array
+  params: types.PyTree
+  opt_state: types.PyTree
+  router: types.RouterState
+
+
+def init_train_state(
+  params: types.PyTree,
+  router: types.RouterState,
+  optimizer: optax.GradientTransformation,
+) -> TrainState:
+  """A `TrainState` at step 0.
+
+  Args:
+    params: the model's trainable parameters.
+    router: from `init_router_state` or a Flax layer's helper.
+    optimizer: the transformation that will update `params`, and only those.
+
+  Returns:
+    A `TrainState`.
+  """
+  return TrainState(
+    step=jnp.zeros((), jnp.int32),
+    params=params,
+    opt_state=optimizer.init(params),
+    router=router,
+  )
+
+
+def train_step(
+  state: TrainState,
+  batch: types.PyTree,
+  *,
+  loss_fn: LossFn,
+  optimizer: optax.GradientTransformation,
+  rule: optax.GradientTransformation,
+  micro_batches: int = 1,
+  freeze_bias: jax.typing.ArrayLike = False,
+  skip: jax.typing.ArrayLike = False,
+) -> tuple[TrainState, dict[str, Any]]:
+  """One optimizer step and one dual step.
+
+  Gradients are averaged and loads summed over micro-batches that all route with
+  the same bias. A step whose loss or gradient is not finite is skipped: params,
+  optimizer, bias and rule stay as they were, and the metrics say so.
+
+  Args:
+    state: from `init_train_state`; may be donated.
+    batch: pytree of arrays whose leading axis is split into micro-batches.
+    loss_fn: `(params, expert_bias, batch) -> (loss, (load, metrics))`: the mean
+      loss over the batch, the int32 loads shaped like `expert_bias`, and a dict
+      of scalars to average. Static, as are the next three.
+    optimizer: transformation of the gradients of `params`.
+    rule: transformation of the load violation; see `jaxroute.dual`.
+    micro_batches: parts the batch is processed in, one after the other.
+    freeze_bias: `[]` bool. True trains the parameters and leaves the bias.
+    skip: `[]` bool. True skips the step whatever the gradient.
+
+  Returns:
+    The next state, and a dict: the means of `loss_fn`'s metrics, `loss`,
+    `grad_norm`, `skipped` (0 or 1), `load` (summed) and what
+    `jaxroute.metrics.summary` says of it and of the next bias.
+
+  Raises:
+    ValueError: if `micro_batches` does not divide the batch, or the load does
+      not fit the bias.
+  """
+  (loss, (load, aux)), grads = _accumulated_grad(
+    loss_fn, state.params, state.router.expert_bias, batch, micro_batches
+  )
+  _like_bias(load, state.router.expert_bias)
+  grad_norm = optax.tree.norm(grads)
+  ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~jnp.asarray(skip)
+
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  params, opt_state = _where(
+    ok, (params, opt_state), (state.params, state.opt_state)
+  )
+  counted = jax.tree.map(
+    jnp.add, state.router.load, _like(load, state.router.load)
+  )
+  router = update(
+    dataclasses.replace(state.router, load=counted),
+    rule,
+    apply=ok & ~jnp.asarray(freeze_bias),
+  )
+  next_state = TrainState(
+    step=state.step + 1, params=params, opt_state=opt_state, router=router
+  )
+  report = dict(aux, loss=loss, grad_norm=grad_norm, load=load)
+  report["skipped"] = 1 - ok.astype(jnp.int32)
+  return next_state, report | metrics_lib.summary(load, router.expert_bias)
+
+
+def eval_step(
+  state: TrainState, batch: types.PyTree, *, loss_fn: LossFn
+) -> dict[str, Any]:
+  """The loss and load of a batch; changes nothing.
+
+  Args:
+    state: from `init_train_state` or `train_step`.
+    batch: what `loss_fn` takes.
+    loss_fn: as in `train_step`.
+
+  Returns:
+    A dict: `loss_fn`'s metrics, `loss` and `load`. MaxVio_global is
+    `max_vio` of the loads summed over all batches.
+  """
+  loss, (load, aux) = loss_fn(state.params, state.router.expert_bias, batch)
+  return dict(aux, loss=loss, load=load)
+
+
+def _accumulated_grad(loss_fn, params, expert_bias, batch, micro_batches):
+  """Value and gradient, averaged, with loads summed, over the micro-batches."""
+  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  if micro_batches == 1:
+    return grad_fn(params, expert_bias, batch)
+  parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
+
+  def body(total, part):
+    return jax.tree.map(jnp.add, total, grad_fn(params, expert_bias, part)), None
+
+  first = jax.tree.map(lambda x: x[0], parts)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, x.dtype),
+    jax.eval_shape(grad_fn, params, expert_bias, first),
+  )
+  ((loss, (load, aux)), grads), _ = jax.lax.scan(body, zeros, parts)
+  loss, aux, grads = jax.tree.map(
+    lambda x: x / micro_batches, (loss, aux, grads)
+  )
+  return (loss, (load, aux)), grads
+
+
+def _split(x, parts):
+  """[B, ...] to [parts, B / parts, ...], every part strided through the batch.
+
+  Contiguous parts would live on a few devices each when B is sharded; strided
+  ones are spread over all, without moving a row.
+  """
+  if parts < 1 or x.shape[0] % parts:
+    raise ValueError(
+      f"`micro_batches`={parts} must be at least 1 and divide the leading axis"
+      f" of every array of `batch`, got shape {x.shape}."
+    )
+  return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
+
+
+def _like_bias(load, expert_bias):
+  """`load` in the tree structure of `expert_bias`, checked leaf by leaf."""
+  loads, biases = jax.tree.leaves(load), jax.tree.leaves(expert_bias)
+  if [x.shape for x in loads] != [x.shape for x in biases]:
+    raise ValueError(
+      "`load` and `expert_bias` must hold arrays of equal shapes, got"
+      f" {[x.shape for x in loads]} and {[x.shape for x in biases]}."
+    )
+  for x in biases:
+    if x.dtype != jnp.float32:
+      raise ValueError(
+        f"`expert_bias` must be float32, got {x.dtype}. Leave it out of casts"
+        " of the model."
+      )
+  return _like(load, expert_bias)
+
+
+def _like(tree, structure):
+  """The leaves of `tree` in another structure, the names of leaves aside."""
+  return jax.tree.unflatten(jax.tree.structure(structure), jax.tree.leaves(tree))
+
+
+def _where(condition, new, old):
+  return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)

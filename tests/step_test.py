@@ -1,0 +1,354 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The step functions: one dual step per optimizer step, whatever the batching."""
+
+import dataclasses
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxroute
+from jaxroute import dual, step
+
+LAYERS, E, K, D = 2, 8, 2, 16
+CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
+
+
+def _params(seed=0):
+  w = jax.random.normal(jax.random.key(seed), (LAYERS, D, E)) / D**0.5
+  return {"router": w, "scale": jnp.ones(E)}
+
+
+def _batch(rows=32, seed=1):
+  # A common offset makes the load skewed.
+  x = jax.random.normal(jax.random.key(seed), (rows, D)) + 0.5
+  return {"x": x, "token_mask": jnp.arange(rows) % 5 != 0}
+
+
+def _loss_fn(params, expert_bias, batch):
+  """A loss over two routers whose gradient reaches every parameter."""
+
+  def layer(total, inputs):
+    w, bias = inputs
+    routing = jaxroute.route(
+      batch["x"] @ w, bias, CONFIG, batch["token_mask"]
+    )
+    value = jnp.sum(routing.weights * params["scale"][routing.expert_idx])
+    return total + value / w.shape[0], routing.load
+
+  loss, load = jax.lax.scan(
+    layer, jnp.zeros(()), (params["router"], expert_bias)
+  )
+  return loss**2, (load, {"value": loss})
+
+
+def _state(rule, optimizer, params=None):
+  params = _params() if params is None else params
+  return jaxroute.init_train_state(
+    params, jaxroute.init_router_state(rule, E, LAYERS), optimizer
+  )
+
+
+def _step(rule, optimizer, **kwargs):
+  return jax.jit(
+    functools.partial(
+      jaxroute.train_step,
+      loss_fn=_loss_fn,
+      optimizer=optimizer,
+      rule=rule,
+      **kwargs,
+    )
+  )
+
+
+def _loaded(rule, *rows):
+  state = jaxroute.init_router_state(rule, len(rows[0]), len(rows))
+  return dataclasses.replace(state, load=jnp.array(rows, jnp.int32))
+
+
+def test_update_moves_every_layer_by_its_own_load():
+  rule = dual.sign(0.5)
+  state = jaxroute.update(_loaded(rule, [3, 1], [2, 2], [0, 4]), rule)
+  np.testing.assert_array_equal(
+    state.expert_bias, [[-0.5, 0.5], [0, 0], [0.5, -0.5]]
+  )
+  np.testing.assert_array_equal(state.load, jnp.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("jit", [False, True])
+def test_apply_false_discards_the_load_and_changes_nothing_else(jit):
+  rule = optax.chain(dual.sign(dual.inverse(0.5)), optax.trace(0.9))
+  state = jaxroute.update(_loaded(rule, [3, 1]), rule)
+  loaded = dataclasses.replace(state, load=jnp.array([[1, 3]], jnp.int32))
+  fn = jax.jit(step.update, static_argnums=1) if jit else step.update
+  chex.assert_trees_all_equal(fn(loaded, rule, False), state)
+
+
+def test_nothing_counted_leaves_the_bias():
+  rule = dual.sign(0.5)
+  state = jaxroute.update(jaxroute.init_router_state(rule, 4), rule)
+  np.testing.assert_array_equal(state.expert_bias, 0)
+
+
+def test_accumulate_takes_stacked_listed_and_single_routings():
+  rule = dual.sign(0.5)
+  logits = jax.random.normal(jax.random.key(0), (LAYERS, 6, E))
+  bias = jnp.zeros(E)
+  each = [jaxroute.route(x, bias, CONFIG) for x in logits]
+  stacked = jax.vmap(lambda x: jaxroute.route(x, bias, CONFIG))(logits)
+  state = jaxroute.init_router_state(rule, E, LAYERS)
+  expected = np.stack([r.load for r in each])
+  for routing in (each, stacked):
+    state = jaxroute.accumulate(state, routing)
+  np.testing.assert_array_equal(state.load, 2 * expected)
+  single = jaxroute.init_router_state(rule, E)
+  single = jaxroute.accumulate(single, each[0])
+  np.testing.assert_array_equal(single.load[0], each[0].load)
+  assert single.load.dtype == jnp.int32
+
+
+def test_update_takes_any_pytree_of_biases():
+  rule = dual.sign(0.5)
+  bias = {"a": {"expert_bias": jnp.zeros((2, 2))}, "b": {"expert_bias": jnp.zeros(3)}}
+  load = {
+    "a": {"load": jnp.array([[3, 1], [1, 3]], jnp.int32)},
+    "b": {"load": jnp.array([0, 3, 6], jnp.int32)},
+  }
+  state = jaxroute.RouterState(
+    expert_bias=bias, load=load, rule_state=rule.init(bias)
+  )
+  after = jaxroute.update(state, rule)
+  np.testing.assert_array_equal(
+    after.expert_bias["a"]["expert_bias"], [[-0.5, 0.5], [0.5, -0.5]]
+  )
+  np.testing.assert_array_equal(
+    after.expert_bias["b"]["expert_bias"], [0.5, 0, -0.5]
+  )
+  chex.assert_trees_all_equal_structs(after, state)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4, 8])
+def test_micro_batches_make_one_update_with_the_same_bias(micro_batches):
+  # Frozen parameters: the routes are then the same bit for bit, so the whole
+  # trajectory of the bias must be.
+  rule = optax.chain(dual.sign(dual.inverse_sqrt(1e-2)), optax.trace(0.9))
+  optimizer = optax.set_to_zero()
+  whole = split = _state(rule, optimizer)
+  one = _step(rule, optimizer)
+  many = _step(rule, optimizer, micro_batches=micro_batches)
+  for seed in range(6):
+    whole, whole_report = one(whole, _batch(seed=seed))
+    split, split_report = many(split, _batch(seed=seed))
+    np.testing.assert_array_equal(whole_report["load"], split_report["load"])
+  chex.assert_trees_all_equal(whole.router, split.router)
+  assert np.any(whole.router.expert_bias)
+
+
+def test_micro_batches_average_gradients_and_metrics():
+  rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
+  rows = {k: v for k, v in _batch().items()}
+  twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), rows)
+  state = _state(rule, optimizer)
+  # Strided parts: both micro-batches of the doubled batch are the batch.
+  one, report = _step(rule, optimizer)(state, rows)
+  two, doubled = _step(rule, optimizer, micro_batches=2)(state, twice)
+  chex.assert_trees_all_close(one.params, two.params, rtol=1e-5, atol=1e-7)
+  np.testing.assert_allclose(report["value"], doubled["value"], rtol=1e-6)
+  np.testing.assert_array_equal(2 * report["load"], doubled["load"])
+
+
+def test_padding_is_invisible_to_the_bias_trajectory():
+  rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
+  plain = padded = _state(rule, optimizer)
+  run = _step(rule, optimizer)
+  for seed in range(3):
+    batch = _batch(seed=seed)
+    more = {
+      "x": jnp.concatenate([batch["x"], jnp.full((7, D), 1e4)]),
+      "token_mask": jnp.concatenate([batch["token_mask"], jnp.zeros(7, bool)]),
+    }
+    plain, _ = run(plain, batch)
+    padded, report = run(padded, more)
+    assert not report["skipped"]
+  chex.assert_trees_all_equal(plain.router, padded.router)
+
+
+@pytest.mark.parametrize("reason", ["argument", "nan"])
+def test_a_skipped_step_changes_nothing_but_its_number(reason):
+  rule = optax.chain(dual.sign(1e-2), optax.trace(0.9))
+  optimizer = optax.adam(1e-3)
+  state = _state(rule, optimizer)
+  state, _ = _step(rule, optimizer)(state, _batch())
+  batch = _batch(seed=2)
+  if reason == "nan":
+    batch["x"] = batch["x"].at[1].set(jnp.nan)
+  after, report = _step(rule, optimizer, skip=reason == "argument")(state, batch)
+  assert report["skipped"] == 1
+  assert np.isnan(report["loss"]) == (reason == "nan")
+  chex.assert_trees_all_equal(
+    dataclasses.replace(after, step=state.step), state
+  )
+  assert after.step == state.step + 1
+
+
+def test_freeze_trains_the_parameters_and_leaves_the_bias():
+  rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
+  state = _state(rule, optimizer)
+  after, report = _step(rule, optimizer, freeze_bias=True)(state, _batch())
+  chex.assert_trees_all_equal(after.router, state.router)
+  assert np.any(after.params["router"] != state.params["router"])
+  assert report["skipped"] == 0
+
+
+def test_the_bias_of_a_batch_depends_on_earlier_batches_only():
+  rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
+  state, report = _step(rule, optimizer)(_state(rule, optimizer), _batch())
+  loads = jaxroute.eval_step(
+    _state(rule, optimizer), _batch(), loss_fn=_loss_fn
+  )["load"]
+  np.testing.assert_array_equal(report["load"], loads)
+
+
+def test_evaluation_changes_nothing_and_counts():
+  rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
+  state = _state(rule, optimizer)
+  before = jax.tree.map(np.array, state)
+  out = jax.jit(functools.partial(jaxroute.eval_step, loss_fn=_loss_fn))(
+    state, _batch()
+  )
+  chex.assert_trees_all_equal(state, before)
+  assert int(out["load"].sum()) == LAYERS * K * int(_batch()["token_mask"].sum())
+
+
+def test_weight_decay_and_the_optimizer_do_not_reach_the_bias():
+  rule, optimizer = dual.sign(0.0), optax.adamw(1e-1, weight_decay=0.5)
+  state = _state(rule, optimizer)
+  bias = jnp.full((LAYERS, E), 0.25)
+  state = dataclasses.replace(
+    state, router=dataclasses.replace(state.router, expert_bias=bias)
+  )
+  for seed in range(3):
+    state, _ = _step(rule, optimizer)(state, _batch(seed=seed))
+  np.testing.assert_array_equal(state.router.expert_bias, bias)
+
+
+def test_the_state_can_be_donated_and_keeps_its_type():
+  rule, optimizer = dual.sign(1e-2), optax.adam(1e-3)
+  run = jax.jit(
+    functools.partial(
+      jaxroute.train_step, loss_fn=_loss_fn, optimizer=optimizer, rule=rule
+    ),
+    donate_argnums=0,
+  )
+  state = _state(rule, optimizer)
+  types = jax.tree.map(jax.typeof, state)
+  for seed in range(3):
+    state, _ = run(state, _batch(seed=seed))
+    assert jax.tree.map(jax.typeof, state) == types
+  assert run._cache_size() == 1
+
+
+def test_sharded_tokens_give_the_same_bias_bit_for_bit():
+  rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
+  mesh = jax.make_mesh(
+    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  over_data = jax.NamedSharding(mesh, jax.P("data"))
+  everywhere = jax.NamedSharding(mesh, jax.P())
+  one = many = _state(rule, optimizer)
+  many = jax.device_put(many, everywhere)
+  run = _step(rule, optimizer, micro_batches=2)
+  for seed in range(4):
+    batch = _batch(64, seed)
+    one, _ = run(one, batch)
+    many, _ = run(many, jax.device_put(batch, over_data))
+  chex.assert_trees_all_equal(
+    jax.device_get(one.router), jax.device_get(many.router)
+  )
+  assert many.router.expert_bias.sharding.is_equivalent_to(everywhere, 2)
+
+
+def test_update_inside_shard_map_sums_before_the_sign():
+  # Local signs disagree: device 0 sees (9, 0), the others (0, 1) each.
+  rule = dual.sign(0.5)
+  mesh = jax.make_mesh((8,), ("data",))
+  loads = jnp.array([[[9, 0]]] + [[[0, 1]]] * 7, jnp.int32)
+  state = jaxroute.init_router_state(rule, 2)
+
+  def local(state, load):
+    state = dataclasses.replace(state, load=load[0])
+    return jaxroute.update(state, rule, axis_name="data").expert_bias
+
+  with jax.set_mesh(mesh):
+    run = jax.jit(
+      jax.shard_map(
+        local, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P()
+      )
+    )
+    bias = run(state, jax.reshard(loads, jax.P("data")))
+    text = run.lower(state, jax.reshard(loads, jax.P("data"))).as_text()
+  np.testing.assert_array_equal(bias, [[-0.5, 0.5]])
+  assert text.count("stablehlo.all_reduce") == 1
+
+
+def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
+  rule = dual.sign(0.5)
+  mesh = jax.make_mesh((8,), ("data",))
+
+  def local(state, load):
+    state = dataclasses.replace(state, load=load[0])
+    return jaxroute.update(state, rule).expert_bias
+
+  with jax.set_mesh(mesh), pytest.raises(ValueError, match="varying|vma|infer"):
+    jax.shard_map(local, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P())(
+      jaxroute.init_router_state(rule, 2),
+      jax.reshard(jnp.zeros((8, 1, 2), jnp.int32), jax.P("data")),
+    )
+
+
+@pytest.mark.parametrize(
+  "call, words",
+  [
+    (lambda r: jaxroute.init_router_state(r, 0), "`num_experts`.*0"),
+    (lambda r: jaxroute.init_router_state(r, 2, 0), "`num_layers`.*0"),
+    (
+      lambda r: jaxroute.accumulate(
+        jaxroute.init_router_state(r, E, 3),
+        jaxroute.route(jnp.zeros((2, E)), None, CONFIG),
+      ),
+      r"\(3, 8\).*got \(1, 8\)",
+    ),
+    (
+      lambda r: jaxroute.update(
+        dataclasses.replace(
+          jaxroute.init_router_state(r, 2), load=jnp.zeros((1, 3), jnp.int32)
+        ),
+        r,
+      ),
+      r"equal shapes, got \[\(1, 3\)\] and \[\(1, 2\)\]",
+    ),
+    (
+      lambda r: jaxroute.update(
+        dataclasses.replace(
+          jaxroute.init_router_state(r, 2),
+          expert_bias=jnp.zeros((1, 2), jnp.bfloat16),
+        ),
+        r,
+      ),
+      "`expert_bias` must be float32, got bfloat16",
+    ),
+    (
+      lambda r: _step(r, optax.sgd(0.1), micro_batches=5)(
+        _state(r, optax.sgd(0.1)), _batch()
+      ),
+      "`micro_batches`=5.*divide",
+    ),
+  ],
+)
+def test_bad_input_is_named(call, words):
+  with pytest.raises(ValueError, match=words):
+    call(dual.sign(1e-3))
