@@ -1,0 +1,155 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Auxiliary losses: optional partners of, or baselines for, the selection bias.
+
+All are without their coefficient, are means over the tokens of the mask, and see
+unbiased scores only, so the bias gets no gradient from them either.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute import routing as routing_lib
+from jaxroute import scores as scores_lib
+from jaxroute import types
+
+
+def switch(
+  logits: jax.Array, routing: types.Routing, config: types.RouterConfig
+) -> jax.Array:
+  """Switch load-balancing loss, `E * sum_e f_e P_e`.
+
+  `f_e` is the share of assignments that expert e got, `P_e` its mean score, with
+  scores of a token normalised to sum 1; 1 at perfect balance.
+
+  Args:
+    logits: `[T, E]` floating point, the ones that were routed.
+    routing: what `jaxroute.route` returned for them.
+    config: static router description.
+
+  Returns:
+    `[]` float32. The gradient flows through `P` only.
+
+  References:
+    Fedus et al., 2021, https://arxiv.org/abs/2101.03961, equation 4.
+  """
+  return global_batch(logits, routing.load, config, routing.token_mask)
+
+
+def global_batch(
+  logits: jax.Array,
+  load: jax.Array,
+  config: types.RouterConfig,
+  token_mask: jax.Array | None = None,
+) -> jax.Array:
+  """Switch loss with the assignment shares of the global batch.
+
+  Under gradient accumulation the load of one micro-batch is a noisy share, and
+  the loss then asks every micro-batch to be balanced by itself. Pass the load
+  summed over micro-batches and devices instead.
+
+  Args:
+    logits: `[T, E]` floating point, of this micro-batch.
+    load: `[E]` int32. Assignments per expert of the global batch.
+    config: static router description.
+    token_mask: `[T]` bool. False tokens are left out of the mean scores.
+
+  Returns:
+    `[]` float32; 0 if no token counts.
+
+  References:
+    Qiu et al., 2025, https://arxiv.org/abs/2501.11873, equation 4.
+  """
+  share = load.astype(jnp.float32) / _at_least_one(jnp.sum(load))
+  mean_score = _mean_score(logits, config, token_mask)
+  return config.num_experts * jnp.sum(jax.lax.stop_gradient(share) * mean_score)
+
+
+def sequence_wise(
+  logits: jax.Array,
+  config: types.RouterConfig,
+  num_sequences: int,
+  token_mask: jax.Array | None = None,
+) -> jax.Array:
+  """DeepSeek-V3's complementary loss: balance within every sequence.
+
+  The assignment shares are those of the *unbiased* top-k over all experts, as in
+  the paper, not of the routes taken.
+
+  Args:
+    logits: `[T, E]` floating point; T is `num_sequences` sequences in a row.
+    config: static router description.
+    num_sequences: how many sequences T is made of.
+    token_mask: `[T]` bool. False tokens are left out.
+
+  Returns:
+    `[]` float32, the mean over sequences that have a token.
+
+  Raises:
+    ValueError: if `num_sequences` does not divide T.
+
+  References:
+    DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 17 to 20.
+  """
+  t, e = logits.shape
+  if num_sequences < 1 or t % num_sequences:
+    raise ValueError(
+      f"`num_sequences` must divide T={t}, got {num_sequences}. `logits` holds"
+      " whole sequences of one length, padded if need be."
+    )
+  unbiased = dataclasses.replace(config, num_groups=1, group_top_k=1)
+  if token_mask is None:
+    token_mask = jnp.ones((t,), jnp.bool_)
+
+  def one(logits, token_mask):
+    routing = routing_lib.route(logits, None, unbiased, token_mask)
+    return (
+      global_batch(logits, routing.load, config, routing.token_mask),
+      jnp.any(token_mask),
+    )
+
+  loss, counts = jax.vmap(one)(
+    logits.reshape(num_sequences, -1, e), token_mask.reshape(num_sequences, -1)
+  )
+  return jnp.sum(loss) / _at_least_one(jnp.sum(counts))
+
+
+def z_loss(
+  logits: jax.Array, token_mask: jax.Array | None = None
+) -> jax.Array:
+  """Router z-loss: the mean of `logsumexp(logits) ** 2`.
+
+  Args:
+    logits: `[T, E]` floating point.
+    token_mask: `[T]` bool. False tokens are left out.
+
+  Returns:
+    `[]` float32; 0 if no token counts.
+
+  References:
+    Zoph et al., 2022, https://arxiv.org/abs/2202.08906, equation 5.
+  """
+  logits = logits.astype(jnp.float32)
+  if token_mask is None:
+    token_mask = jnp.ones(logits.shape[:1], jnp.bool_)
+  logits = jnp.where(token_mask[:, None], logits, 0.0)
+  z = jax.nn.logsumexp(logits, axis=-1) ** 2
+  return jnp.sum(jnp.where(token_mask, z, 0.0)) / _at_least_one(
+    jnp.sum(token_mask)
+  )
+
+
+def _at_least_one(count):
+  return jnp.maximum(count, 1).astype(jnp.float32)
+
+
+def _mean_score(logits, config, token_mask):
+  """[E] mean over tokens of the scores, each token's normalised to sum 1."""
+  if token_mask is None:
+    token_mask = jnp.ones(logits.shape[:1], jnp.bool_)
+  logits = jnp.where(token_mask[:, None], logits, 0.0)
+  scores = scores_lib.scores(logits, config)
+  scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + config.norm_eps)
+  scores = jnp.where(token_mask[:, None], scores, 0.0)
+  return jnp.sum(scores, axis=0) / _at_least_one(jnp.sum(token_mask))

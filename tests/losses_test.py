@@ -1,0 +1,136 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Auxiliary losses against their formulas, written out in NumPy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxroute import losses
+import jaxroute
+
+SOFTMAX = jaxroute.RouterConfig(num_experts=4, top_k=2, score_fn="softmax")
+SIGMOID = jaxroute.RouterConfig(num_experts=4, top_k=2)
+
+
+def _logits(t, seed=0):
+  rng = np.random.default_rng(seed)
+  return jnp.asarray(rng.normal(size=(t, 4)), jnp.float32)
+
+
+def _expected(logits, mask, score, chosen=None):
+  """E sum_e f_e P_e over the tokens of `mask`, token by token."""
+  f, p, n = np.zeros(4), np.zeros(4), 0
+  for i in np.flatnonzero(mask):
+    s = score(np.asarray(logits[i], np.float64))
+    picks = np.argsort(-s, kind="stable")[:2] if chosen is None else chosen[i]
+    f[np.asarray(picks)] += 1
+    p += s / s.sum()
+    n += 1
+  return 4 * np.sum(f / (2 * n) * p / n)
+
+
+def _softmax(x):
+  return np.exp(x) / np.exp(x).sum()
+
+
+def _sigmoid(x):
+  return 1 / (1 + np.exp(-x))
+
+
+@pytest.mark.parametrize(
+  "config, score", [(SOFTMAX, _softmax), (SIGMOID, _sigmoid)]
+)
+def test_switch_against_the_formula(config, score):
+  logits, mask = _logits(9), np.arange(9) % 3 != 1
+  bias = jnp.array([0.5, 0.0, -0.5, 0.1])
+  routing = jaxroute.route(logits, bias, config, jnp.asarray(mask))
+  expected = _expected(logits, mask, score, routing.expert_idx)
+  np.testing.assert_allclose(
+    losses.switch(logits, routing, config), expected, rtol=1e-5
+  )
+
+
+def test_switch_is_one_at_perfect_balance():
+  # Every expert is first once and second once, by symmetric logits.
+  base = jnp.array([2.0, 1.0, 0.0, -1.0])
+  logits = jnp.stack([jnp.roll(base, i) for i in range(4)])
+  routing = jaxroute.route(logits, None, SOFTMAX)
+  np.testing.assert_allclose(
+    losses.switch(logits, routing, SOFTMAX), 1.0, rtol=1e-6
+  )
+
+
+def test_global_batch_uses_the_load_it_is_given():
+  logits = _logits(8)
+  halves = [jaxroute.route(h, None, SOFTMAX) for h in (logits[:4], logits[4:])]
+  total = halves[0].load + halves[1].load
+  whole = losses.switch(logits, jaxroute.route(logits, None, SOFTMAX), SOFTMAX)
+  parts = [
+    losses.global_batch(h, total, SOFTMAX) for h in (logits[:4], logits[4:])
+  ]
+  np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-6)
+  local = [
+    losses.switch(h, r, SOFTMAX)
+    for h, r in zip((logits[:4], logits[4:]), halves, strict=True)
+  ]
+  assert abs(np.mean(local) - whole) > 1e-3
+
+
+def test_sequence_wise_is_the_mean_over_sequences_of_unbiased_top_k():
+  logits, mask = _logits(12), np.ones(12, bool)
+  mask[5] = mask[8:] = False  # the last of three sequences is all padding
+  expected = np.mean(
+    [_expected(logits[i : i + 4], mask[i : i + 4], _sigmoid) for i in (0, 4)]
+  )
+  got = losses.sequence_wise(logits, SIGMOID, 3, jnp.asarray(mask))
+  np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_z_loss_against_the_formula():
+  logits, mask = _logits(5), np.array([1, 1, 0, 1, 0], bool)
+  z = np.log(np.exp(np.asarray(logits, np.float64)).sum(-1)) ** 2
+  np.testing.assert_allclose(
+    losses.z_loss(logits, jnp.asarray(mask)), z[mask].mean(), rtol=1e-5
+  )
+
+
+def test_padding_is_invisible_to_values_and_gradients():
+  logits = _logits(6)
+  padded = jnp.concatenate([logits, jnp.full((3, 4), jnp.nan)])
+  mask = jnp.arange(9) < 6
+
+  def total(logits, mask):
+    routing = jaxroute.route(logits, None, SIGMOID, mask)
+    return (
+      losses.switch(logits, routing, SIGMOID)
+      + losses.z_loss(logits, mask)
+      + losses.sequence_wise(logits, SIGMOID, 1, mask)
+    )
+
+  value, grad = jax.value_and_grad(total)(logits, jnp.ones(6, bool))
+  padded_value, padded_grad = jax.value_and_grad(total)(padded, mask)
+  np.testing.assert_allclose(padded_value, value, rtol=1e-6)
+  np.testing.assert_allclose(padded_grad[:6], grad, rtol=1e-5, atol=1e-7)
+  np.testing.assert_array_equal(padded_grad[6:], 0)
+
+
+def test_no_tokens_cost_nothing():
+  logits, mask = _logits(4), jnp.zeros(4, bool)
+  routing = jaxroute.route(logits, None, SOFTMAX, mask)
+  assert losses.switch(logits, routing, SOFTMAX) == 0
+  assert losses.z_loss(logits, mask) == 0
+  assert losses.sequence_wise(logits, SOFTMAX, 2, mask) == 0
+
+
+def test_gradient_pushes_tokens_off_the_busy_expert():
+  logits = jnp.zeros((8, 4)).at[:, 0].set(2.0).at[:, 1].set(1.0)
+  routing = jaxroute.route(logits, None, SOFTMAX)
+  grad = jax.grad(lambda x: losses.switch(x, routing, SOFTMAX))(logits)
+  assert (grad[:, 0] > 0).all() and (grad[:, 2:] < 0).all()
+
+
+@pytest.mark.parametrize("num_sequences", [0, 5])
+def test_sequences_must_divide_the_tokens(num_sequences):
+  with pytest.raises(ValueError, match="`num_sequences` must divide T=8"):
+    losses.sequence_wise(_logits(8), SIGMOID, num_sequences)
