@@ -1,16 +1,16 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Mixture-of-Experts routing and load balancing in JAX."""
 
-from jaxroute import dispatch, dual, losses, metrics
+from jaxroute import dispatch, dual, experts, layer, losses, metrics, sharding
 from jaxroute.metrics import max_vio
 from jaxroute.routing import route
 from jaxroute.step import (
+  TrainState,
   accumulate,
   eval_step,
   init_router_state,
   init_train_state,
   train_step,
-  TrainState,
   update,
 )
 from jaxroute.types import (
@@ -32,12 +32,15 @@ __all__ = [
   "dispatch",
   "dual",
   "eval_step",
+  "experts",
   "init_router_state",
   "init_train_state",
+  "layer",
   "losses",
   "max_vio",
   "metrics",
   "route",
+  "sharding",
   "train_step",
   "update",
 ]

@@ -115,9 +115,7 @@ def sequence_wise(
   return jnp.sum(loss) / _at_least_one(jnp.sum(counts))
 
 
-def z_loss(
-  logits: jax.Array, token_mask: jax.Array | None = None
-) -> jax.Array:
+def z_loss(logits: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   """Router z-loss: the mean of `logsumexp(logits) ** 2`.
 
   Args:

@@ -171,7 +171,9 @@ def summary(
   """
 
   def per_layer(metric, tree):
-    return jnp.concatenate([metric(x).reshape(-1) for x in jax.tree.leaves(tree)])
+    return jnp.concatenate(
+      [metric(x).reshape(-1) for x in jax.tree.leaves(tree)]
+    )
 
   return {
     "max_vio": jnp.mean(per_layer(max_vio, load)),

@@ -5,11 +5,17 @@ The primal step of auxiliary-loss-free balancing: every token takes the K expert
 with the largest score + bias, and is weighted by the scores alone.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from jaxroute import scores as scores_lib
 from jaxroute import types
+
+# Below the key of every float, -inf included.
+_TAKEN = -(2**31)
+_CHUNK = 8
 
 
 def route(
@@ -100,47 +106,119 @@ def check_inputs(logits, expert_bias, config, token_mask) -> None:
       )
 
 
+# Jitted so that a call outside of jit is one computation, not a hundred.
+@functools.partial(jax.jit, static_argnums=2)
 def _route_xla(logits, expert_bias, config, token_mask):
   selection = scores_lib.selection_scores(logits, expert_bias, config)
-  if config.group_top_k < config.num_groups:
-    selection = _keep_best_groups(selection, config)
-  k = config.top_k
-  top, idx = jax.lax.top_k(selection, min(k + 1, config.num_experts))
-  expert_idx = idx[:, :k].astype(jnp.int32)
-  if k < config.num_experts:
-    cutoff = top[:, k]
-  else:
-    cutoff = jnp.full(logits.shape[:1], -jnp.inf)
+  expert_idx, cutoff = _select(selection, config)
   weights, token_mask = _weigh(logits, expert_idx, config, token_mask)
-  chosen = expert_idx[:, :, None] == jnp.arange(config.num_experts)
-  load = jnp.sum(chosen & token_mask[:, None, None], axis=(0, 1), dtype=jnp.int32)
   return types.Routing(
     expert_idx=expert_idx,
     weights=weights,
-    load=load,
+    load=_count(expert_idx, token_mask, config.num_experts),
     cutoff=cutoff,
     token_mask=token_mask,
   )
 
 
-def _keep_best_groups(selection, config):
-  """Sets the selection scores outside the best `group_top_k` groups to -inf."""
-  t = selection.shape[0]
-  grouped = selection.reshape(t, config.num_groups, config.group_size)
+def _select(selection, config):
+  """The K best experts within the group limit, and the (K+1)-th score."""
+  # XLA may compute a value anew in every fusion that reads it, with other bits.
+  keys = jax.lax.optimization_barrier(_to_keys(selection))
+  if config.group_top_k < config.num_groups:
+    keys = _keep_best_groups(keys, config)
+  _, expert_idx, rest = _largest(keys, config.top_k)
+  if config.top_k == config.num_experts:
+    return expert_idx, jnp.full_like(selection[:, 0], -jnp.inf)
+  return expert_idx, _from_keys(rest)
+
+
+def _keep_best_groups(keys, config):
+  """Sets the keys outside the best `group_top_k` groups to that of -inf."""
+  t = keys.shape[0]
+  grouped = keys.reshape(t, config.num_groups, config.group_size)
   count = {
     "top1": 1,
     "top2": 2,
     "top_k": config.top_k // config.group_top_k,
   }[config.group_score]
-  best, _ = jax.lax.top_k(grouped, count)
+  tops, _, rest = _largest(grouped, count - 1)
+  best = _from_keys(jnp.concatenate([tops, rest[..., None]], axis=-1))
   group_score = best[..., 0]
   for i in range(1, count):
     group_score = group_score + best[..., i]
   # inf + -inf: a group with an infinite member is the best there is.
   group_score = jnp.where(best[..., 0] == jnp.inf, jnp.inf, group_score)
-  _, kept = jax.lax.top_k(group_score, config.group_top_k)
-  keep = jnp.any(kept[..., None] == jnp.arange(config.num_groups), axis=1)
-  return jnp.where(keep[..., None], grouped, -jnp.inf).reshape(t, -1)
+  score_keys = jax.lax.optimization_barrier(_to_keys(group_score))
+  _, kept, _ = _largest(score_keys, config.group_top_k)
+  keep = jnp.any(kept[..., None] == _iota(config.num_groups, 3), axis=1)
+  masked = _to_keys(jnp.float32(-jnp.inf))
+  return jnp.where(keep[..., None], grouped, masked).reshape(keys.shape)
+
+
+def _to_keys(x):
+  """float32 without NaN to int32 in the same order, with -0 equal to +0."""
+  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+  bits = jnp.where(bits == _TAKEN, 0, bits)
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+def _from_keys(keys):
+  return jax.lax.bitcast_convert_type(
+    keys ^ ((keys >> 31) & 0x7FFFFFFF), jnp.float32
+  )
+
+
+def _largest(keys, count):
+  """The `count` largest of `[..., n]` keys, their indices, and the next key.
+
+  One round per result, best first. `heads` holds the largest key left in each
+  chunk, so a round reads n / 8 heads and one chunk instead of n keys. Equal keys
+  come in index order, so those left are the ones after the last result.
+  """
+  n = keys.shape[-1]
+  pad = [(0, 0)] * (keys.ndim - 1) + [(0, -n % _CHUNK)]
+  keys = jnp.pad(keys, pad, constant_values=_TAKEN)
+  chunks = keys.reshape(*keys.shape[:-1], -(-n // _CHUNK), _CHUNK)
+  heads = jnp.max(chunks, axis=-1)
+  lane = _iota(_CHUNK, keys.ndim)
+  chunk_idx = _iota(heads.shape[-1], keys.ndim)
+
+  def round_(carry, _):
+    heads, last, idx = carry
+    top = jnp.max(heads, axis=-1, keepdims=True)
+    chunk = _first(heads == top)
+    row = jnp.take_along_axis(
+      chunks, chunk[..., None], axis=-2, mode="promise_in_bounds"
+    )[..., 0, :]
+    left = (row < last) | ((row == last) & (chunk * _CHUNK + lane > idx))
+    row = jnp.where(left, row, _TAKEN)
+    hit = _first(row == top)
+    rest = jnp.where(lane == hit, _TAKEN, row)
+    rest = jnp.max(rest, axis=-1, keepdims=True)
+    heads = jnp.where(chunk_idx == chunk, rest, heads)
+    idx = chunk * _CHUNK + hit
+    return (heads, top, idx), (top[..., 0], idx[..., 0])
+
+  nothing = jnp.full_like(heads[..., :1], jnp.iinfo(jnp.int32).max)
+  (heads, _, _), (tops, idx) = jax.lax.scan(
+    round_, (heads, nothing, nothing), length=count
+  )
+  rest = jnp.max(heads, axis=-1)
+  return jnp.moveaxis(tops, 0, -1), jnp.moveaxis(idx, 0, -1), rest
+
+
+def _first(flags):
+  """Index of the first True of the last axis, which is kept with size 1."""
+  n = flags.shape[-1]
+  # A product, for a select between unsharded operands loses the sharding.
+  from_end = flags.astype(jnp.int32) * (n - _iota(n, flags.ndim))
+  return n - jnp.max(from_end, axis=-1, keepdims=True)
+
+
+def _iota(n, ndim):
+  """0 to n - 1 along the last of `ndim` axes."""
+  return jnp.arange(n, dtype=jnp.int32).reshape((1,) * (ndim - 1) + (n,))
 
 
 def _weigh(logits, expert_idx, config, token_mask):
@@ -149,19 +227,36 @@ def _weigh(logits, expert_idx, config, token_mask):
     # Before the scores, not after: 0 * NaN in the backward pass is NaN.
     logits = jnp.where(token_mask[:, None], logits, 0.0)
   logits = scores_lib.prepare_logits(logits, config)
-  if config.score_after_top_k:
-    chosen = jnp.take_along_axis(logits, expert_idx, axis=1)
-    weights = scores_lib.score(chosen, config.score_fn)
+  if config.score_fn == "softmax" and not config.score_after_top_k:
+    weights = _choose(scores_lib.score(logits, config.score_fn), expert_idx)
   else:
-    scores = scores_lib.score(logits, config.score_fn)
-    weights = jnp.take_along_axis(scores, expert_idx, axis=1)
+    weights = scores_lib.score(_choose(logits, expert_idx), config.score_fn)
   if config.normalize_weights:
+    # By a power of two, so exactly: the backward pass squares the divisor, and
+    # the square of a `norm_eps` of 1e-20 would be zero.
+    weights = weights * 2.0**40
     total = jnp.sum(weights, axis=1, keepdims=True)
-    weights = weights / (total + config.norm_eps)
+    weights = weights / (total + config.norm_eps * 2.0**40)
   weights = weights * config.scaling_factor
   is_nan = jnp.any(jnp.isnan(weights), axis=1)
   if token_mask is None:
-    token_mask = jnp.ones(logits.shape[:1], jnp.bool_)
+    token_mask = jnp.ones_like(is_nan)
   weights = jnp.where(is_nan[:, None], jnp.nan, weights)
   weights = jnp.where(token_mask[:, None], weights, 0.0)
   return weights, token_mask & ~is_nan
+
+
+def _choose(x, expert_idx):
+  return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
+
+
+def _count(expert_idx, token_mask, num_experts):
+  """Assignments per expert, summed over every device that holds tokens."""
+  mesh = jax.typeof(expert_idx).sharding.mesh
+  # Under explicit sharding the sum over shards has to be asked for.
+  replicated = None if mesh.empty else jax.NamedSharding(mesh, jax.P(None))
+  load = jnp.zeros(num_experts, jnp.int32)
+  ones = jnp.broadcast_to(token_mask[:, None], expert_idx.shape)
+  return load.at[expert_idx].add(
+    ones.astype(jnp.int32), mode="promise_in_bounds", out_sharding=replicated
+  )

@@ -12,9 +12,7 @@ import jax.numpy as jnp
 from jaxroute import types
 
 
-def prepare_logits(
-  logits: jax.Array, config: types.RouterConfig
-) -> jax.Array:
+def prepare_logits(logits: jax.Array, config: types.RouterConfig) -> jax.Array:
   """The logits as the score function sees them: float32, scaled, capped.
 
   Args:
@@ -52,7 +50,9 @@ def score(logits: jax.Array, score_fn: types.ScoreFn) -> jax.Array:
   if score_fn == "sqrtsoftplus":
     return _sqrt_softplus(logits)
   is_nan = jnp.isnan(logits)
-  return jnp.where(is_nan, jnp.nan, _softmax(jnp.where(is_nan, -jnp.inf, logits)))
+  return jnp.where(
+    is_nan, jnp.nan, _softmax(jnp.where(is_nan, -jnp.inf, logits))
+  )
 
 
 def scores(logits: jax.Array, config: types.RouterConfig) -> jax.Array:

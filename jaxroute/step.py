@@ -7,8 +7,8 @@ pytrees, to be jitted, donated, sharded and checkpointed like any other; under
 `jax.jit` over sharded tokens the loads are global already.
 """
 
-from collections.abc import Callable, Sequence
 import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -268,7 +268,9 @@ def _accumulated_grad(loss_fn, params, expert_bias, batch, micro_batches):
   parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
 
   def body(total, part):
-    return jax.tree.map(jnp.add, total, grad_fn(params, expert_bias, part)), None
+    return jax.tree.map(
+      jnp.add, total, grad_fn(params, expert_bias, part)
+    ), None
 
   first = jax.tree.map(lambda x: x[0], parts)
   zeros = jax.tree.map(
@@ -315,7 +317,9 @@ def _like_bias(load, expert_bias):
 
 def _like(tree, structure):
   """The leaves of `tree` in another structure, the names of leaves aside."""
-  return jax.tree.unflatten(jax.tree.structure(structure), jax.tree.leaves(tree))
+  return jax.tree.unflatten(
+    jax.tree.structure(structure), jax.tree.leaves(tree)
+  )
 
 
 def _where(condition, new, old):

@@ -95,18 +95,16 @@ class RouterConfig:
         )
     for name in ("scaling_factor", "logit_multiplier"):
       if not math.isfinite(getattr(self, name)):
-        raise ValueError(
-          f"`{name}` must be finite, got {getattr(self, name)}."
-        )
-    if self.logit_soft_cap is not None and not 0 < self.logit_soft_cap < math.inf:
+        raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
+    if (
+      self.logit_soft_cap is not None and not 0 < self.logit_soft_cap < math.inf
+    ):
       raise ValueError(
         "`logit_soft_cap` must be positive and finite, or None for no cap, got"
         f" {self.logit_soft_cap}."
       )
     if not 0 <= self.norm_eps < math.inf:
-      raise ValueError(
-        f"`norm_eps` must be in [0, inf), got {self.norm_eps}."
-      )
+      raise ValueError(f"`norm_eps` must be in [0, inf), got {self.norm_eps}.")
 
   def _check_sizes(self):
     for name in ("num_experts", "top_k", "num_groups", "group_top_k"):

@@ -43,6 +43,9 @@ FAMILIES = {
   "soft_cap": dict(logit_soft_cap=3.0, logit_multiplier=0.5),
 }
 
+# What `logits` can make.
+KINDS = ("random", "ties", "constant", "masked", "saturated", "nan")
+
 
 def family(name: str, num_experts: int = 64, top_k: int = 8) -> RouterConfig:
   return RouterConfig(num_experts=num_experts, top_k=top_k, **FAMILIES[name])

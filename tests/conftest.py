@@ -3,16 +3,14 @@
 
 import os
 
-# Read once, when jax makes its CPU client, so before jax is imported. Two
-# workers share the machine: threads per matmul would only fight each other.
-_FLAGS = ["--xla_force_host_platform_device_count=8"]
-if "PYTEST_XDIST_WORKER" in os.environ:
-  _FLAGS.append("--xla_cpu_multi_thread_eigen=false")
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+# Read once, when jax makes its CPU client, so set before jax is imported.
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 
-import hypothesis  # noqa: E402
-import jax  # noqa: E402
-import pytest  # noqa: E402
+import hypothesis
+import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

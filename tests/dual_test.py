@@ -4,16 +4,17 @@
 import math
 
 import chex
-from hypothesis import given, settings, strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from jaxroute import dual, metrics, scores
 import jaxroute
+from jaxroute import dual, metrics, scores
 
 # Loads 8, 4, 4, 0: mean 4, violation 1, 0, 0, -1.
 VIOLATION = jnp.array([[1.0, 0.0, 0.0, -1.0]])
@@ -88,9 +89,7 @@ def test_smebu_by_hand():
   d = 0.1 * math.tanh(2.0)
   first, second = _run(dual.smebu(0.1, beta=0.5, kappa=2.0), [VIOLATION] * 2)
   np.testing.assert_allclose(first, [[-d / 2, 0, 0, d / 2]], rtol=1e-6)
-  np.testing.assert_allclose(
-    second, [[-1.25 * d, 0, 0, 1.25 * d]], rtol=1e-6
-  )
+  np.testing.assert_allclose(second, [[-1.25 * d, 0, 0, 1.25 * d]], rtol=1e-6)
 
 
 def test_smebu_subtracts_the_mean_step():
@@ -133,18 +132,19 @@ def test_momentum_chain_is_a_rule():
   np.testing.assert_allclose(second, [[-0.25, 0, 0, 0.25]], rtol=1e-6)
 
 
+@pytest.mark.implicit_promotion  # optax.adam promotes its count
 @pytest.mark.parametrize("name", RULES)
 def test_state_is_stable_under_update_and_init_is_abstract(name):
   rule = RULES[name]()
-  with jax.numpy_dtype_promotion("standard"):  # optax.adam promotes its count
-    state = rule.init(VIOLATION)
-    abstract = jax.eval_shape(rule.init, VIOLATION)
-    chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
-    updates, after = jax.jit(rule.update)(VIOLATION, state, VIOLATION)
+  state = rule.init(VIOLATION)
+  abstract = jax.eval_shape(rule.init, VIOLATION)
+  chex.assert_trees_all_equal_shapes_and_dtypes(state, abstract)
+  updates, after = jax.jit(rule.update)(VIOLATION, state, VIOLATION)
   chex.assert_trees_all_equal_shapes_and_dtypes(state, after)
   assert updates.dtype == jnp.float32
 
 
+@pytest.mark.implicit_promotion  # optax.adam promotes its count
 @pytest.mark.parametrize("name", RULES)
 def test_every_rule_balances_a_skewed_router(name):
   t, e, k = 512, 8, 2
@@ -160,9 +160,8 @@ def test_every_rule_balances_a_skewed_router(name):
     state = jaxroute.update(jaxroute.accumulate(state, routing), rule)
     return state, metrics.max_vio(routing.load)
 
-  with jax.numpy_dtype_promotion("standard"):
-    state = jaxroute.init_router_state(rule, e)
-    _, max_vio = jax.jit(lambda s: jax.lax.scan(step, s, length=600))(state)
+  state = jaxroute.init_router_state(rule, e)
+  _, max_vio = jax.jit(lambda s: jax.lax.scan(step, s, length=600))(state)
   assert max_vio[0] > 1.0
   # The constant steps end in a cycle; the widest of it is the last stretch.
   assert jnp.max(max_vio[-20:]) < 0.2

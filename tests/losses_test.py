@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxroute import losses
 import jaxroute
+from jaxroute import losses
 
 SOFTMAX = jaxroute.RouterConfig(num_experts=4, top_k=2, score_fn="softmax")
 SIGMOID = jaxroute.RouterConfig(num_experts=4, top_k=2)

@@ -1,11 +1,12 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Metrics on loads small enough to check by hand, and exact on large ones."""
 
-from hypothesis import given, settings, strategies as st
 import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from jaxroute import metrics
 
@@ -26,9 +27,7 @@ def test_nothing_counted_is_no_violation():
 
 
 @settings(deadline=None, max_examples=100)
-@given(
-  st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9).filter(any)
-)
+@given(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9).filter(any))
 def test_the_sign_is_exact_up_to_the_largest_int32(counts):
   mean_gap = [len(counts) * c - sum(counts) for c in counts]
   v = metrics.violation(_load(*counts))

@@ -34,9 +34,7 @@ def _loss_fn(params, expert_bias, batch):
 
   def layer(total, inputs):
     w, bias = inputs
-    routing = jaxroute.route(
-      batch["x"] @ w, bias, CONFIG, batch["token_mask"]
-    )
+    routing = jaxroute.route(batch["x"] @ w, bias, CONFIG, batch["token_mask"])
     value = jnp.sum(routing.weights * params["scale"][routing.expert_idx])
     return total + value / w.shape[0], routing.load
 
@@ -113,7 +111,10 @@ def test_accumulate_takes_stacked_listed_and_single_routings():
 
 def test_update_takes_any_pytree_of_biases():
   rule = dual.sign(0.5)
-  bias = {"a": {"expert_bias": jnp.zeros((2, 2))}, "b": {"expert_bias": jnp.zeros(3)}}
+  bias = {
+    "a": {"expert_bias": jnp.zeros((2, 2))},
+    "b": {"expert_bias": jnp.zeros(3)},
+  }
   load = {
     "a": {"load": jnp.array([[3, 1], [1, 3]], jnp.int32)},
     "b": {"load": jnp.array([0, 3, 6], jnp.int32)},
@@ -177,6 +178,7 @@ def test_padding_is_invisible_to_the_bias_trajectory():
   chex.assert_trees_all_equal(plain.router, padded.router)
 
 
+@pytest.mark.implicit_promotion  # optax.adam promotes its count
 @pytest.mark.parametrize("reason", ["argument", "nan"])
 def test_a_skipped_step_changes_nothing_but_its_number(reason):
   rule = optax.chain(dual.sign(1e-2), optax.trace(0.9))
@@ -186,7 +188,9 @@ def test_a_skipped_step_changes_nothing_but_its_number(reason):
   batch = _batch(seed=2)
   if reason == "nan":
     batch["x"] = batch["x"].at[1].set(jnp.nan)
-  after, report = _step(rule, optimizer, skip=reason == "argument")(state, batch)
+  after, report = _step(rule, optimizer, skip=reason == "argument")(
+    state, batch
+  )
   assert report["skipped"] == 1
   assert np.isnan(report["loss"]) == (reason == "nan")
   chex.assert_trees_all_equal(
@@ -221,9 +225,12 @@ def test_evaluation_changes_nothing_and_counts():
     state, _batch()
   )
   chex.assert_trees_all_equal(state, before)
-  assert int(out["load"].sum()) == LAYERS * K * int(_batch()["token_mask"].sum())
+  assert int(out["load"].sum()) == LAYERS * K * int(
+    _batch()["token_mask"].sum()
+  )
 
 
+@pytest.mark.implicit_promotion  # optax.adam promotes its count
 def test_weight_decay_and_the_optimizer_do_not_reach_the_bias():
   rule, optimizer = dual.sign(0.0), optax.adamw(1e-1, weight_decay=0.5)
   state = _state(rule, optimizer)
@@ -236,6 +243,7 @@ def test_weight_decay_and_the_optimizer_do_not_reach_the_bias():
   np.testing.assert_array_equal(state.router.expert_bias, bias)
 
 
+@pytest.mark.implicit_promotion  # optax.adam promotes its count
 def test_the_state_can_be_donated_and_keeps_its_type():
   rule, optimizer = dual.sign(1e-2), optax.adam(1e-3)
   run = jax.jit(
@@ -285,9 +293,7 @@ def test_update_inside_shard_map_sums_before_the_sign():
 
   with jax.set_mesh(mesh):
     run = jax.jit(
-      jax.shard_map(
-        local, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P()
-      )
+      jax.shard_map(local, in_specs=(jax.P(), jax.P("data")), out_specs=jax.P())
     )
     bias = run(state, jax.reshard(loads, jax.P("data")))
     text = run.lower(state, jax.reshard(loads, jax.P("data"))).as_text()

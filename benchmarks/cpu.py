@@ -1,0 +1,157 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Time on the CPU, as ratios to the plain JAX code that does the same.
+
+Everything runs in one process, the candidates of a table in turn, so that a busy
+machine slows all of them. Only the ratios mean anything.
+
+  python benchmarks/cpu.py --section=routing
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+
+import jaxroute
+from jaxroute import dispatch
+
+_SECTION = flags.DEFINE_enum(
+  "section", "all", ("routing", "all"), "Which table to print."
+)
+_REPEATS = flags.DEFINE_integer("repeats", 40, "Timed calls per candidate.")
+
+
+def interleaved_medians(
+  candidates: Mapping[str, Callable[[], object]], repeats: int
+) -> dict[str, float]:
+  """Median seconds of each candidate, called in turn `repeats` times.
+
+  Args:
+    candidates: name to a function of no arguments that returns arrays; the
+      first call (compilation) is not timed.
+    repeats: rounds.
+
+  Returns:
+    name to the median wall time, in seconds.
+  """
+  for call in candidates.values():
+    jax.block_until_ready(call())
+  times = {name: [] for name in candidates}
+  for _ in range(repeats):
+    for name, call in candidates.items():
+      start = time.perf_counter()
+      jax.block_until_ready(call())
+      times[name].append(time.perf_counter() - start)
+  return {name: statistics.median(t) for name, t in times.items()}
+
+
+def print_table(
+  title: str, medians: Mapping[str, float], baseline: str
+) -> None:
+  """Prints one line per candidate: milliseconds and ratio to the baseline."""
+  print(f"\n{title}")
+  print(f"  {'candidate':34s} {'ms':>9s} {'ratio':>7s}")
+  for name, seconds in medians.items():
+    ratio = seconds / medians[baseline]
+    print(f"  {name:34s} {seconds * 1e3:9.3f} {ratio:7.3f}")
+
+
+def plain_route(logits, expert_bias, config):
+  """Routing and expert order as one writes them with `lax.top_k` and argsort."""
+  t = logits.shape[0]
+  if config.score_fn == "sigmoid":
+    scores = jax.nn.sigmoid(logits)
+  else:
+    scores = jax.nn.softmax(logits)
+  selection = scores if expert_bias is None else scores + expert_bias
+  if config.num_groups > 1:
+    grouped = selection.reshape(t, config.num_groups, config.group_size)
+    group_score = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
+    kept = jax.lax.top_k(group_score, config.group_top_k)[1]
+    keep = jax.nn.one_hot(kept, config.num_groups, dtype=jnp.bool_).any(axis=1)
+    grouped = jnp.where(keep[:, :, None], grouped, -jnp.inf)
+    selection = grouped.reshape(t, -1)
+  expert_idx = jax.lax.top_k(selection, config.top_k)[1]
+  weights = jnp.take_along_axis(scores, expert_idx, axis=1)
+  weights = weights / weights.sum(axis=1, keepdims=True) * config.scaling_factor
+  assigned = expert_idx.reshape(-1)
+  load = jnp.bincount(assigned, length=config.num_experts)
+  permutation = jnp.argsort(assigned, stable=True)
+  inverse = jnp.zeros_like(permutation)
+  inverse = inverse.at[permutation].set(jnp.arange(assigned.shape[0]))
+  return expert_idx, weights, load, permutation, inverse
+
+
+def our_route(logits, expert_bias, config):
+  """The same five arrays, from this package."""
+  routing = jaxroute.route(logits, expert_bias, config)
+  order = dispatch.sort_by_expert(routing.expert_idx, config.num_experts)
+  return (
+    routing.expert_idx,
+    routing.weights,
+    routing.load,
+    order.permutation,
+    order.inverse_permutation,
+  )
+
+
+def routing_section(repeats: int) -> None:
+  """Routing and expert order of 8,192 tokens against the plain graph."""
+  cases = {
+    "DeepSeek-V3, top-8 of 256 in 4 of 8 groups": jaxroute.RouterConfig(
+      num_experts=256,
+      top_k=8,
+      num_groups=8,
+      group_top_k=4,
+      scaling_factor=2.5,
+    ),
+    "softmax, top-6 of 64": jaxroute.RouterConfig(
+      num_experts=64, top_k=6, score_fn="softmax"
+    ),
+  }
+  rng = np.random.default_rng(0)
+  for title, config in cases.items():
+    e = config.num_experts
+    logits = jnp.asarray(rng.normal(size=(8192, e)), jnp.float32)
+    bias = jnp.asarray(rng.normal(size=e) * 0.01, jnp.float32)
+    plain = jax.jit(plain_route, static_argnums=2)
+    ours = jax.jit(our_route, static_argnums=2)
+    check_same_routes(plain(logits, bias, config), ours(logits, bias, config))
+    calls = {
+      "plain": lambda f=plain, a=(logits, bias, config): f(*a),
+      "jaxroute": lambda f=ours, a=(logits, bias, config): f(*a),
+    }
+    medians = interleaved_medians(calls, repeats)
+    print_table(f"Routing, T=8192, {title}", medians, "plain")
+
+
+def check_same_routes(expected, actual) -> None:
+  """Raises unless ids, load and order are equal and the weights close."""
+  for name, a, b in zip(
+    ("expert_idx", "weights", "load", "permutation", "inverse_permutation"),
+    expected,
+    actual,
+    strict=True,
+  ):
+    a, b = np.asarray(a), np.asarray(b)
+    tolerance = 1e-6 if name == "weights" else 0
+    np.testing.assert_allclose(b, a, rtol=tolerance, err_msg=name)
+
+
+SECTIONS = {"routing": routing_section}
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  print(f"jax {jax.__version__}, {jax.devices()[0].platform}")
+  for name, section in SECTIONS.items():
+    if _SECTION.value in (name, "all"):
+      section(_REPEATS.value)
+
+
+if __name__ == "__main__":
+  app.run(main)

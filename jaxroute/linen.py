@@ -1,0 +1,188 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Flax linen layers: a router, and a Mixture-of-Experts FFN around it.
+
+The bias and the load live in collections of their own, "expert_bias" and "load",
+out of reach of optimizers, weight decay and casts of "params". A forward pass only
+reads the bias. It counts when the caller makes "load" mutable, as with
+BatchNorm's statistics; initialisation never counts. The two collections are the
+two fields of a `jaxroute.RouterState`:
+
+    variables = model.init(key, x)
+    state = jaxroute.linen.init_router_state(variables, rule)
+    ...
+    (y, _), counted = model.apply(
+        {"params": params, "expert_bias": state.expert_bias}, x, mutable=["load"])
+    state = dataclasses.replace(state, load=counted["load"])
+    state = jaxroute.update(state, rule)
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+
+from jaxroute import experts, layer, types
+
+Initializer = jax.nn.initializers.Initializer
+
+
+class Router(nn.Module):
+  """Projects tokens to logits and routes them.
+
+  Parameter "kernel" `[D, E]`; variables "expert_bias" `[E]` float32 and "load"
+  `[E]` int32, each in the collection of its name.
+
+  Attributes:
+    config: what to compute.
+    kernel_init: initializer of the projection.
+    implementation: as in `jaxroute.route`.
+  """
+
+  config: types.RouterConfig
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+  implementation: types.Implementation | None = None
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, token_mask: jax.Array | None = None
+  ) -> tuple[types.Routing, jax.Array]:
+    """Routes tokens.
+
+    Args:
+      x: `[..., D]`. The leading axes are flattened into T.
+      token_mask: bool, shaped like the leading axes. False marks padding.
+
+    Returns:
+      The `Routing` of the T tokens and their logits, `[T, E]` float32.
+    """
+    e = self.config.num_experts
+    kernel = self.param(
+      "kernel", self.kernel_init, (x.shape[-1], e), jnp.float32
+    )
+    bias = self.variable(
+      "expert_bias", "expert_bias", jnp.zeros, (e,), jnp.float32
+    )
+    routing, logits = layer.router(
+      x, kernel, bias.value, self.config, token_mask, self.implementation
+    )
+    if self.is_mutable_collection("load"):
+      load = self.variable("load", "load", jnp.zeros, (e,), jnp.int32)
+      if not self.is_initializing():
+        load.value += routing.load
+    return routing, logits
+
+
+class MoE(nn.Module):
+  """A sparse SwiGLU feed-forward layer, with optional shared experts.
+
+  Parameters "router/kernel" `[D, E]`, "w_gate" and "w_up" `[E, D, F]`, "w_down"
+  `[E, F, D]` and, for shared experts of joint width S, "shared_gate",
+  "shared_up" `[D, S]`, "shared_down" `[S, D]`.
+
+  Attributes:
+    config: what the router computes.
+    hidden_size: F, the width of one routed expert.
+    shared_hidden_size: S, the joint width of the shared experts; 0 for none.
+    capacity_factor: each expert keeps the first `ceil(factor * T * K / E)`
+      assignments and drops the rest; None drops nothing.
+    dtype: of the expert computation; None for that of the input. Routing is
+      float32 whatever this is.
+    param_dtype: of the expert parameters.
+    kernel_init: initializer of the router's projection.
+    expert_init: initializer of the `[E, ...]` parameters.
+    shared_init: initializer of the shared experts' parameters.
+    partition: how tokens and experts are laid out on the mesh; None for one
+      device, or to leave it to the compiler.
+    implementation: as in `jaxroute.route`.
+  """
+
+  config: types.RouterConfig
+  hidden_size: int
+  shared_hidden_size: int = 0
+  capacity_factor: float | None = None
+  dtype: Any = None
+  param_dtype: Any = jnp.float32
+  kernel_init: Initializer = nn.initializers.lecun_normal()
+  expert_init: Initializer = nn.initializers.lecun_normal(batch_axis=(0,))
+  shared_init: Initializer = nn.initializers.lecun_normal()
+  partition: types.Partition | None = None
+  implementation: types.Implementation | None = None
+
+  @nn.compact
+  def __call__(
+    self, x: jax.Array, token_mask: jax.Array | None = None
+  ) -> tuple[jax.Array, types.MoEOutput]:
+    """Applies the layer.
+
+    Args:
+      x: `[..., D]`. The leading axes are flattened into T for routing.
+      token_mask: bool, shaped like the leading axes. False marks padding: the
+        routed experts give 0 there and nothing is counted.
+
+    Returns:
+      `[..., D]`, the dtype of the computation, and what the router did.
+    """
+    routing, logits = Router(
+      self.config, self.kernel_init, self.implementation, name="router"
+    )(x, token_mask)
+    e, d, f = self.config.num_experts, x.shape[-1], self.hidden_size
+
+    def param(name, init, shape):
+      return self.param(name, init, shape, self.param_dtype)
+
+    params = experts.ExpertParams(
+      w_gate=param("w_gate", self.expert_init, (e, d, f)),
+      w_up=param("w_up", self.expert_init, (e, d, f)),
+      w_down=param("w_down", self.expert_init, (e, f, d)),
+    )
+    shared = None
+    if s := self.shared_hidden_size:
+      shared = experts.ExpertParams(
+        w_gate=param("shared_gate", self.shared_init, (d, s)),
+        w_up=param("shared_up", self.shared_init, (d, s)),
+        w_down=param("shared_down", self.shared_init, (s, d)),
+      )
+    out, group_sizes = layer.moe(
+      x,
+      routing,
+      params,
+      shared,
+      config=self.config,
+      capacity_factor=self.capacity_factor,
+      dtype=self.dtype,
+      partition=self.partition,
+    )
+    return out, types.MoEOutput(
+      routing=routing, logits=logits, group_sizes=group_sizes
+    )
+
+
+def init_router_state(
+  variables: Mapping[str, Any], rule: optax.GradientTransformation
+) -> types.RouterState:
+  """The `RouterState` of a linen model, for `jaxroute.update`.
+
+  Args:
+    variables: what `model.init` returned, or a restored copy.
+    rule: any optax transformation; see `jaxroute.dual`.
+
+  Returns:
+    A `RouterState` whose fields are the collections "expert_bias" and "load".
+
+  Raises:
+    ValueError: if the model has no router.
+  """
+  missing = {"expert_bias", "load"} - set(variables)
+  if missing:
+    raise ValueError(
+      f"`variables` must hold the collections 'expert_bias' and 'load', got"
+      f" {sorted(variables)}. Pass all that `model.init` returned."
+    )
+  return types.RouterState(
+    expert_bias=variables["expert_bias"],
+    load=variables["load"],
+    rule_state=rule.init(variables["expert_bias"]),
+  )

@@ -1,0 +1,132 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""`sort_by_expert` against the oracle, in both of its algorithms."""
+
+import cases
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import strategies as st
+
+from jaxroute import dispatch
+
+_sort = jax.jit(
+  dispatch.sort_by_expert, static_argnames=("num_experts", "capacity")
+)
+
+
+def _choices(t, e, k, seed=0):
+  rng = np.random.default_rng(seed)
+  return np.argsort(rng.random((t, e)), axis=1)[:, :k].astype(np.int32)
+
+
+def _assert_is_oracle(idx, e, mask=None, capacity=None):
+  p = _sort(idx, e, mask, capacity)
+  expected = oracle.sort_by_expert(idx, e, mask, capacity)
+  np.testing.assert_array_equal(p.permutation, expected[0])
+  np.testing.assert_array_equal(p.inverse_permutation, expected[1])
+  np.testing.assert_array_equal(p.group_sizes, expected[2])
+  assert all(x.dtype == jnp.int32 for x in jax.tree.leaves(p))
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+def test_sort_is_the_oracle(shape):
+  t, e, k = shape
+  mask = np.random.default_rng(1).random(t) < 0.6
+  _assert_is_oracle(_choices(t, e, k), e)
+  _assert_is_oracle(_choices(t, e, k), e, mask)
+  _assert_is_oracle(_choices(t, e, k), e, mask, capacity=2)
+
+
+def test_every_token_on_the_same_experts():
+  idx = np.tile(np.array([[3, 1]], np.int32), (50, 1))
+  _assert_is_oracle(idx, 4)
+  _assert_is_oracle(idx, 4, capacity=7)
+  _assert_is_oracle(idx, 4, mask=np.zeros(50, bool))
+
+
+def test_capacity_keeps_the_first_tokens():
+  idx = np.array([[0], [0], [1], [0]], np.int32)
+  p = _sort(idx, 2, None, 2)
+  np.testing.assert_array_equal(p.permutation, [0, 1, 2, 3])
+  np.testing.assert_array_equal(p.group_sizes, [2, 1])
+
+
+@pytest.mark.parametrize("n", (0, 1, 31, 32, 33, 1000))
+def test_both_algorithms_agree(n):
+  rng = np.random.default_rng(n)
+  key = jnp.asarray(rng.integers(0, 7, n), jnp.int32)
+  load = jnp.bincount(key, length=7)
+  counted = jax.jit(dispatch._counting_sort)(key, load)
+  sorted_ = jax.jit(dispatch._argsort)(key, load)
+  jax.tree.map(np.testing.assert_array_equal, counted, sorted_)
+  expected = np.argsort(np.asarray(key), stable=True)
+  np.testing.assert_array_equal(counted[0], expected)
+
+
+@hypothesis.given(st.data())
+@hypothesis.settings(max_examples=30)
+def test_permutation_is_a_stable_bijection(data):
+  seed = data.draw(st.integers(0, 2**31))
+  rng = np.random.default_rng(seed)
+  idx, mask = _choices(37, 16, 3, seed), rng.random(37) < 0.8
+  p = _sort(idx, 16, mask, None)
+  permutation = np.asarray(p.permutation)
+  np.testing.assert_array_equal(
+    permutation[np.asarray(p.inverse_permutation)], np.arange(37 * 3)
+  )
+  key = np.where(mask[:, None], idx, 16).reshape(-1)[permutation]
+  assert np.all(np.diff(key) >= 0)
+  assert np.all(np.diff(permutation)[np.diff(key) == 0] > 0)
+  assert p.group_sizes.sum() == 3 * mask.sum()
+
+
+def test_shard_map_and_vmap_sort_every_shard():
+  idx = _choices(64, 16, 3)
+  mesh = jax.make_mesh((8,), ("data",))
+  tokens = jax.P("data")
+
+  def permutation(idx):
+    return dispatch.sort_by_expert(idx, 16, capacity=2).permutation
+
+  mapped = jax.jit(
+    jax.shard_map(
+      permutation,
+      mesh=mesh,
+      in_specs=tokens,
+      out_specs=tokens,
+      check_vma=True,
+    )
+  )(idx)
+  batched = jax.jit(jax.vmap(permutation))(idx.reshape(8, 8, 3))
+  for i in range(8):
+    shard = idx[8 * i : 8 * i + 8]
+    expected = oracle.sort_by_expert(shard, 16, capacity=2)[0]
+    np.testing.assert_array_equal(mapped[24 * i : 24 * i + 24], expected)
+    np.testing.assert_array_equal(batched[i], expected)
+
+
+@pytest.mark.parametrize(("platform", "sorts"), (("cpu", 0), ("tpu", 1)))
+def test_the_platform_picks_the_algorithm(platform, sorts):
+  traced = jax.jit(lambda i: dispatch.sort_by_expert(i, 8)).trace(
+    jnp.zeros((4, 2), jnp.int32)
+  )
+  text = traced.lower(lowering_platforms=(platform,)).as_text()
+  assert text.count("stablehlo.sort") == sorts
+
+
+@pytest.mark.parametrize(
+  ("idx", "capacity", "words"),
+  (
+    (np.zeros(3, np.int32), None, ("expert_idx", "(3,)", "[T, K]")),
+    (np.zeros((3, 2), np.float32), None, ("expert_idx", "float32", "integer")),
+    (np.zeros((3, 2), np.int32), 0, ("capacity", "got 0", "Use None")),
+  ),
+)
+def test_errors_name_argument_value_and_fix(idx, capacity, words):
+  with pytest.raises(ValueError) as error:
+    dispatch.sort_by_expert(idx, 8, capacity=capacity)
+  for word in words:
+    assert word in str(error.value)
