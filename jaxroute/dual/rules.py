@@ -167,21 +167,18 @@ def pid(
   schedules.check_rate("integral", integral)
   schedules.check_rate("derivative", derivative)
 
-  def init(bias):
-    return PidState(
-      integral=optax.tree.zeros_like(bias), previous=optax.tree.zeros_like(bias)
-    )
+  def init(params):
+    zeros = optax.tree.zeros_like
+    return PidState(integral=zeros(params), previous=zeros(params))
 
-  def update(violation, state, params=None):
+  def increment(v, total, before):
+    return -(proportional * v + integral * total + derivative * (v - before))
+
+  def update(updates, state, params=None):
     del params
-    total = jax.tree.map(jnp.add, state.integral, violation)
-    updates = jax.tree.map(
-      lambda v, s, p: -(proportional * v + integral * s + derivative * (v - p)),
-      violation,
-      total,
-      state.previous,
-    )
-    return updates, PidState(integral=total, previous=violation)
+    total = jax.tree.map(jnp.add, state.integral, updates)
+    increments = jax.tree.map(increment, updates, total, state.previous)
+    return increments, PidState(integral=total, previous=updates)
 
   return optax.GradientTransformation(init, update)
 

@@ -1,0 +1,37 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The README's snippets run as they are pasted, and say what is true."""
+
+import pathlib
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import jaxroute
+
+_README = pathlib.Path(__file__).parents[1] / "README.md"
+
+
+def _snippets():
+  return re.findall(r"```python\n(.*?)```", _README.read_text(), re.DOTALL)
+
+
+@pytest.mark.implicit_promotion  # a user's session is not strict
+@pytest.mark.parametrize("number", range(len(_snippets())))
+def test_every_snippet_runs(number, capsys):
+  names = {}
+  code = compile(_snippets()[number], f"README snippet {number}", "exec")
+  with jax.numpy_rank_promotion("allow"):
+    exec(code, names)
+  if number == 0:  # its comment: 1.8 at first, below 0.15 at the end
+    assert float(capsys.readouterr().out) < 0.15
+    noise = jax.random.normal(names["key"], (4096, 64))
+    logits = noise + names["skew"][None]
+    first = jaxroute.route(logits, None, names["config"])
+    np.testing.assert_allclose(jaxroute.max_vio(first.load), 1.8, atol=0.15)
+
+
+def test_every_public_name_is_documented():
+  for name in jaxroute.__all__:
+    assert getattr(jaxroute, name).__doc__, name
