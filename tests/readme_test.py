@@ -24,12 +24,12 @@ def test_every_snippet_runs(number, capsys):
   code = compile(_snippets()[number], f"README snippet {number}", "exec")
   with jax.numpy_rank_promotion("allow"):
     exec(code, names)
-  if number == 0:  # its comment: 1.8 at first, below 0.15 at the end
+  if number == 0:  # its comment: 2.2 at first, below 0.15 at the end
     assert float(capsys.readouterr().out) < 0.15
     noise = jax.random.normal(names["key"], (4096, 64))
     logits = noise + names["skew"][None]
     first = jaxroute.route(logits, None, names["config"])
-    np.testing.assert_allclose(jaxroute.max_vio(first.load), 1.8, atol=0.15)
+    np.testing.assert_allclose(jaxroute.max_vio(first.load), 2.2, atol=0.15)
 
 
 def test_every_public_name_is_documented():
