@@ -3,10 +3,16 @@
 
 import os
 
-# Read once, when jax makes its CPU client, so set before jax is imported.
+# Read once, when jax makes its clients, so set before jax is imported.
 os.environ["XLA_FLAGS"] = (
   os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# The TPU compiler works without a TPU, but looks for one unless told not to.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import hypothesis
 import jax
@@ -43,4 +49,7 @@ def pytest_runtest_setup(item):
     if item.get_closest_marker(platform):
       found = {device.platform for device in jax.devices()}
       if platform not in found:
-        pytest.skip(f"needs a {platform.upper()}, found {sorted(found)}")
+        pytest.skip(
+          f"needs a {platform.upper()}, found {sorted(found)}; where there is"
+          " one, set JAX_PLATFORMS to it"
+        )
