@@ -148,8 +148,8 @@ def _counting_sort(key, load):
   rows = jnp.arange(blocks.shape[0])[:, None]
   counts = jnp.zeros((blocks.shape[0], load.shape[0]), jnp.int32)
   counts = counts.at[rows, blocks].add(1, mode="promise_in_bounds")
-  start = jnp.cumsum(load) - load
-  _, ends = jax.lax.scan(lambda end, c: (end + c, end + c), start, counts)
+  ends = jax.lax.associative_scan(jnp.add, counts)
+  ends = ends + (jnp.cumsum(load) - load)[None, :]
   equal = blocks[:, :, None] == blocks[:, None, :]
   not_before = jnp.tril(jnp.ones((1, _BLOCK, _BLOCK), jnp.bool_))
   behind = jnp.sum(equal & not_before, axis=1, dtype=jnp.int32)

@@ -5,8 +5,6 @@ The primal step of auxiliary-loss-free balancing: every token takes the K expert
 with the largest score + bias, and is weighted by the scores alone.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +13,8 @@ from jaxroute import types
 
 # Below the key of every float, -inf included.
 _TAKEN = -(2**31)
+# Above that many rounds one sort is faster, and quicker to compile.
+_MAX_ROUNDS = 16
 _CHUNK = 8
 
 
@@ -106,8 +106,6 @@ def check_inputs(logits, expert_bias, config, token_mask) -> None:
       )
 
 
-# Jitted so that a call outside of jit is one computation, not a hundred.
-@functools.partial(jax.jit, static_argnums=2)
 def _route_xla(logits, expert_bias, config, token_mask):
   selection = scores_lib.selection_scores(logits, expert_bias, config)
   expert_idx, cutoff = _select(selection, config)
@@ -127,10 +125,13 @@ def _select(selection, config):
   keys = jax.lax.optimization_barrier(_to_keys(selection))
   if config.group_top_k < config.num_groups:
     keys = _keep_best_groups(keys, config)
-  _, expert_idx, rest = _largest(keys, config.top_k)
-  if config.top_k == config.num_experts:
-    return expert_idx, jnp.full_like(selection[:, 0], -jnp.inf)
-  return expert_idx, _from_keys(rest)
+  k = config.top_k
+  top, idx = _largest(keys, min(k + 1, config.num_experts))
+  if k < config.num_experts:
+    cutoff = _from_keys(top[:, k])
+  else:
+    cutoff = jnp.full_like(selection[:, 0], -jnp.inf)
+  return idx[:, :k], cutoff
 
 
 def _keep_best_groups(keys, config):
@@ -142,15 +143,14 @@ def _keep_best_groups(keys, config):
     "top2": 2,
     "top_k": config.top_k // config.group_top_k,
   }[config.group_score]
-  tops, _, rest = _largest(grouped, count - 1)
-  best = _from_keys(jnp.concatenate([tops, rest[..., None]], axis=-1))
+  best = _from_keys(_largest(grouped, count)[0])
   group_score = best[..., 0]
   for i in range(1, count):
     group_score = group_score + best[..., i]
   # inf + -inf: a group with an infinite member is the best there is.
   group_score = jnp.where(best[..., 0] == jnp.inf, jnp.inf, group_score)
   score_keys = jax.lax.optimization_barrier(_to_keys(group_score))
-  _, kept, _ = _largest(score_keys, config.group_top_k)
+  _, kept = _largest(score_keys, config.group_top_k)
   keep = jnp.any(kept[..., None] == _iota(config.num_groups, 3), axis=1)
   masked = _to_keys(jnp.float32(-jnp.inf))
   return jnp.where(keep[..., None], grouped, masked).reshape(keys.shape)
@@ -170,12 +170,14 @@ def _from_keys(keys):
 
 
 def _largest(keys, count):
-  """The `count` largest of `[..., n]` keys, their indices, and the next key.
+  """The `count` largest of `[..., n]` keys and their indices, best first.
 
-  One round per result, best first. `heads` holds the largest key left in each
-  chunk, so a round reads n / 8 heads and one chunk instead of n keys. Equal keys
-  come in index order, so those left are the ones after the last result.
+  One round per result. `heads` holds the largest key left in each chunk, so a
+  round reads n / 8 heads and one chunk instead of n keys. Equal keys come in
+  index order, so those left are the ones after the last result.
   """
+  if count > _MAX_ROUNDS:
+    return jax.lax.top_k(keys, count)
   n = keys.shape[-1]
   pad = [(0, 0)] * (keys.ndim - 1) + [(0, -n % _CHUNK)]
   keys = jnp.pad(keys, pad, constant_values=_TAKEN)
@@ -183,29 +185,25 @@ def _largest(keys, count):
   heads = jnp.max(chunks, axis=-1)
   lane = _iota(_CHUNK, keys.ndim)
   chunk_idx = _iota(heads.shape[-1], keys.ndim)
-
-  def round_(carry, _):
-    heads, last, idx = carry
+  last, idx = jnp.iinfo(jnp.int32).max, -1
+  tops, indices = [], []
+  for _ in range(count):
     top = jnp.max(heads, axis=-1, keepdims=True)
     chunk = _first(heads == top)
     row = jnp.take_along_axis(
       chunks, chunk[..., None], axis=-2, mode="promise_in_bounds"
     )[..., 0, :]
-    left = (row < last) | ((row == last) & (chunk * _CHUNK + lane > idx))
+    row_idx = chunk * _CHUNK + lane
+    left = (row < last) | ((row == last) & (row_idx > idx))
     row = jnp.where(left, row, _TAKEN)
     hit = _first(row == top)
     rest = jnp.where(lane == hit, _TAKEN, row)
     rest = jnp.max(rest, axis=-1, keepdims=True)
     heads = jnp.where(chunk_idx == chunk, rest, heads)
-    idx = chunk * _CHUNK + hit
-    return (heads, top, idx), (top[..., 0], idx[..., 0])
-
-  nothing = jnp.full_like(heads[..., :1], jnp.iinfo(jnp.int32).max)
-  (heads, _, _), (tops, idx) = jax.lax.scan(
-    round_, (heads, nothing, nothing), length=count
-  )
-  rest = jnp.max(heads, axis=-1)
-  return jnp.moveaxis(tops, 0, -1), jnp.moveaxis(idx, 0, -1), rest
+    last, idx = top, chunk * _CHUNK + hit
+    tops.append(top)
+    indices.append(idx)
+  return jnp.concatenate(tops, axis=-1), jnp.concatenate(indices, axis=-1)
 
 
 def _first(flags):

@@ -110,4 +110,5 @@ def _sqrt_softplus(x: jax.Array) -> jax.Array:
   # underflow would have an infinite slope, exp(x / 2) has not.
   far = x < -15.0
   near = jnp.sqrt(jax.nn.softplus(jnp.where(far, 0.0, x)))
-  return jnp.where(far, jnp.exp(x / 2), near)
+  # Nor may exp overflow where it is not taken: 0 * inf in the backward pass.
+  return jnp.where(far, jnp.exp(jnp.where(far, x, -15.0) / 2), near)

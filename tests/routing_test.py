@@ -282,7 +282,7 @@ def test_automatic_sharding_changes_nothing():
 def test_shard_map_changes_nothing():
   config = cases.family("deepseek_v3")
   mesh = jax.make_mesh((8,), ("data",))
-  x, mask, _ = _sharded_inputs(mesh)
+  x, mask, sharded = _sharded_inputs(mesh)
   tokens, whole = jax.P("data"), jax.P()
 
   @jax.jit
@@ -299,7 +299,7 @@ def test_shard_map_changes_nothing():
 
   expected = _route(x, _bias(64), config, mask)
   _assert_equal(
-    sharded_route(x, _bias(64), mask),
+    sharded_route(sharded[0], _bias(64), sharded[1]),
     (expected.expert_idx, expected.weights, expected.load),
   )
 

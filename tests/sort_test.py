@@ -99,7 +99,8 @@ def test_shard_map_and_vmap_sort_every_shard():
       out_specs=tokens,
       check_vma=True,
     )
-  )(idx)
+  )(jax.device_put(idx, jax.NamedSharding(mesh, tokens)))
+  mapped = np.asarray(mapped)
   batched = jax.jit(jax.vmap(permutation))(idx.reshape(8, 8, 3))
   for i in range(8):
     shard = idx[8 * i : 8 * i + 8]
