@@ -7,6 +7,7 @@ machine slows all of them. Only the ratios mean anything.
   python benchmarks/cpu.py --section=routing
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,10 +18,13 @@ import numpy as np
 from absl import app, flags
 
 import jaxroute
-from jaxroute import dispatch
+from jaxroute import dispatch, experts
 
 _SECTION = flags.DEFINE_enum(
-  "section", "all", ("routing", "all"), "Which table to print."
+  "section",
+  "all",
+  ("routing", "matmul", "layer", "all"),
+  "Which table to print.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 40, "Timed calls per candidate.")
 
@@ -142,7 +146,121 @@ def check_same_routes(expected, actual) -> None:
     np.testing.assert_allclose(b, a, rtol=tolerance, err_msg=name)
 
 
-SECTIONS = {"routing": routing_section}
+def skewed_group_sizes(n: int, num_experts: int) -> jax.Array:
+  """[E] int32 in sum N, the largest some three times the smallest."""
+  rng = np.random.default_rng(0)
+  share = np.exp(rng.uniform(-0.5, 0.5, size=num_experts))
+  sizes = rng.multinomial(n, share / share.sum())
+  return jnp.asarray(sizes, jnp.int32)
+
+
+def normal(seed: int, *shape: int) -> jax.Array:
+  """Random float32 of variance 1 / 256, small enough for any product here."""
+  return jax.random.normal(jax.random.key(seed), shape) / 16
+
+
+def matmul_section(repeats: int) -> None:
+  """A grouped product of 16,384 rows against one dense product of them all."""
+  n, d, f, e = 16384, 256, 512, 32
+  lhs, rhs, sizes = (
+    normal(0, n, d),
+    normal(1, e, d, f),
+    skewed_group_sizes(n, e),
+  )
+  d_out = normal(2, n, f)
+
+  def dense(lhs, rhs, sizes):
+    del sizes
+    return lhs @ rhs[0]
+
+  functions = {
+    "dense": dense,
+    "jaxroute": experts.grouped_matmul,
+    "ragged_dot": jax.lax.ragged_dot,
+  }
+
+  def with_gradients(f, lhs, rhs, sizes, d_out):
+    out, pull = jax.vjp(lambda lhs, rhs: f(lhs, rhs, sizes), lhs, rhs)
+    return out, pull(d_out)
+
+  forward, both = {}, {}
+  for name, function in functions.items():
+    first = rhs[:1] if name == "dense" else rhs
+    call = jax.jit(function)
+    forward[name] = lambda f=call, w=first: f(lhs, w, sizes)
+    call = jax.jit(functools.partial(with_gradients, function))
+    # Every row by every expert, each way: once is enough to see.
+    if name != "ragged_dot":
+      both[name] = lambda f=call, w=first: f(lhs, w, sizes, d_out)
+  title = f"Grouped matmul, N={n}, D={d}, F={f}, E={e}, skewed groups"
+  print_table(title, interleaved_medians(forward, repeats), "dense")
+  print_table(
+    f"{title}, with gradients", interleaved_medians(both, repeats), "dense"
+  )
+
+
+def layer(x, kernel, params, config):
+  """A sparse SwiGLU layer on `[T, D]`, its router included."""
+  routing = jaxroute.route(x @ kernel, None, config)
+  return experts.moe(x, routing, params)[0]
+
+
+def dense_pair(x, w_in, hidden, w_out):
+  """Two dense products with the FLOPs of the layer's experts, nothing else.
+
+  The second does not wait for the first, nor is anything between them.
+  """
+  return x @ w_in, hidden @ w_out
+
+
+def layer_section(repeats: int) -> None:
+  """A whole layer against the two dense products that its experts cost."""
+  t, d, f, e, k = 4096, 256, 512, 32, 4
+  n = t * k
+  config = jaxroute.RouterConfig(num_experts=e, top_k=k)
+  params = experts.init_expert_params(jax.random.key(0), e, d, f)
+  inputs = {
+    "dense pair": (
+      normal(1, n, d),
+      normal(2, d, 2 * f),
+      normal(3, n, f),
+      normal(4, f, d),
+    ),
+    "jaxroute": (16 * normal(5, t, d), normal(6, d, e), params),
+  }
+  functions = {
+    "dense pair": dense_pair,
+    "jaxroute": functools.partial(layer, config=config),
+  }
+
+  def with_gradients(f, d_out, *args):
+    out, pull = jax.vjp(f, *args)
+    return out, pull(d_out)
+
+  forward, both = {}, {}
+  for name, function in functions.items():
+    args = inputs[name]
+    call = jax.jit(function)
+    forward[name] = lambda f=call, a=args: f(*a)
+    d_out = jax.tree.map(jnp.ones_like, call(*args))
+    call = jax.jit(functools.partial(with_gradients, function))
+    both[name] = lambda f=call, a=args, g=d_out: f(g, *a)
+  title = f"MoE layer, T={t}, D={d}, F={f}, E={e}, K={k}"
+  print_table(
+    f"{title}, forward", interleaved_medians(forward, repeats), "dense pair"
+  )
+  print_table(
+    f"{title}, with gradients",
+    interleaved_medians(both, repeats),
+    "dense pair",
+  )
+
+
+SECTIONS = {
+  "routing": routing_section,
+  "matmul": matmul_section,
+  "layer": layer_section,
+}
 
 
 def main(argv: list[str]) -> None:

@@ -4,7 +4,8 @@
 The N = T * K assignments are put in expert order by one permutation. Those that
 no expert receives (padding, tokens with NaN weights, drops) come last, after the
 first `sum(group_sizes)` rows, so every shape is static and nothing is lost from
-sight: `load - group_sizes` is what was dropped.
+sight: `load - group_sizes` is what was dropped. Dispatch and combine gather by
+the permutation or its inverse, forwards and backwards; neither scatters.
 """
 
 import dataclasses
@@ -261,8 +262,8 @@ def _take(x, idx):
   return x.at[idx].get(mode="promise_in_bounds")
 
 
-# Both gather forwards and backwards: the transpose of a gather is a scatter-add,
-# which is slow and, for want of an order, not reproducible everywhere.
+# The transpose of a gather is a scatter-add: slow, and with atomics not the same
+# in every run. Each assignment has one row, so the inverse is a gather as well.
 
 
 @jax.custom_vjp

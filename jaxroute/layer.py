@@ -86,8 +86,8 @@ def moe(
     partition: how tokens and experts lie on the mesh; None for one device.
 
   Returns:
-    The output, shaped like `x`, and `group_sizes` `[E]` int32: the rows each
-    expert processed.
+    The output, shaped like `x`, 0 for padding and NaN for tokens with NaN
+    weights, and `group_sizes` `[E]` int32: the rows each expert processed.
   """
   tokens = x.reshape(-1, x.shape[-1])
   if dtype is not None:
@@ -108,5 +108,7 @@ def moe(
       tokens, routing, params, partition, capacity=capacity
     )
   if shared is not None:
+    kept = routing.token_mask[:, None]
+    tokens = jnp.where(kept, tokens, jnp.zeros((), tokens.dtype))
     out = out + experts.dense_swiglu(tokens, shared)
   return out.reshape(x.shape), group_sizes

@@ -120,7 +120,7 @@ class MoE(nn.Module):
     Args:
       x: `[..., D]`. The leading axes are flattened into T for routing.
       token_mask: bool, shaped like the leading axes. False marks padding: the
-        routed experts give 0 there and nothing is counted.
+        output is 0 there and nothing is counted.
 
     Returns:
       `[..., D]`, the dtype of the computation, and what the router did.

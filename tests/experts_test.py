@@ -54,6 +54,15 @@ def _einsum_swiglu(x, params, owner):
   return _einsum_matmul(jax.nn.silu(gate) * up, params.w_down, owner)
 
 
+def _gradients(fn):
+  """Gradients of a curved function of `fn`'s result, compiled."""
+
+  def loss(x, weights, third):
+    return jnp.sum(jnp.sin(fn(x, weights, third)))
+
+  return jax.jit(jax.grad(loss, argnums=(0, 1)))
+
+
 def _assert_close(actual, expected, tolerance=2e-6):
   """Equal trees, to a tolerance relative to each array's largest entry."""
   assert jax.tree.structure(actual) == jax.tree.structure(expected)
@@ -125,15 +134,6 @@ def test_few_rows(implementation, n):
   assert ours(lhs, params, sizes).shape == (n, D)
   actual, expected = _gradients(ours), _gradients(_einsum_swiglu)
   _assert_close(actual(lhs, params, sizes), expected(lhs, params, owner))
-
-
-def _gradients(fn):
-  """Gradients of a curved function of `fn`'s result, compiled."""
-
-  def loss(x, weights, third):
-    return jnp.sum(jnp.sin(fn(x, weights, third)))
-
-  return jax.jit(jax.grad(loss, argnums=(0, 1)))
 
 
 GRADIENT_LAYOUTS = ((700, 0, 64, 436), (1, 2, 3, 4), (0, 0, 0, 0))
@@ -337,6 +337,22 @@ def test_masked_and_nan_tokens(implementation):
   np.testing.assert_array_equal(group_sizes, routing.load)
   jax.tree.map(np.testing.assert_array_equal, d_params, clean)
   assert all(jnp.all(jnp.isfinite(w)) for w in jax.tree.leaves(d_params))
+
+
+def test_shards_of_the_experts_sum_to_the_whole():
+  t, k, half = 40, 3, E // 2
+  expert_idx, weights = _choices(1, t, k)
+  x, params = _normal(0, t, D), _params()
+  total = jnp.zeros_like(x)
+  for first in (0, half):
+    local = expert_idx - first
+    local = np.where((local >= 0) & (local < half), local, half)
+    shard = jax.tree.map(lambda w, i=first: w[i : i + half], params)
+    out, group_sizes = _moe(x, _routing(local, weights), shard)
+    assert group_sizes.shape == (half,)
+    total += out
+  whole, _ = _moe(x, _routing(expert_idx, weights), params)
+  _assert_close(total, whole)
 
 
 @both

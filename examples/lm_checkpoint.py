@@ -1,0 +1,168 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Checkpoints of a whole `TrainState`: the last two, each complete or absent."""
+
+import contextlib
+import errno
+import logging
+import os
+import pathlib
+import re
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from lm_config import SetupError
+
+
+class SaveError(OSError):
+  """A save failed, on a full disk say; shown without a traceback."""
+
+
+class Checkpoints:
+  """The checkpoints of one run.
+
+  Args:
+    out: the folder of the run.
+    identity: the settings, JSON-like, that a run can only be resumed with.
+  """
+
+  def __init__(self, out: pathlib.Path, identity: dict[str, Any]):
+    self._out = out
+    self._folder = out.absolute() / "checkpoints"
+    self._identity = identity
+    with saving("preparing the folder of checkpoints", out), _quiet():
+      self._manager = ocp.CheckpointManager(
+        self._folder,
+        options=ocp.CheckpointManagerOptions(
+          max_to_keep=2,
+          # What a killed process was writing.
+          cleanup_tmp_directories=True,
+          enable_async_checkpointing=False,
+        ),
+      )
+
+  @property
+  def last_step(self) -> int:
+    """The step of the newest checkpoint, 0 if there is none."""
+    return self._manager.latest_step() or 0
+
+  def clear(self) -> None:
+    """Deletes all checkpoints."""
+    for step in self._manager.all_steps():
+      self._manager.delete(step)
+
+  def check_settings(self) -> None:
+    """Raises SetupError if the newest checkpoint is of other settings."""
+    if not self.last_step:
+      return
+    with _quiet():
+      restored = self._manager.restore(
+        self.last_step,
+        args=ocp.args.Composite(settings=ocp.args.JsonRestore()),
+      )
+    saved = restored["settings"]
+    differing = [
+      f"--{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} here"
+      for name in sorted(saved.keys() | self._identity.keys())
+      if saved.get(name) != self._identity.get(name)
+    ]
+    if differing:
+      raise SetupError(
+        f"--out={self._out} holds a run with other settings"
+        f" ({'; '.join(differing)}). Choose another --out, or --resume=false to"
+        " delete that run."
+      )
+
+  def restore(self, state: Any) -> Any:
+    """The newest checkpoint, or `state` if there is none.
+
+    Args:
+      state: a `jaxroute.TrainState`; arrays come back placed like its arrays.
+
+    Returns:
+      A `jaxroute.TrainState`.
+    """
+    if not self.last_step:
+      return state
+    abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      state,
+    )
+    with _quiet():
+      restored = self._manager.restore(
+        self.last_step,
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+      )
+    return restored["state"]
+
+  def save(self, step: int, state: Any) -> None:
+    """Saves, and deletes all but the last two.
+
+    Args:
+      step: of the state.
+      state: a `jaxroute.TrainState`.
+
+    Raises:
+      SaveError: if it cannot be written. Earlier checkpoints are as they were.
+    """
+    if step == self.last_step:
+      return
+    try:
+      with saving(f"saving step {step}", self._out), _quiet():
+        self._write(step, state)
+    except BaseException:
+      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+      raise
+
+  def _write(self, step: int, state: Any) -> None:
+    # Found out halfway, a full disk makes the array store print at length.
+    needed = sum(x.nbytes for x in jax.tree.leaves(state)) + 2**16
+    if shutil.disk_usage(self._folder).free < needed:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        settings=ocp.args.JsonSave(self._identity),
+      ),
+    )
+
+
+@contextlib.contextmanager
+def saving(doing: str, out: pathlib.Path) -> Iterator[None]:
+  """Turns what a full or read-only disk raises into a `SaveError`.
+
+  Args:
+    doing: what fails then.
+    out: the folder of the run.
+  """
+  try:
+    yield
+  except SaveError:
+    raise
+  # The array store raises a ValueError that quotes the system's error.
+  except (OSError, ValueError) as error:
+    found = re.search(r"([^:]+) \[os_error_code", str(error))
+    if not isinstance(error, OSError) and not found:
+      raise
+    reason = found[1].strip() if found else getattr(error, "strerror", None)
+    raise SaveError(
+      f"{doing} in --out={out} failed: {reason or error}. Earlier checkpoints"
+      " are intact; put that right (free space, say) and run the same command"
+      " again."
+    ) from error
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Silences the log of the checkpointer, which repeats what it raises."""
+  logger = logging.getLogger("absl")
+  level = logger.level
+  logger.setLevel(logging.CRITICAL)
+  try:
+    yield
+  finally:
+    logger.setLevel(level)

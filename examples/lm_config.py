@@ -1,0 +1,196 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The settings of `train_lm.py`: one dataclass, from which the flags are made."""
+
+import dataclasses
+from typing import Any
+
+import optax
+from absl import flags
+
+import jaxroute
+from jaxroute import dual, types
+
+# Name to (default rate, rate to rule). The rates suit scores in [0, 1].
+RULES = {
+  "none": (0.0, lambda rate: optax.set_to_zero()),
+  "sign": (4e-3, dual.sign),
+  "sign_sqrt": (6e-2, lambda rate: dual.sign(dual.inverse_sqrt(rate))),
+  "sign_inverse": (3e-1, lambda rate: dual.sign(dual.inverse(rate))),
+  "proportional": (8e-3, dual.proportional),
+  "smebu": (8e-3, dual.smebu),
+  "pid": (2e-2, lambda rate: dual.pid(rate, 0.02 * rate)),
+}
+
+
+class SetupError(ValueError):
+  """Something the user has to change; shown without a traceback."""
+
+
+def _flag(default: Any, help_text: str, *, free: bool = False) -> Any:
+  """A field that is also a flag.
+
+  Args:
+    default: value and, by its type, the kind of flag.
+    help_text: what --help prints.
+    free: True if a run may be resumed with another value of it.
+  """
+  return dataclasses.field(
+    default=default, metadata={"help": help_text, "free": free}
+  )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Everything a run depends on; every field is the flag of its name."""
+
+  data: str = _flag(
+    "", "File or folder to train on, as bytes; by default Python's library."
+  )
+  data_bytes: int = _flag(8_000_000, "Read at most so many bytes of --data.")
+  out: str = _flag(
+    "runs/lm", "Folder of checkpoints, metrics and figures.", free=True
+  )
+  steps: int = _flag(600, "Optimizer steps.")
+  batch_size: int = _flag(16, "Sequences per step.")
+  seq_len: int = _flag(128, "Bytes per sequence.")
+  model_size: int = _flag(128, "D, width of the residual stream.")
+  num_layers: int = _flag(4, "Layers: a dense one, then MoE layers.")
+  num_heads: int = _flag(4, "Attention heads.")
+  num_experts: int = _flag(16, "E, routed experts per layer.")
+  top_k: int = _flag(2, "K, routed experts per token.")
+  expert_size: int = _flag(64, "F, hidden width of a routed expert.")
+  shared_size: int = _flag(64, "Hidden width of the shared expert; 0: none.")
+  score_fn: types.ScoreFn = _flag(
+    "sigmoid", "sigmoid, softmax or sqrtsoftplus."
+  )
+  rule: str = _flag("proportional", f"Balancing rule: {', '.join(RULES)}.")
+  rate: float = _flag(-1.0, "Rate of the rule; negative: the rule's default.")
+  learning_rate: float = _flag(3e-3, "Peak of the cosine schedule.")
+  warmup: int = _flag(30, "Steps of linear warm-up before that peak.")
+  weight_decay: float = _flag(0.05, "Decoupled weight decay.")
+  micro_batches: int = _flag(1, "Parts a batch is processed in, in turn.")
+  seed: int = _flag(0, "Of the parameters and of the order of the data.")
+  mesh: str = _flag(
+    "1,1",
+    "DATA,EXPERT: devices the batch and the experts are sharded over.",
+    free=True,
+  )
+  eval_every: int = _flag(150, "Steps between validations.", free=True)
+  eval_batches: int = _flag(48, "Batches of a validation, at most.", free=True)
+  save_every: int = _flag(150, "Steps between checkpoints.", free=True)
+  resume: bool = _flag(
+    True, "Continue the run in --out; false starts it anew.", free=True
+  )
+
+  def __post_init__(self):
+    self._check_ranges()
+    if self.model_size % (2 * self.num_heads):
+      raise SetupError(
+        f"--num_heads={self.num_heads} must divide --model_size="
+        f"{self.model_size} into heads of even width."
+      )
+    if self.rule not in RULES:
+      raise SetupError(
+        f"--rule must be one of {', '.join(RULES)}, got {self.rule!r}."
+      )
+    data, expert = self.mesh_shape
+    if self.batch_size % (self.micro_batches * data):
+      raise SetupError(
+        f"--batch_size={self.batch_size} must be divisible by --micro_batches="
+        f"{self.micro_batches} times the {data} data devices of --mesh."
+      )
+    if self.num_experts % expert:
+      raise SetupError(
+        f"--num_experts={self.num_experts} must be divisible by the {expert}"
+        " expert devices of --mesh."
+      )
+    for make in (lambda: self.router, self.make_rule):
+      try:
+        make()
+      except ValueError as error:
+        # The package names its arguments, which are the flags, in backticks.
+        raise SetupError(
+          str(error).replace("`", "--", 1).replace("`", "", 1)
+        ) from error
+
+  def _check_ranges(self):
+    least_1 = (
+      "data_bytes steps batch_size seq_len model_size num_heads expert_size"
+      " micro_batches eval_every eval_batches save_every"
+    )
+    least_0 = "shared_size warmup weight_decay learning_rate seed"
+    lowest = dict.fromkeys(least_0.split(), 0) | dict.fromkeys(
+      least_1.split(), 1
+    )
+    # The first layer is dense.
+    lowest["num_layers"] = 2
+    for name, low in lowest.items():
+      if not low <= getattr(self, name) < float("inf"):
+        raise SetupError(
+          f"--{name} must be at least {low}, got {getattr(self, name)}."
+        )
+
+  @property
+  def mesh_shape(self) -> tuple[int, int]:
+    """Devices along "data" and "expert"."""
+    parts = self.mesh.split(",")
+    if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
+      raise SetupError(
+        f"--mesh must be DATA,EXPERT, two positive integers, got {self.mesh!r}."
+        " Use --mesh=1,1 for one device."
+      )
+    return int(parts[0]), int(parts[1])
+
+  @property
+  def router(self) -> jaxroute.RouterConfig:
+    """What the routers compute."""
+    return jaxroute.RouterConfig(
+      num_experts=self.num_experts, top_k=self.top_k, score_fn=self.score_fn
+    )
+
+  def make_rule(self) -> optax.GradientTransformation:
+    """The balancing rule."""
+    default, make = RULES[self.rule]
+    return make(default if self.rate < 0 else self.rate)
+
+  def make_optimizer(self) -> optax.GradientTransformation:
+    """AdamW under a cosine schedule with warm-up, gradients clipped to 1."""
+    schedule = optax.warmup_cosine_decay_schedule(
+      init_value=0.0,
+      peak_value=self.learning_rate,
+      warmup_steps=min(self.warmup, self.steps - 1),
+      decay_steps=self.steps,
+      end_value=0.1 * self.learning_rate,
+    )
+    return optax.chain(
+      optax.clip_by_global_norm(1.0),
+      optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay),
+    )
+
+  def identity(self) -> dict[str, Any]:
+    """The settings that a run can only be resumed with."""
+    return {
+      f.name: getattr(self, f.name)
+      for f in dataclasses.fields(self)
+      if not f.metadata["free"]
+    }
+
+
+def define_flags() -> None:
+  """Defines the flag of every field of `Config`."""
+  define: dict[type, Any] = {
+    bool: flags.DEFINE_bool,
+    int: flags.DEFINE_integer,
+    float: flags.DEFINE_float,
+    str: flags.DEFINE_string,
+  }
+  for field in dataclasses.fields(Config):
+    default: Any = field.default
+    define[type(default)](field.name, default, field.metadata["help"])
+
+
+def from_flags() -> Config:
+  """The `Config` of the command line."""
+  names = [field.name for field in dataclasses.fields(Config)]
+  values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+  return Config(**values)

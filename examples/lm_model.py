@@ -1,0 +1,164 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""A decoder-only transformer over bytes, with DeepSeekMoE feed-forward layers.
+
+The first layer's feed-forward is dense; the others have many small routed experts
+and a shared one. B sequences of S bytes make T = B * S tokens for the routers.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from lm_config import Config
+
+import jaxroute
+import jaxroute.linen
+
+_VOCABULARY = 256
+
+
+class Transformer(nn.Module):
+  """Bytes to the logits of the next byte.
+
+  Attributes:
+    config: sizes.
+    partition: how tokens and experts lie on the mesh; None for one device.
+  """
+
+  config: Config
+  partition: jaxroute.Partition | None = None
+
+  @nn.compact
+  def __call__(self, tokens: jax.Array) -> jax.Array:
+    """`[B, S]` integers to `[B, S, 256]` float32."""
+    c = self.config
+    embed = nn.Embed(
+      _VOCABULARY,
+      c.model_size,
+      embedding_init=nn.initializers.normal(c.model_size**-0.5),
+    )
+    x = embed(tokens.astype(jnp.int32))
+    x, _ = Block(c, dense=True, name="dense_layer")(x, None)
+    layers = nn.scan(
+      Block,
+      variable_axes={"params": 0, "expert_bias": 0, "load": 0},
+      split_rngs={"params": True},
+      length=c.num_layers - 1,
+    )
+    x, _ = layers(c, partition=self.partition, name="layers")(x, None)
+    return embed.attend(nn.RMSNorm(name="norm")(x))
+
+
+class Block(nn.Module):
+  """Attention and a feed-forward layer, each normalized, each added to x."""
+
+  config: Config
+  dense: bool = False
+  partition: jaxroute.Partition | None = None
+
+  @nn.compact
+  def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
+    c = self.config
+    x = x + Attention(c.num_heads, name="attention")(nn.RMSNorm()(x))
+    y = nn.RMSNorm()(x)
+    if self.dense:
+      # As wide as what a token meets in the other layers.
+      width = c.top_k * c.expert_size + c.shared_size
+      return x + SwiGLU(width, name="mlp")(y), None
+    y = jaxroute.linen.MoE(
+      c.router,
+      hidden_size=c.expert_size,
+      shared_hidden_size=c.shared_size,
+      partition=self.partition,
+      name="moe",
+    )(y)[0]
+    return x + y, None
+
+
+class Attention(nn.Module):
+  """Causal self-attention with rotary positions."""
+
+  num_heads: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    d = x.shape[-1]
+    shape = (3, self.num_heads, d // self.num_heads)
+    qkv = nn.DenseGeneral(shape, use_bias=False, name="qkv")(x)
+    q, k, v = (qkv[:, :, i] for i in range(3))
+    y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+    return nn.DenseGeneral(d, axis=(-2, -1), use_bias=False, name="out")(y)
+
+
+class SwiGLU(nn.Module):
+  """A dense feed-forward layer."""
+
+  width: int
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    gate = nn.Dense(self.width, use_bias=False, name="gate")(x)
+    up = nn.Dense(self.width, use_bias=False, name="up")(x)
+    hidden = nn.silu(gate) * up
+    return nn.Dense(x.shape[-1], use_bias=False, name="down")(hidden)
+
+
+def rotate(x: jax.Array) -> jax.Array:
+  """Rotary position embedding.
+
+  Args:
+    x: `[B, S, heads, width]`, the width even.
+
+  Returns:
+    `x` with pairs of channels rotated by angles that grow with the position.
+
+  References:
+    Su et al., 2021, https://arxiv.org/abs/2104.09864.
+  """
+  _, s, _, width = x.shape
+  frequency = 10_000.0 ** -jnp.linspace(0.0, 1.0, width // 2, endpoint=False)
+  angle = jnp.outer(jnp.arange(s, dtype=jnp.float32), frequency)
+  sin, cos = (f(angle)[None, :, None] for f in (jnp.sin, jnp.cos))
+  a, b = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+
+
+def make_loss_fn(model: Transformer):
+  """The `loss_fn` of `jaxroute.train_step`: mean cross-entropy in nats."""
+
+  def loss_fn(params: Any, expert_bias: Any, batch: jax.Array):
+    logits, counted = model.apply(
+      {"params": params, "expert_bias": expert_bias},
+      batch[:, :-1],
+      mutable=["load"],
+    )
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch[:, 1:].astype(jnp.int32)
+    )
+    loss = jnp.mean(losses)
+    return loss, (counted["load"], {"bits_per_byte": loss / jnp.log(2.0)})
+
+  return loss_fn
+
+
+def shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
+  """Where a state lies: expert parameters over "expert", all else everywhere.
+
+  Args:
+    state: a `jaxroute.TrainState`, or its shapes; the optimizer's moments are
+      named like the parameters they belong to.
+    mesh: with the axis "expert".
+
+  Returns:
+    A tree of `NamedSharding`, shaped like `state`.
+  """
+
+  def sharding(path, x):
+    if getattr(path[-1], "key", None) in ("w_gate", "w_up", "w_down"):
+      # Before [E, D, F] comes the axis of the scan over layers.
+      return jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 3), "expert"))
+    return jax.NamedSharding(mesh, jax.P())
+
+  return jax.tree_util.tree_map_with_path(sharding, state)

@@ -1,0 +1,248 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""What a run leaves behind: metrics.jsonl, TensorBoard, a table and figures.
+
+A row of metrics.jsonl is a training step or a validation. All of it but the field
+"seconds" is a function of the settings, resumed or not.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import statistics
+import sys
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tensorboardX
+import tqdm
+from lm_config import Config
+
+from jaxroute import metrics, plot
+
+_ARRAYS = ("load", "expert_bias")
+
+
+class MetricsLog:
+  """Appends rows to metrics.jsonl and TensorBoard, and shows progress.
+
+  Args:
+    config: the settings.
+    last_step: rows of later steps, and torn ones, are cut off first.
+  """
+
+  def __init__(self, config: Config, last_step: int):
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "metrics.jsonl"
+    self.rows = _read_rows(path, last_step)
+    self._file = path.open("a")
+    self._board = tensorboardX.SummaryWriter(
+      str(out / "tensorboard"), purge_step=last_step + 1
+    )
+    self._progress = Progress(config, last_step)
+    self._pending = None
+    self._clock = None
+
+  def add_step(self, step: int, report: dict[str, Any]) -> None:
+    """Adds a training step, which may still be running; settles the last one.
+
+    So the device always has its next step before the last one is waited for.
+    """
+    self.settle()
+    self._pending = step, report
+
+  def settle(self) -> None:
+    """Waits for the step that was added last, and writes its row."""
+    if self._pending is None:
+      return
+    step, report = self._pending
+    self._pending = None
+    report = jax.device_get(report)
+    before, self._clock = self._clock, time.perf_counter()
+    row = train_row(step, report, before and self._clock - before)
+    self._write(row)
+    self._progress.show(row)
+
+  def add(self, row: dict[str, Any]) -> None:
+    """Adds a row; `kind` and `step` of it are required."""
+    self.settle()
+    self._write(row)
+    self.restart_clock()
+
+  def sync(self) -> None:
+    """Returns when everything added is on the disk."""
+    self.settle()
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._board.flush()
+
+  def restart_clock(self) -> None:
+    """Leaves what was done since the last step out of the next one's time."""
+    self._clock = time.perf_counter()
+
+  def close(self) -> None:
+    """Closes the files; what a full disk refuses now was reported before."""
+    self._progress.close()
+    for part in (self._file, self._board):
+      with contextlib.suppress(OSError):
+        part.close()
+
+  def _write(self, row: dict[str, Any]) -> None:
+    self.rows.append(row)
+    self._file.write(json.dumps(row) + "\n")
+    for name, value in row.items():
+      if isinstance(value, (int, float)) and name != "step":
+        self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+
+def _read_rows(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
+  """The rows up to a step; the file is cut after them."""
+  if not path.exists():
+    return []
+  rows, length = [], 0
+  with path.open("r+b") as file:
+    for line in file:
+      if not line.endswith(b"\n"):
+        break
+      row = json.loads(line)
+      if row["step"] > last_step:
+        break
+      rows.append(row)
+      length += len(line)
+    file.truncate(length)
+  return rows
+
+
+def train_row(
+  step: int, report: dict[str, Any], seconds: float | None
+) -> dict[str, Any]:
+  """A training step as a row: scalars, and `[Lyr, E]` loads and biases."""
+  row: dict[str, Any] = {"kind": "train", "step": step}
+  row |= {
+    k: np.asarray(v).item() for k, v in report.items() if k not in _ARRAYS
+  }
+  row |= {k: per_layer(report[k]).tolist() for k in _ARRAYS}
+  return row | {"seconds": seconds}
+
+
+def validation_row(step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
+  """Batches of a validation as one row, their loads summed."""
+  load = np.sum([per_layer(r["load"]) for r in reports], axis=0, dtype=np.int32)
+  violations = np.asarray(metrics.max_vio(jnp.asarray(load)))
+  return {
+    "kind": "validation",
+    "step": step,
+    "bits_per_byte": float(np.mean([r["bits_per_byte"] for r in reports])),
+    "max_vio_global": float(np.mean(violations)),
+    "dead_experts": int(np.sum(load == 0)),
+    "load": load.tolist(),
+  }
+
+
+def per_layer(collection: Any) -> np.ndarray:
+  """The `[Lyr, E]` array of a collection with one scanned router."""
+  while isinstance(collection, dict):
+    (collection,) = collection.values()
+  return np.asarray(collection)
+
+
+def summarize(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
+  """The numbers of the table at the end.
+
+  Args:
+    rows: of metrics.jsonl.
+    tokens: per step.
+
+  Returns:
+    A dict of numbers, to be written as JSON; times are of this machine.
+  """
+  train = [r for r in rows if r["kind"] == "train"]
+  last = [r for r in rows if r["kind"] == "validation"][-1]
+  late = [r["max_vio"] for r in train[-max(1, len(train) // 4) :]]
+  times = [r["seconds"] for r in train if r["seconds"]]
+  seconds = statistics.median(times) if times else float("nan")
+  return {
+    "steps": train[-1]["step"],
+    "validation_bits_per_byte": last["bits_per_byte"],
+    "max_vio_global": last["max_vio_global"],
+    "max_vio_batch_mean": statistics.fmean(late),
+    "max_vio_batch_worst": max(late),
+    "dead_experts": last["dead_experts"],
+    "skipped_steps": sum(r["skipped"] for r in train),
+    "step_seconds": seconds,
+    "tokens_per_second": tokens / seconds,
+  }
+
+
+def table(summary: dict[str, Any]) -> str:
+  """The summary, for people."""
+  s = summary
+  lines = (
+    ("validation bits per byte", f"{s['validation_bits_per_byte']:.3f}"),
+    ("MaxVio_global, validation", f"{s['max_vio_global']:.3f}"),
+    ("MaxVio_batch, last quarter, mean", f"{s['max_vio_batch_mean']:.3f}"),
+    ("MaxVio_batch, last quarter, worst", f"{s['max_vio_batch_worst']:.3f}"),
+    ("dead experts, validation", f"{s['dead_experts']}"),
+    ("skipped steps", f"{s['skipped_steps']} of {s['steps']}"),
+    ("step time, median", f"{s['step_seconds'] * 1e3:.0f} ms"),
+    ("training speed", f"{s['tokens_per_second']:,.0f} tokens/s"),
+  )
+  return "\n".join(f"  {name:36s}{value:>16s}" for name, value in lines)
+
+
+def write_figures(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
+  """Writes loads.png, max_vio.png, bias.png and loss.png."""
+  train = [r for r in rows if r["kind"] == "train"]
+  validation = [r for r in rows if r["kind"] == "validation"]
+  steps, load, bias, loss = (
+    np.array([r[k] for r in train])
+    for k in ("step", "load", "expert_bias", "bits_per_byte")
+  )
+  held_out = (
+    np.array([r["step"] for r in validation]),
+    np.array([r["bits_per_byte"] for r in validation]),
+  )
+  figures = {
+    "loads": plot.load_heatmap(steps, load),
+    "max_vio": plot.max_vio_curves(steps, load),
+    "bias": plot.bias_curves(steps, bias),
+    "loss": plot.curves(
+      {"training batch": (steps, loss), "validation": held_out},
+      xlabel="training step",
+      ylabel="bits per byte",
+    ),
+  }
+  for name, figure in figures.items():
+    figure.savefig(out / f"{name}.png", dpi=110)
+
+
+class Progress:
+  """A bar on a terminal; elsewhere a line for every tenth of the steps."""
+
+  def __init__(self, config: Config, last_step: int):
+    self._steps = config.steps
+    self._tokens = config.batch_size * config.seq_len
+    self._bar = None
+    if sys.stderr.isatty():
+      self._bar = tqdm.tqdm(total=self._steps, initial=last_step, unit="step")
+
+  def show(self, row: dict[str, Any]) -> None:
+    """Shows a training row."""
+    speed = self._tokens / row["seconds"] if row["seconds"] else 0
+    text = (
+      f"{row['bits_per_byte']:.3f} bits/byte, MaxVio {row['max_vio']:.2f},"
+      f" {speed:,.0f} tokens/s"
+    )
+    if self._bar is not None:
+      self._bar.set_postfix_str(text, refresh=False)
+      self._bar.update()
+    elif row["step"] % max(1, self._steps // 10) == 0:
+      print(f"step {row['step']}/{self._steps}: {text}", flush=True)
+
+  def close(self) -> None:
+    if self._bar is not None:
+      self._bar.close()

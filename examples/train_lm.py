@@ -1,0 +1,250 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Trains a byte-level language model with balanced Mixture-of-Experts layers.
+
+By default on the source of Python's own library, on whatever device JAX finds; on
+two CPU cores it takes about three minutes. In --out it leaves checkpoints, from
+which the same command continues, bit for bit; metrics.jsonl and TensorBoard
+events; summary.json and figures.
+
+  python examples/train_lm.py --rule=none --out=runs/unbalanced
+
+Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint; the exit
+code is then 130 or 143. A second one ends it at once. An impossible setting or an
+unusable file exits with 2, a failed save with 1.
+"""
+
+import contextlib
+import functools
+import json
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
+
+import jax
+import jax.numpy as jnp
+import lm_checkpoint
+import lm_config
+import lm_data
+import lm_model
+import lm_report
+import numpy as np
+from absl import app, flags, logging
+
+import jaxroute
+import jaxroute.linen
+
+
+class Interrupted(Exception):
+  """The run was asked to stop, and has saved its state."""
+
+  def __init__(self, number: int, step: int, out: pathlib.Path):
+    name = signal.Signals(number).name
+    super().__init__(f"{name}: saved after step {step} in --out={out}")
+    self.exit_code = 128 + number
+
+
+class Trainer:
+  """The compiled steps of a run and where their operands lie.
+
+  Args:
+    config: the settings.
+    mesh: with the axes "data" and "expert", or None for one device.
+  """
+
+  def __init__(self, config: lm_config.Config, mesh: jax.sharding.Mesh | None):
+    self._config = config
+    self._mesh = mesh
+    partition = None
+    if mesh is not None:
+      partition = jaxroute.Partition(token_axes=("data",), expert_axis="expert")
+    self._model = lm_model.Transformer(config, partition)
+    self._rule, self._optimizer = config.make_rule(), config.make_optimizer()
+    loss_fn = lm_model.make_loss_fn(self._model)
+    self._train_step = functools.partial(
+      jaxroute.train_step,
+      loss_fn=loss_fn,
+      optimizer=self._optimizer,
+      rule=self._rule,
+      micro_batches=config.micro_batches,
+    )
+    out = None if mesh is None else (self._shardings(mesh), None)
+    self.step = jax.jit(self._step, donate_argnums=0, out_shardings=out)
+    self.evaluate = jax.jit(
+      functools.partial(jaxroute.eval_step, loss_fn=loss_fn)
+    )
+
+  def init(self) -> jaxroute.TrainState:
+    """The state at step 0."""
+    out = None if self._mesh is None else self._shardings(self._mesh)
+    return jax.jit(self._init, out_shardings=out)()
+
+  def place(self, batch: np.ndarray) -> jax.Array:
+    """A batch on the devices."""
+    if self._mesh is None:
+      return jnp.asarray(batch)
+    return jax.device_put(batch, jax.NamedSharding(self._mesh, jax.P("data")))
+
+  def _init(self):
+    c = self._config
+    variables = self._model.init(
+      jax.random.key(c.seed), jnp.zeros((c.batch_size, c.seq_len), jnp.int32)
+    )
+    router = jaxroute.linen.init_router_state(variables, self._rule)
+    return jaxroute.init_train_state(
+      variables["params"], router, self._optimizer
+    )
+
+  def _step(self, state, batch):
+    state, report = self._train_step(state, batch)
+    return state, report | {"expert_bias": state.router.expert_bias}
+
+  def _shardings(self, mesh):
+    return lm_model.shardings(jax.eval_shape(self._init), mesh)
+
+
+def train(config: lm_config.Config) -> dict[str, Any]:
+  """Trains, or finishes a run that was stopped.
+
+  Args:
+    config: the settings.
+
+  Returns:
+    The summary, as written to summary.json.
+
+  Raises:
+    SetupError: if a setting, the corpus or the checkpoint does not fit.
+    SaveError: if a checkpoint or the metrics cannot be written.
+    Interrupted: after SIGINT or SIGTERM.
+  """
+  out = pathlib.Path(config.out)
+  corpus = lm_data.load(config)
+  print(corpus.description)
+  identity = config.identity() | {"data": corpus.sha256}
+  with _mesh(config) as mesh, _stop_signal() as stop:
+    checkpoints = lm_checkpoint.Checkpoints(out, identity)
+    if config.resume:
+      checkpoints.check_settings()
+    else:
+      checkpoints.clear()
+    trainer = Trainer(config, mesh)
+    state = checkpoints.restore(trainer.init())
+    with lm_checkpoint.saving("opening metrics", out):
+      log = lm_report.MetricsLog(config, checkpoints.last_step)
+    with contextlib.closing(log):
+      _loop(config, corpus, trainer, state, checkpoints, log, stop)
+  summary = lm_report.summarize(log.rows, config.batch_size * config.seq_len)
+  with lm_checkpoint.saving("writing figures", out):
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    lm_report.write_figures(log.rows, out)
+  return summary
+
+
+def _loop(config, corpus, trainer, state, checkpoints, log, stop) -> None:
+  """Steps, validations and saves from the last checkpoint to the end."""
+  out = pathlib.Path(config.out)
+  place, validation = trainer.place, corpus.validation_batches(config)
+  for step in range(checkpoints.last_step + 1, config.steps + 1):
+    state, report = trainer.step(state, place(corpus.batch(config, step)))
+    is_last = step == config.steps
+    with lm_checkpoint.saving("writing metrics", out):
+      log.add_step(step, report)
+      if is_last or step % config.eval_every == 0:
+        log.settle()
+        reports = [trainer.evaluate(state, b) for b in map(place, validation)]
+        log.add(lm_report.validation_row(step, jax.device_get(reports)))
+      if is_last or step % config.save_every == 0 or stop.number:
+        log.sync()
+        checkpoints.save(step, state)
+        log.restart_clock()
+    if stop.number and not is_last:
+      raise Interrupted(stop.number, step, out)
+
+
+@contextlib.contextmanager
+def _mesh(config: lm_config.Config) -> Iterator[jax.sharding.Mesh | None]:
+  """Puts the mesh of --mesh in force; None for one device."""
+  shape = config.mesh_shape
+  count = shape[0] * shape[1]
+  if count > jax.device_count():
+    raise lm_config.SetupError(
+      f"--mesh={config.mesh} needs {count} devices, found {jax.device_count()}."
+      " On CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
+      f"{count} to try it."
+    )
+  if count == 1:
+    yield None
+    return
+  mesh = jax.make_mesh(
+    shape,
+    ("data", "expert"),
+    axis_types=(jax.sharding.AxisType.Auto,) * 2,
+    devices=jax.devices()[:count],
+  )
+  with jax.set_mesh(mesh):
+    yield mesh
+
+
+class _Stop:
+  """The signal that asked for a stop, 0 so far."""
+
+  number = 0
+
+
+@contextlib.contextmanager
+def _stop_signal() -> Iterator[_Stop]:
+  """Notes the first SIGINT or SIGTERM; the second acts as by default."""
+  stop = _Stop()
+  default = {
+    signal.SIGINT: signal.default_int_handler,
+    signal.SIGTERM: signal.SIG_DFL,
+  }
+
+  def note(number, frame):
+    del frame
+    stop.number = number
+    for each, handler in default.items():
+      signal.signal(each, handler)
+
+  if threading.current_thread() is not threading.main_thread():
+    yield stop
+    return
+  before = {number: signal.signal(number, note) for number in default}
+  try:
+    yield stop
+  finally:
+    for number, handler in before.items():
+      signal.signal(number, handler)
+
+
+def main(argv: Sequence[str]) -> None:
+  if len(argv) > 1:
+    raise app.UsageError(f"expected flags only, got {argv[1:]}.")
+  # Informational lines of JAX and Orbax would break the bar.
+  logging.set_verbosity(logging.WARNING)
+  try:
+    config = lm_config.from_flags()
+    summary = train(config)
+  except lm_config.SetupError as error:
+    _exit(2, str(error))
+  except lm_checkpoint.SaveError as error:
+    _exit(1, str(error))
+  except Interrupted as error:
+    _exit(error.exit_code, f"{error}; the same command continues from there.")
+  except KeyboardInterrupt:
+    _exit(128 + signal.SIGINT, "aborted; the last checkpoint is intact.")
+  print(lm_report.table(summary))
+  print(f"Figures, metrics and checkpoints: {config.out}")
+
+
+def _exit(code: int, message: str) -> NoReturn:
+  print(f"train_lm.py: {message}", file=sys.stderr)
+  sys.exit(code)
+
+
+if __name__ == "__main__":
+  lm_config.define_flags()
+  flags.adopt_module_key_flags(lm_config)
+  app.run(main)
