@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 
-def check_rate(name: str, rate: jax.typing.ArrayLike) -> None:
+def check_rate(name: str, rate: float | jax.Array) -> None:
   """Raises ValueError unless `rate` is a finite number of at least 0."""
   if not 0 <= rate < float("inf"):
     raise ValueError(
