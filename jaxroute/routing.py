@@ -2,14 +2,19 @@
 """Top-k routing with a selection bias: the one entry, and its XLA implementation.
 
 The primal step of auxiliary-loss-free balancing: every token takes the K experts
-with the largest score + bias, and is weighted by the scores alone.
+with the largest score + bias, and is weighted by the scores alone. A kernel does
+the forward pass only: the gradient of its weights is that of the XLA version for
+the experts it chose.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
+from jaxroute import dispatch, types
 from jaxroute import scores as scores_lib
-from jaxroute import types
+from jaxroute.kernels import route_tpu
 
 # Below the key of every float, -inf included.
 _TAKEN = -(2**31)
@@ -38,7 +43,10 @@ def route(
     expert_bias: `[E]` float32. The dual variable, or None for no bias.
     config: what to compute; static.
     token_mask: `[T]` bool. False marks padding: weight 0, not counted.
-    implementation: "xla", "tpu", "gpu", or None for the best one here.
+    implementation: "xla", "tpu", "gpu", or None for the best one here. "tpu" is
+      a Pallas kernel, which XLA does not partition: call it on one device, under
+      explicit sharding, or inside `jax.shard_map`. None takes it there, if JAX
+      runs on TPU and the kernel knows `config`, and "xla" elsewhere.
 
   Returns:
     A `Routing`; on T = 0 its arrays are empty and `load` is zero.
@@ -66,12 +74,20 @@ def route(
       "`implementation` must be None, 'xla', 'tpu' or 'gpu', got"
       f" {implementation!r}."
     )
-  if implementation in ("tpu", "gpu"):
+  if implementation == "gpu":
     raise NotImplementedError(
-      f"there is no {implementation!r} routing kernel in this version; use"
+      "there is no 'gpu' routing kernel in this version; use"
       " `implementation=None` or 'xla', which runs on every platform."
     )
+  if implementation == "tpu" and (reason := route_tpu.unsupported(config)):
+    raise NotImplementedError(
+      f"{reason}; use `implementation=None` or 'xla', which takes any."
+    )
+  if implementation is None and _tpu_kernel_fits(config):
+    implementation = "tpu"
   with jax.named_scope("jaxroute.route"):
+    if implementation == "tpu":
+      return _route_tpu(logits, expert_bias, config, token_mask)
     return _route_xla(logits, expert_bias, config, token_mask)
 
 
@@ -117,6 +133,78 @@ def _route_xla(logits, expert_bias, config, token_mask):
     cutoff=cutoff,
     token_mask=token_mask,
   )
+
+
+def _tpu_kernel_fits(config):
+  """Whether the kernel can and may run: a mesh with no axis left to XLA."""
+  if jax.default_backend() != "tpu" or route_tpu.unsupported(config):
+    return False
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.device_count() == 1
+  return jax.sharding.AxisType.Auto not in mesh.axis_types
+
+
+def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
+  """As `_route_xla`, by the kernel; under explicit sharding shard by shard."""
+  call = functools.partial(_tpu_kernel, config, interpret)
+  if expert_bias is not None:
+    expert_bias = jax.lax.stop_gradient(expert_bias)
+  sharding = jax.typeof(logits).sharding
+  if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
+    axes, whole = sharding.spec[0], jax.P()
+    tokens = jax.P(axes)
+
+    def local(logits, expert_bias, token_mask):
+      operands = dispatch.vary_alike((logits, expert_bias, token_mask))
+      idx, weights, load, cutoff = _tpu_kernel(config, interpret, *operands)
+      load = load if axes is None else jax.lax.psum(load, axes)
+      return idx, weights, load, cutoff
+
+    call = jax.shard_map(
+      local,
+      in_specs=(tokens, whole, tokens),
+      out_specs=(tokens, tokens, whole, tokens),
+      # The interpreter mixes varying and other values itself.
+      check_vma=not interpret,
+    )
+  operands = dispatch.vary_alike((logits, expert_bias, token_mask))
+  idx, weights, load, cutoff = call(*operands)
+  valid = ~jnp.any(jnp.isnan(weights), axis=1)
+  return types.Routing(
+    expert_idx=idx,
+    weights=weights,
+    load=load,
+    cutoff=cutoff,
+    token_mask=valid if token_mask is None else token_mask & valid,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _tpu_kernel(config, interpret, logits, expert_bias, token_mask):
+  return route_tpu.route(
+    logits, expert_bias, token_mask, config=config, interpret=interpret
+  )
+
+
+def _tpu_kernel_fwd(config, interpret, logits, expert_bias, token_mask):
+  out = _tpu_kernel(config, interpret, logits, expert_bias, token_mask)
+  return out, (logits, out[0], expert_bias, token_mask)
+
+
+def _tpu_kernel_bwd(config, interpret, residuals, d_out):
+  del interpret
+  logits, expert_idx, expert_bias, token_mask = residuals
+
+  def weights(logits):
+    return _weigh(logits, expert_idx, config, token_mask, _choose_densely)[0]
+
+  (d_logits,) = jax.vjp(weights, logits)[1](d_out[1])
+  d_bias = None if expert_bias is None else jnp.zeros_like(expert_bias)
+  return d_logits, d_bias, None
+
+
+_tpu_kernel.defvjp(_tpu_kernel_fwd, _tpu_kernel_bwd)
 
 
 def _select(selection, config):
@@ -219,16 +307,42 @@ def _iota(n, ndim):
   return jnp.arange(n, dtype=jnp.int32).reshape((1,) * (ndim - 1) + (n,))
 
 
-def _weigh(logits, expert_idx, config, token_mask):
+def _choose(x, expert_idx):
+  return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
+
+
+@jax.custom_vjp
+def _choose_densely(x, expert_idx):
+  """`_choose`, with a gradient of comparisons: TPUs are slow to scatter."""
+  return _choose(x, expert_idx)
+
+
+def _choose_densely_fwd(x, expert_idx):
+  return _choose(x, expert_idx), (expert_idx, x[:0])
+
+
+def _choose_densely_bwd(residuals, d_out):
+  expert_idx, like = residuals
+  expert = _iota(like.shape[1], 2)
+  d_x = jnp.zeros((d_out.shape[0], like.shape[1]), d_out.dtype)
+  for k in range(d_out.shape[1]):
+    d_x += jnp.where(expert_idx[:, k, None] == expert, d_out[:, k, None], 0)
+  return d_x, None
+
+
+_choose_densely.defvjp(_choose_densely_fwd, _choose_densely_bwd)
+
+
+def _weigh(logits, expert_idx, config, token_mask, choose=_choose):
   """Weights of the chosen experts, and the mask less the NaN tokens."""
   if token_mask is not None:
     # Before the scores, not after: 0 * NaN in the backward pass is NaN.
     logits = jnp.where(token_mask[:, None], logits, 0.0)
   logits = scores_lib.prepare_logits(logits, config)
   if config.score_fn == "softmax" and not config.score_after_top_k:
-    weights = _choose(scores_lib.score(logits, config.score_fn), expert_idx)
+    weights = choose(scores_lib.score(logits, config.score_fn), expert_idx)
   else:
-    weights = scores_lib.score(_choose(logits, expert_idx), config.score_fn)
+    weights = scores_lib.score(choose(logits, expert_idx), config.score_fn)
   if config.normalize_weights:
     # By a power of two, so exactly: the backward pass squares the divisor, and
     # the square of a `norm_eps` of 1e-20 would be zero.
@@ -242,10 +356,6 @@ def _weigh(logits, expert_idx, config, token_mask):
   weights = jnp.where(is_nan[:, None], jnp.nan, weights)
   weights = jnp.where(token_mask[:, None], weights, 0.0)
   return weights, token_mask & ~is_nan
-
-
-def _choose(x, expert_idx):
-  return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
 
 
 def _count(expert_idx, token_mask, num_experts):

@@ -4,11 +4,11 @@
 import functools
 
 import cases
+import conformance
 import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
-import oracle
 import pytest
 from hypothesis import strategies as st
 
@@ -16,12 +16,7 @@ import jaxroute
 from jaxroute import dispatch, scores
 
 _route = jax.jit(jaxroute.route, static_argnames=("config", "implementation"))
-_selection = jax.jit(scores.selection_scores, static_argnames="config")
-
-
-def _bias(num_experts, seed=1):
-  rng = np.random.default_rng(seed)
-  return (rng.normal(size=num_experts) * 0.1).astype(np.float32)
+_bias = conformance.bias
 
 
 def _config(num_experts=8, top_k=2, **kwargs):
@@ -32,26 +27,7 @@ def _assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def _assert_is_oracle(logits, bias, config, token_mask=None):
-  """Ids and cutoff for the very selection scores, all else for those ids."""
-  r = _route(logits, bias, config, token_mask)
-  selection = np.asarray(_selection(logits, bias, config))
-  ids, cutoff = oracle.select(selection, config)
-  np.testing.assert_array_equal(r.expert_idx, ids)
-  np.testing.assert_array_equal(r.cutoff, cutoff)
-  _, weights, load, _, mask = oracle.route(
-    logits, bias, config, token_mask, expert_idx=ids
-  )
-  np.testing.assert_allclose(r.weights, weights, rtol=2e-5, atol=1e-6)
-  np.testing.assert_array_equal(r.load, load)
-  np.testing.assert_array_equal(r.token_mask, mask)
-  assert [x.dtype for x in jax.tree.leaves(r)] == [
-    jnp.int32,
-    jnp.float32,
-    jnp.int32,
-    jnp.float32,
-    jnp.bool_,
-  ]
+_assert_is_oracle = functools.partial(conformance.assert_is_oracle, _route)
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)

@@ -1,10 +1,14 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The layer compiled for TPU slices that are not here, by the real TPU compiler."""
+"""The layer and the kernel compiled for TPUs that are not here, by their compiler."""
+
+import functools
+import json
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_cycles
 from jax.experimental import topologies
 
 import jaxroute
@@ -21,12 +25,18 @@ PARTITION = jaxroute.Partition(
 )
 
 
-def _step(x, kernel, params, state):
+def _step(implementation, x, kernel, params, state):
   """Forward, backward and the dual step of one expert-parallel layer."""
   rule = dual.sign(1e-3)
 
   def loss(kernel, params):
-    routing, _ = layer.router(x, kernel, state.expert_bias[0], CONFIG)
+    routing, _ = layer.router(
+      x,
+      kernel,
+      state.expert_bias[0],
+      CONFIG,
+      implementation=implementation,
+    )
     y, _ = layer.moe(x, routing, params, config=CONFIG, partition=PARTITION)
     return jnp.sum(y.astype(jnp.float32) ** 2), routing
 
@@ -34,8 +44,9 @@ def _step(x, kernel, params, state):
   return grads, jaxroute.update(jaxroute.accumulate(state, routing), rule)
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_the_expert_parallel_layer_compiles(topology):
+def test_the_expert_parallel_layer_compiles(topology, implementation):
   devices = topologies.get_topology_desc(
     platform="tpu", topology_name=topology
   ).devices
@@ -60,7 +71,7 @@ def test_the_expert_parallel_layer_compiles(topology):
   )
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = (
-      jax.jit(_step)
+      jax.jit(functools.partial(_step, implementation))
       .trace(
         like((T, D), jnp.bfloat16, ("data", "expert")),
         like((D, E), jnp.float32),
@@ -74,3 +85,65 @@ def test_the_expert_parallel_layer_compiles(topology):
   # The parameters' shard and its gradient are there, the whole array is not.
   shard = 3 * E * D * F * 4 // 2
   assert shard < memory.argument_size_in_bytes < 1.2 * shard + 2 * T * D
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "v7x"])
+def test_the_kernel_compiles(generation):
+  for case, (t, *_) in tpu_cycles.CASES.items():
+    if t > 8192:
+      continue  # the same kernel on a longer grid
+    compiled = tpu_cycles.compile_for(generation, case, "jaxroute")
+    assert "tpu_custom_call" in compiled.as_text(), case
+
+
+def test_the_kernel_and_its_gradient_compile_inside_shard_map():
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name="v6e:2x2"
+  ).devices
+  mesh = jax.sharding.Mesh(np.array(devices), ("data",))
+  tokens, whole = jax.P("data"), jax.P()
+
+  def like(shape, dtype, spec):
+    sharding = jax.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+
+  def local(logits, bias, mask):
+    def loss(logits):
+      r = jaxroute.route(logits, bias, CONFIG, mask, implementation="tpu")
+      return jnp.sum(r.weights**2), jax.lax.psum(r.load, "data")
+
+    return jax.grad(loss, has_aux=True)(logits)
+
+  sharded = jax.shard_map(
+    local,
+    mesh=mesh,
+    in_specs=(tokens, whole, tokens),
+    out_specs=(tokens, whole),
+    check_vma=True,
+  )
+  traced = jax.jit(sharded).trace(
+    like((T, E), jnp.float32, tokens),
+    like((E,), jnp.float32, whole),
+    like((T,), jnp.bool_, tokens),
+  )
+  lowered = traced.lower(lowering_platforms=("tpu",))
+  # One kernel, and a gradient that scatters nothing.
+  assert lowered.as_text().count("@tpu_custom_call") == 1
+  assert "stablehlo.scatter" not in lowered.as_text()
+  lowered.compile()
+
+
+def test_no_cycle_count_has_risen():
+  """By more than a tenth over the table, for the compiler that wrote it."""
+  recorded = json.loads(tpu_cycles.TABLE.read_text())
+  if recorded["libtpu"] != tpu_cycles.libtpu_version():
+    pytest.skip(
+      f"the table is of libtpu {recorded['libtpu']}, here is"
+      f" {tpu_cycles.libtpu_version()}"
+    )
+  measured = tpu_cycles.table(
+    ["v5e", "v6e"], list(tpu_cycles.CASES), ["jaxroute"], bounds=False
+  )
+  for name, row in measured.items():
+    before = recorded["cycles"][name]["jaxroute"]["cycles"]
+    assert row["jaxroute"]["cycles"] < 1.1 * before, name

@@ -1,0 +1,284 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Cycles per token of routing on TPU, as the TPU compiler estimates them.
+
+No TPU is needed: `pip install libtpu` brings the compiler, which writes its own
+static estimate of every op it schedules. That is exact and repeatable, but it is
+no measurement: nothing here has run on a TPU. A program's figure is the sum over
+its ops, from row-major logits in HBM to experts, weights, loads and cutoff.
+
+  python benchmarks/tpu_cycles.py --generations=v6e
+  python benchmarks/tpu_cycles.py --write      # renew tpu_cycles.json
+
+`plain` is what one writes with `lax.top_k` and `bincount`. `floor` is the time to
+move the operands and results at the HBM bandwidth below, `valu` the kernel's
+vector operations over the four slots of a bundle. The kernel has no loops and
+takes no branch on the data, so every operation of its body counts once a block.
+"""
+
+import collections
+import concurrent.futures
+import importlib.metadata
+import json
+import math
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from absl import app, flags
+
+_GENERATIONS = flags.DEFINE_list(
+  "generations", "v5e,v5p,v6e,v7x", "TPU generations to compile for."
+)
+_CASES = flags.DEFINE_list("cases", "", "Names of cases; by default all.")
+_PLAIN = flags.DEFINE_bool("plain", True, "Compile the plain graph as well.")
+_BOUNDS = flags.DEFINE_bool("bounds", True, "Count operations: slower.")
+_WRITE = flags.DEFINE_bool(
+  "write", False, "Write the table to tpu_cycles.json."
+)
+_CHILD = flags.DEFINE_string(
+  "child", "", "Compile one program; for this script."
+)
+
+TABLE = pathlib.Path(__file__).with_name("tpu_cycles.json")
+
+# Topology, clock in GHz and HBM bandwidth in GB/s of one core's share.
+TPUS = {
+  "v4": ("v4:2x2x1", 1.05, 1228 / 2),
+  "v5e": ("v5e:2x2", 1.5, 819),
+  "v5p": ("v5p:2x2x1", 1.75, 2765 / 2),
+  "v6e": ("v6e:2x2", 1.75, 1640),
+  "v7x": ("tpu7x:2x2x1", 1.9, 7380 / 2),
+}
+
+_V3 = dict(num_groups=8, group_top_k=4)
+# Name to (T, E, K, the rest of the configuration).
+CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
+  "E=256 K=8": (8192, 256, 8, {}),
+  "E=256 K=8 V3": (8192, 256, 8, _V3),
+  "E=64 K=6 softmax": (8192, 64, 6, dict(score_fn="softmax")),
+  "E=96 K=8": (8192, 96, 8, {}),
+  "E=128 K=8": (8192, 128, 8, {}),
+  "E=160 K=6": (8192, 160, 6, {}),
+  "E=384 K=8": (8192, 384, 8, {}),
+  "E=512 K=10": (8192, 512, 10, {}),
+  "E=1024 K=16": (8192, 1024, 16, {}),
+  "E=256 K=8 T=64": (64, 256, 8, {}),
+  "E=256 K=8 T=512": (512, 256, 8, {}),
+  "E=256 K=8 T=65536": (65536, 256, 8, {}),
+  "E=256 K=8 V3 T=65536": (65536, 256, 8, _V3),
+}
+
+_ENVIRONMENT = {
+  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+  "JAX_PLATFORMS": "cpu",
+  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+  "TPU_SKIP_MDS_QUERY": "1",
+  "TPU_WORKER_HOSTNAMES": "localhost",
+}
+
+
+def libtpu_version() -> str:
+  """The version of the TPU compiler."""
+  return importlib.metadata.version("libtpu")
+
+
+def compile_for(generation: str, case: str, candidate: str):
+  """Compiles one program for a TPU that is not here.
+
+  Args:
+    generation: a key of `TPUS`.
+    case: a key of `CASES`.
+    candidate: "jaxroute" or "plain".
+
+  Returns:
+    The compiled program.
+  """
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.experimental import topologies
+
+  import jaxroute
+
+  t, e, k, fields = CASES[case]
+  config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
+
+  def ours(logits, bias):
+    return jaxroute.route(logits, bias, config, implementation="tpu")
+
+  def plain(logits, bias):
+    scores = logits.astype(jnp.float32)
+    softmax = config.score_fn == "softmax"
+    scores = jax.nn.softmax(scores) if softmax else jax.nn.sigmoid(scores)
+    selection = scores + bias
+    if config.num_groups > 1:
+      grouped = selection.reshape(t, config.num_groups, -1)
+      best = jax.lax.top_k(grouped, 2)[0].sum(-1)
+      kept = jax.lax.top_k(best, config.group_top_k)[1]
+      keep = jax.nn.one_hot(kept, config.num_groups, dtype=bool).any(1)
+      selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(t, e)
+    idx = jax.lax.top_k(selection, k)[1]
+    weights = jnp.take_along_axis(scores, idx, axis=1)
+    weights /= weights.sum(1, keepdims=True)
+    return idx, weights, jnp.bincount(idx.reshape(-1), length=e)
+
+  topology = topologies.get_topology_desc(
+    platform="tpu", topology_name=TPUS[generation][0]
+  )
+  mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+  whole = jax.NamedSharding(mesh, jax.P())
+  arguments = [
+    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
+    for shape in ((t, e), (e,))
+  ]
+  function = ours if candidate == "jaxroute" else plain
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = jax.jit(function).trace(*arguments)
+    return traced.lower(lowering_platforms=("tpu",)).compile()
+
+
+def _child(generation, case, candidate, folder):
+  """Compiles, and writes what the compiler says to `folder`/result.json."""
+  compiled = compile_for(generation, case, candidate)
+  memory = compiled.memory_analysis()
+  result = {
+    "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes
+  }
+  (pathlib.Path(folder) / "result.json").write_text(json.dumps(result))
+
+
+def _valu_operations(folder: pathlib.Path) -> int:
+  """Vector ALU operations in the bundles of the kernel."""
+  found = [
+    path
+    for path in folder.glob("*jaxroute_route*final_bundles.txt")
+    if "schedule" not in path.name
+  ]
+  if not found:
+    return 0
+  other = re.compile(
+    r"v(ld|st|xpose|rot|perm|set|pop|pow|rcp|log|tanh|rsqrt|sync|mand|mor|mneg)"
+  )
+  count = 0
+  for line in found[0].read_text().splitlines():
+    if re.match(r"\s*0x", line):
+      for part in line.split("{", 1)[-1].split(";;"):
+        name = re.search(r"(?:= |^ *|\d )([a-z][a-z0-9_]*)", part.strip())
+        if name and name[1].startswith("v") and not other.match(name[1]):
+          count += 1
+  return count
+
+
+def estimate(
+  generation: str, case: str, candidate: str, bounds: bool = True
+) -> dict[str, float]:
+  """What the compiler says of one program, compiled in a process of its own.
+
+  Args:
+    generation: a key of `TPUS`.
+    case: a key of `CASES`.
+    candidate: "jaxroute" or "plain".
+    bounds: whether to count the kernel's operations, for `valu`.
+
+  Returns:
+    `cycles` per token, the sum over all ops; `floor` and `valu`, the bounds in
+    the module's docstring; empty if the program, or the profiler of the
+    compiler, failed.
+  """
+  t = CASES[case][0]
+  with tempfile.TemporaryDirectory() as name:
+    folder = pathlib.Path(name)
+    options = f"--xla_jf_dump_static_llo_profile_to={folder}"
+    if bounds and candidate == "jaxroute":
+      options += f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+    child = f"{generation}|{case}|{candidate}|{folder}"
+    done = subprocess.run(
+      [sys.executable, __file__, f"--child={child}"],
+      env=os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": options},
+      capture_output=True,
+      text=True,
+    )
+    result = folder / "result.json"
+    if done.returncode or not result.exists():
+      last = (done.stderr.strip().splitlines() or ["no output"])[-1]
+      print(f"{generation} {case} {candidate}: failed: {last}", file=sys.stderr)
+      return {}
+    cycles: collections.Counter[str] = collections.Counter()
+    for path in folder.glob("*_static_llo_profile.textproto"):
+      text = path.read_text()
+      for op, n in re.findall(
+        r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text
+      ):
+        cycles[op] += int(n)
+    _, clock, bandwidth = TPUS[generation]
+    size = json.loads(result.read_text())["bytes"]
+    blocks = math.ceil(t / 1024)
+    return {
+      "cycles": round(sum(cycles.values()) / t, 3),
+      "floor": round(size / bandwidth * clock / t, 3),
+    } | (
+      {"valu": round(_valu_operations(folder) / 4 * blocks / t, 3)}
+      if bounds
+      else {}
+    )
+
+
+def table(
+  generations: list[str],
+  cases: list[str],
+  candidates: list[str],
+  bounds: bool = True,
+) -> dict[str, dict[str, dict[str, float]]]:
+  """`estimate` of every combination, two at a time.
+
+  Args:
+    generations: keys of `TPUS`.
+    cases: keys of `CASES`.
+    candidates: of "jaxroute" and "plain".
+    bounds: as in `estimate`.
+
+  Returns:
+    "generation case" to candidate to estimate.
+  """
+  jobs = [(g, c, n) for g in generations for c in cases for n in candidates]
+  with concurrent.futures.ThreadPoolExecutor(2) as pool:
+    results = list(pool.map(lambda job: estimate(*job, bounds), jobs))
+  rows: dict[str, dict[str, dict[str, float]]] = {}
+  for (generation, case, candidate), result in zip(jobs, results, strict=True):
+    rows.setdefault(f"{generation} {case}", {})[candidate] = result
+  return rows
+
+
+def main(argv: list[str]) -> None:
+  del argv
+  if _CHILD.value:
+    _child(*_CHILD.value.split("|"))
+    return
+  candidates = ["jaxroute"] + (["plain"] if _PLAIN.value else [])
+  rows = table(_GENERATIONS.value, _CASES.value or list(CASES), candidates)
+  names = ("plain", "jaxroute", "times less", "valu", "floor", "over floor")
+  print(f"{'':26s}" + "".join(f"{name:>12s}" for name in names))
+  for name, row in rows.items():
+    plain = row.get("plain", {}).get("cycles", math.nan)
+    ours = {
+      k: row["jaxroute"].get(k, math.nan) for k in ("cycles", "valu", "floor")
+    }
+    cycles = ours["cycles"]
+    print(
+      f"{name:26s}{plain:12.2f}{cycles:12.2f}{plain / cycles:12.1f}"
+      f"{ours['valu']:12.2f}{ours['floor']:12.2f}{cycles / ours['floor']:12.1f}"
+    )
+  if _WRITE.value:
+    known = json.loads(TABLE.read_text())["cycles"] if TABLE.exists() else {}
+    for name, row in rows.items():
+      known[name] = known.get(name, {}) | row
+    record = {"libtpu": libtpu_version(), "cycles": known}
+    TABLE.write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+  app.run(main)

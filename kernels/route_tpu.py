@@ -1,0 +1,885 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Top-k routing on TPU: scores, choice, weights and loads in one pass.
+
+The grid walks blocks of up to 1024 tokens: 8 columns of 128. Two layouts of a
+vector register [8, 128] alternate:
+
+  column  8 experts x 128 tokens of one column. The experts are cut into 8 chunks
+          of R = ceil(E / 8); row r holds expert s * R + r on sublane s, so a
+          sublane, or a part of its rows, lies within one expert group.
+  dense   8 columns x 128 tokens, one number for each of 1024 tokens.
+
+To change layout is to store registers and to load them with a stride. Loads that
+are a multiple of 8 rows apart meet in one memory bank, so every such buffer has an
+odd pitch.
+
+  1. column: logits are transposed, scored, biased; the selection scores are
+     written to `chosen_from`, and every later step reads them from there. A
+     selection network keeps the K largest values of every sublane, no indices.
+  2. dense: the 8 sublanes' lists are merged. Group scores are sums of the heads
+     of lists; a group that is not kept is taken out as a whole. The last merge
+     leaves the K-th largest value, the threshold.
+  3. column: a score sets one bit if it is above the threshold, one if it is not
+     below: two 32-bit words per sublane for every 32 rows.
+  4. dense: where more than K are not below, as many of the equal ones as are
+     wanted are taken from the lowest index on. K bits are left per token, in
+     index order; they are pulled out one by one.
+  5. column: the logits of the chosen experts are gathered.
+  6. dense: they are scored again, sorted by score, weighted and normalised.
+  7. column: the bits of valid tokens are added to counters of one bit per plane.
+     The last block turns the planes into loads.
+
+Memory: the block of logits twice (the pipeline's double buffer), transposed once,
+and once more as selection scores: 4 MiB for 256 experts. No step branches on the
+data: ties cost the same as none.
+"""
+
+import dataclasses
+import functools
+import types
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxroute.kernels import networks
+
+_LANES = 128
+_SUBLANES = 8
+_WORD = 32
+# Of a column in a buffer that is stored by columns and loaded dense.
+_PITCH = _SUBLANES + 1
+# An even and an odd row share the two bits of their pair in a word.
+_EVEN = np.int32(0x55555555)
+_ODD = np.int32(-0x55555556)
+# Keeps a sum of tiny scores away from the floats that TPUs flush to zero.
+_SCALE = 2.0**40
+_NEG_INF = np.float32(-np.inf)
+_NAN = np.float32(np.nan)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Plan:
+  """The static shape of one call."""
+
+  config: Any
+  tokens: int
+  has_bias: bool
+  has_mask: bool
+  interpret: bool
+
+  @property
+  def num_experts(self) -> int:
+    return self.config.num_experts
+
+  @property
+  def columns(self) -> int:
+    """Columns of 128 tokens in a block; fewer for few tokens, or for memory."""
+    most = 8 if self.num_experts <= 512 else 4
+    return min(most, pl.cdiv(self.tokens, _LANES))
+
+  @property
+  def block(self) -> int:
+    return self.columns * _LANES
+
+  @property
+  def grid(self) -> int:
+    return pl.cdiv(self.tokens, self.block)
+
+  @property
+  def transposed(self) -> bool:
+    """Whether the logits come as [E, T]: the layout XLA gives narrow rows."""
+    return self.num_experts % _LANES != 0
+
+  @property
+  def rows(self) -> int:
+    """R, experts per sublane; those past E are masked."""
+    return pl.cdiv(self.num_experts, _SUBLANES)
+
+  @property
+  def row_pitch(self) -> int:
+    return self.rows | 1
+
+  @property
+  def column_pitch(self) -> int:
+    return self.columns | 1
+
+  @property
+  def words(self) -> int:
+    """Words of bits per sublane."""
+    return pl.cdiv(self.rows, _WORD)
+
+  @property
+  def chosen_rows(self) -> int:
+    """K, rounded up to whole registers."""
+    return pl.cdiv(self.config.top_k, _SUBLANES) * _SUBLANES
+
+  @property
+  def planes(self) -> int:
+    """Bits that one position of a counter can reach: columns of all blocks."""
+    return (self.grid * self.columns).bit_length()
+
+  @property
+  def grouped(self) -> bool:
+    return self.config.group_top_k < self.config.num_groups
+
+  @property
+  def segments(self) -> int:
+    """Parts of a sublane's rows that belong to different groups."""
+    if not self.grouped:
+      return 1
+    return max(1, self.config.num_groups // _SUBLANES)
+
+  @property
+  def segment_rows(self) -> int:
+    return self.rows // self.segments
+
+  @property
+  def logit_space(self) -> bool:
+    config = self.config
+    return config.score_after_top_k or config.bias_space == "logits"
+
+  @property
+  def row_softmax(self) -> bool:
+    """Whether scores need the maximum and sum over all experts of a token."""
+    config = self.config
+    return config.score_fn == "softmax" and not config.score_after_top_k
+
+  def buffers(self) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Name, shape and dtype of every scratch buffer."""
+    c, k, seg = self.columns, self.config.top_k, self.segments
+    f32, i32 = jnp.float32, jnp.int32
+    rows = _SUBLANES * self.rows
+    by_column, dense = c * _PITCH, _SUBLANES * self.column_pitch
+    chosen = self.chosen_rows // _SUBLANES
+    return {
+      "logits": ((c, _SUBLANES * self.row_pitch, _LANES), f32),
+      "chosen_from": ((c, rows, _LANES), f32),
+      "bias": ((_SUBLANES * self.row_pitch, _LANES), f32),
+      "bias_row": ((1, pl.cdiv(rows, _LANES) * _LANES), f32),
+      "lists": ((seg * k * by_column, _LANES), f32),
+      "not_below": ((seg * dense, _LANES), f32),
+      "above": ((seg * dense, _LANES), f32),
+      "bits_not_below": ((self.words * by_column, _LANES), i32),
+      "bits_above": ((self.words * by_column, _LANES), i32),
+      "rest": ((by_column, _LANES), f32),
+      "idx": ((self.chosen_rows * self.column_pitch, _LANES), i32),
+      "weights": ((self.chosen_rows * self.column_pitch, _LANES), f32),
+      "picked": ((chosen * by_column, _LANES), f32),
+      "peak": ((c, _LANES), f32),
+      "inverse_total": ((c, _LANES), f32),
+      "cutoff": ((c, _LANES), f32),
+      "valid": ((c, _LANES), i32),
+      "planes": ((self.words, self.planes, _SUBLANES, _LANES), i32),
+    }
+
+
+def unsupported(config: Any) -> str | None:
+  """Why the kernel cannot route this way, or None if it can.
+
+  Args:
+    config: a `jaxroute.RouterConfig`.
+
+  Returns:
+    The reason, for an error message.
+  """
+  e, g = config.num_experts, config.num_groups
+  if config.top_k > 16:
+    return f"`top_k` is at most 16 in the TPU kernel, got {config.top_k}"
+  if e > 1024:
+    return f"`num_experts` is at most 1024 in the TPU kernel, got {e}"
+  whole = e % _SUBLANES == 0 and (g in (2, 4, 8) or g in (16, 24, 32))
+  if config.group_top_k < g and not whole:
+    return (
+      "groups must be 2, 4, 8, 16, 24 or 32 in the TPU kernel and 8 divide"
+      f" `num_experts`, got {g} groups of {e} experts"
+    )
+  return None
+
+
+@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+def route(
+  logits: jax.Array,
+  expert_bias: jax.Array | None,
+  token_mask: jax.Array | None,
+  *,
+  config: Any,
+  interpret: Any = False,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+  """Routes tokens; see `jaxroute.route`, which checks the arguments.
+
+  Args:
+    logits: `[T, E]` floating point.
+    expert_bias: `[E]` float32, or None.
+    token_mask: `[T]` bool, or None.
+    config: a `jaxroute.RouterConfig` that is not `unsupported`; static.
+    interpret: what `pallas_call` takes: False, True, or parameters of the TPU
+      simulator.
+
+  Returns:
+    `expert_idx` `[T, K]` int32, `weights` `[T, K]` float32, `load` `[E]` int32
+    and `cutoff` `[T]` float32. No gradient is defined.
+  """
+  t, e = logits.shape
+  k = config.top_k
+  if t == 0:
+    empty = jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32)
+    return *empty, jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
+  plan = _Plan(
+    config=config,
+    tokens=t,
+    has_bias=expert_bias is not None,
+    has_mask=token_mask is not None,
+    interpret=bool(interpret),
+  )
+  block, c = plan.block, plan.columns
+  tokens_last = pl.BlockSpec((k, block), lambda i: (0, i))
+  whole_row = pl.BlockSpec((1, e), lambda i: (0, 0))
+  if plan.transposed:
+    operands = [logits.T]
+    in_specs = [pl.BlockSpec((e, block), lambda i: (0, i))]
+  else:
+    operands = [logits]
+    in_specs = [pl.BlockSpec((block, e), lambda i: (i, 0))]
+  if expert_bias is not None:
+    operands.append(expert_bias[None])
+    in_specs.append(whole_row)
+  if token_mask is not None:
+    mask = jnp.pad(token_mask.astype(jnp.int32), (0, plan.grid * block - t))
+    operands.append(mask.reshape(plan.grid, c, _LANES))
+    in_specs.append(pl.BlockSpec((None, c, _LANES), lambda i: (i, 0, 0)))
+
+  # Inside `jax.shard_map` the operands vary alike, and so do the results.
+  out = functools.partial(
+    jax.ShapeDtypeStruct,
+    manual_axis_type=jax.typeof(logits).manual_axis_type,
+  )
+  buffers = plan.buffers()
+  idx, weights, load, cutoff = pl.pallas_call(
+    functools.partial(_kernel, plan),
+    grid=(plan.grid,),
+    in_specs=in_specs,
+    out_specs=[
+      tokens_last,
+      tokens_last,
+      whole_row,
+      pl.BlockSpec((1, block), lambda i: (0, i)),
+    ],
+    out_shape=[
+      out((k, t), jnp.int32),
+      out((k, t), jnp.float32),
+      out((1, e), jnp.int32),
+      out((1, t), jnp.float32),
+    ],
+    scratch_shapes=[pltpu.VMEM(*buffer) for buffer in buffers.values()],
+    interpret=interpret,
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("arbitrary",), vmem_limit_bytes=_vmem_limit(plan)
+    ),
+    name="jaxroute_route",
+  )(*operands)
+  return idx.T, weights.T, load.reshape(e), cutoff.reshape(t)
+
+
+def _vmem_limit(plan):
+  scratch = sum(
+    np.prod(shape) * np.dtype(dtype).itemsize
+    for shape, dtype in plan.buffers().values()
+  )
+  blocks = 2 * plan.block * (plan.num_experts + 3 * plan.chosen_rows) * 4
+  return int(max(16 * 2**20, 1.25 * (scratch + blocks)))
+
+
+def _kernel(plan, logits_ref, *refs):
+  refs = list(refs)
+  bias_ref = refs.pop(0) if plan.has_bias else None
+  mask_ref = refs.pop(0) if plan.has_mask else None
+  idx_ref, weights_ref, load_ref, cutoff_ref, *scratch = refs
+  buf = types.SimpleNamespace(**dict(zip(plan.buffers(), scratch, strict=True)))
+  step = pl.program_id(0)
+
+  @pl.when(step == 0)
+  def _start():
+    buf.planes[...] = jnp.zeros_like(buf.planes)
+    if plan.has_bias:
+      _spread_bias(plan, bias_ref, buf)
+
+  def each_column(body):
+    if plan.interpret:
+      # A CPU compiles it slowly unrolled, or as part of what surrounds it.
+      count = _pin(plan, jnp.int32(plan.columns))
+      lax.fori_loop(jnp.int32(0), count, lambda c, _: body(c), None)
+    else:
+      for c in range(plan.columns):
+        body(c)
+
+  each_column(lambda c: _score_column(plan, c, logits_ref, buf))
+  threshold, kept = _threshold(plan, buf)
+  each_column(lambda c: _compare_column(plan, c, buf))
+  bits, count = _settle_ties(plan, buf)
+  chosen = _pull_bits(plan, bits, buf)
+  each_column(lambda c: _gather_column(plan, c, buf))
+  _weigh(plan, step, chosen, kept, mask_ref, buf)
+  buf.cutoff[...] = jnp.where(
+    count > plan.config.top_k,
+    threshold,
+    functools.reduce(
+      jnp.maximum, [_dense(buf.rest, s, plan) for s in range(_SUBLANES)]
+    ),
+  )
+  each_column(
+    lambda c: _write_column(plan, c, buf, idx_ref, weights_ref, cutoff_ref)
+  )
+  _count(plan, buf)
+
+  @pl.when(step == plan.grid - 1)
+  def _finish():
+    _write_load(plan, buf, load_ref)
+
+
+# Buffers and layouts.
+
+
+def _iota(axis):
+  return lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), axis)
+
+
+def _dense(ref, row, plan):
+  """A row of every column, of a buffer that was stored by columns."""
+  return _pin(plan, ref[pl.ds(row, plan.columns, stride=_PITCH), :])
+
+
+def _column(ref, row, c, plan):
+  """8 rows of column c, of a buffer whose rows were stored dense."""
+  start = row * plan.column_pitch + c
+  return _pin(plan, ref[pl.ds(start, _SUBLANES, stride=plan.column_pitch), :])
+
+
+def _column_rows(row, c, plan):
+  """Where column c of the 8 rows from `row` on is, in a buffer by columns."""
+  start = row // _SUBLANES * plan.columns * _PITCH
+  return pl.ds(start + c * _PITCH, _SUBLANES)
+
+
+def _dense_rows(row, plan):
+  return pl.ds(row * plan.column_pitch, plan.columns)
+
+
+def _store_experts(plan, ref, first, tile):
+  """Stores experts `first`, ... `[n, 128]` to their chunks."""
+  end = min(first + tile.shape[0], plan.num_experts)
+  e = first
+  while e < end:
+    chunk, r = divmod(e, plan.rows)
+    n = min(plan.rows - r, end - e)
+    ref[pl.ds(chunk * plan.row_pitch + r, n), :] = tile[e - first :][:n]
+    e += n
+
+
+def _experts(plan, ref, r):
+  """Row r of all chunks, [8, 128]."""
+  return ref[pl.ds(r, _SUBLANES, stride=plan.row_pitch), :]
+
+
+def _spread_bias(plan, bias_ref, buf):
+  """The bias of every expert, the same on all lanes; a NaN selects nothing."""
+  bias = bias_ref[...]
+  buf.bias_row[:, : plan.num_experts] = jnp.where(
+    jnp.isnan(bias), _NEG_INF, bias
+  )
+  for first in range(0, plan.num_experts, _LANES):
+    row = buf.bias_row[:, first : first + _LANES]
+    tile = jnp.broadcast_to(row, (_LANES, _LANES)).T
+    _store_experts(plan, buf.bias, first, tile)
+
+
+# Scores.
+
+
+def _prepare(plan, logits):
+  """Multiplier and soft cap; -inf stays -inf."""
+  config = plan.config
+  if config.logit_multiplier != 1.0:
+    logits = logits * np.float32(config.logit_multiplier)
+  if config.logit_soft_cap is not None:
+    cap = np.float32(config.logit_soft_cap)
+    capped = cap * jnp.tanh(logits / cap)
+    logits = jnp.where(logits == _NEG_INF, _NEG_INF, capped)
+  return logits
+
+
+def _score(plan, logits, peak=0.0, inverse_total=1.0):
+  """Scores of prepared logits; the softmax of a row needs its two statistics."""
+  if plan.config.score_fn == "sigmoid":
+    scores = jax.nn.sigmoid(logits)
+  elif plan.config.score_fn == "softmax":
+    scores = jnp.exp(logits - peak) * inverse_total
+  else:
+    # sqrt(softplus(x)); below -15 that is exp(x / 2) to the last bit or so.
+    near = jnp.sqrt(
+      jnp.maximum(logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
+    )
+    scores = jnp.where(logits < -15.0, jnp.exp(logits / 2), near)
+  return _pin(plan, scores)
+
+
+def _pin(plan, x):
+  """Keeps XLA from computing `x` anew, with other bits, where it is used.
+
+  Interpreted only: Mosaic has no such freedom, and no barrier. It also keeps
+  the steps of a kernel apart, which XLA would be long in compiling as one.
+  """
+  return lax.optimization_barrier(x) if plan.interpret else x
+
+
+def _bias_scores(plan, logits, scores, bias):
+  """Selection scores: never NaN, and -inf wherever the logit is -inf or NaN."""
+  selection = scores if bias is None else scores + bias
+  if plan.logit_space:
+    valid = selection > _NEG_INF
+  else:
+    valid = logits > _NEG_INF
+    if plan.config.score_fn != "sigmoid":
+      valid = valid & (selection > _NEG_INF)
+  return _pin(plan, jnp.where(valid, selection, _NEG_INF))
+
+
+def _score_column(plan, c, logits_ref, buf):
+  """Fills a column of `chosen_from`, and every sublane's list of the K best."""
+  tokens = pl.ds(c * _LANES, _LANES)
+  ref = buf.logits.at[c]
+  if plan.transposed:
+    tile = logits_ref[:, tokens].astype(jnp.float32)
+    _store_experts(plan, ref, 0, tile)
+  else:
+    for first in range(0, plan.num_experts, _LANES):
+      tile = logits_ref[tokens, first : first + _LANES].astype(jnp.float32)
+      _store_experts(plan, ref, first, tile.T)
+
+  def logits(r):
+    x = _prepare(plan, _experts(plan, ref, r))
+    if (_SUBLANES - 1) * plan.rows + r >= plan.num_experts:
+      expert = _iota(0) * plan.rows + r
+      x = jnp.where(expert < plan.num_experts, x, _NEG_INF)
+    return x
+
+  statistics = ()
+  if plan.row_softmax:
+    statistics = _softmax_statistics(plan, logits)
+    for row, value in zip(
+      (buf.peak, buf.inverse_total), statistics, strict=True
+    ):
+      row[pl.ds(c, 1), :] = value
+
+  def selection(r):
+    x = logits(r)
+    scores = x if plan.logit_space else _score(plan, x, *statistics)
+    bias = _experts(plan, buf.bias, r) if plan.has_bias else None
+    x = _bias_scores(plan, x, scores, bias)
+    buf.chosen_from[c, pl.ds(r * _SUBLANES, _SUBLANES), :] = x
+    return x
+
+  k, rows = plan.config.top_k, plan.segment_rows
+  run = min(_SUBLANES, 1 << (k - 1).bit_length())
+  for segment in range(plan.segments):
+    best = []
+    for first in range(0, rows, run):
+      here = range(
+        segment * rows + first, segment * rows + min(rows, first + run)
+      )
+      part = networks.sort([selection(r) for r in here])[:k]
+      best = networks.merge(best, part, k)
+    for i, value in enumerate(best):
+      start = (segment * k + i) * plan.columns * _PITCH
+      buf.lists[pl.ds(start + c * _PITCH, _SUBLANES), :] = value
+
+
+def _softmax_statistics(plan, logits):
+  """Row maximum and 1 / row sum over the logits that are not NaN, [1, 128]."""
+  rows = [logits(r) for r in range(plan.rows)]
+  rows = [jnp.where(x > _NEG_INF, x, _NEG_INF) for x in rows]
+  peak = functools.reduce(jnp.maximum, rows)
+  peak = jnp.max(peak, axis=0, keepdims=True)
+  peak = jnp.where(peak == _NEG_INF, 0.0, peak)
+  total = functools.reduce(jnp.add, [jnp.exp(x - peak) for x in rows])
+  total = jnp.sum(total, axis=0, keepdims=True)
+  return peak, 1.0 / jnp.where(total == 0.0, 1.0, total)
+
+
+# The threshold and the bits.
+
+
+def _threshold(plan, buf):
+  """The K-th largest selection score, dense, and which groups are kept."""
+  k = plan.config.top_k
+  length = min(k, plan.segment_rows)
+  pitch = plan.columns * _PITCH
+  lists = [
+    [
+      _dense(buf.lists, (segment * k + i) * pitch + s, plan)
+      for i in range(length)
+    ]
+    for s in range(_SUBLANES)
+    for segment in range(plan.segments)
+  ]
+  kept = None
+  if plan.grouped:
+    size = len(lists) // plan.config.num_groups
+    lists = [
+      _merge_all(lists[i : i + size], k) for i in range(0, len(lists), size)
+    ]
+    kept = _keep_groups(plan, lists)
+    lists = [
+      [jnp.where(keep, x, _NEG_INF) for x in group]
+      for keep, group in zip(kept, lists, strict=True)
+    ]
+  half = len(lists) // 2
+  best = networks.largest(
+    _merge_all(lists[:half], k), _merge_all(lists[half:], k), k
+  )
+  threshold = functools.reduce(jnp.minimum, best)
+
+  # No score is above, or not below, NaN. Where the groups that are kept have too
+  # few experts, all masked ones tie, those of other groups included.
+  outside = jnp.where(threshold == _NEG_INF, _NEG_INF, _NAN)
+  for i in range(_SUBLANES * plan.segments):
+    s, segment = divmod(i, plan.segments)
+    rows = _dense_rows(segment * _SUBLANES + s, plan)
+    not_below = above = threshold
+    if kept is not None:
+      keep = kept[i * plan.config.num_groups // (_SUBLANES * plan.segments)]
+      not_below = jnp.where(keep, threshold, outside)
+      above = jnp.where(keep, threshold, _NAN)
+      buf.above[rows, :] = above
+    buf.not_below[rows, :] = not_below
+  return threshold, kept
+
+
+def _merge_all(lists, k):
+  merge = functools.partial(networks.merge, count=k)
+  while len(lists) > 1:
+    pairs = [lists[i : i + 2] for i in range(0, len(lists), 2)]
+    lists = [functools.reduce(merge, pair) for pair in pairs]
+  return lists[0]
+
+
+def _keep_groups(plan, lists):
+  """Dense masks of the `group_top_k` best groups, the first ones on ties."""
+  config = plan.config
+  count = {
+    "top1": 1,
+    "top2": 2,
+    "top_k": config.top_k // config.group_top_k,
+  }[config.group_score]
+  scores = []
+  for best in lists:
+    score = functools.reduce(jnp.add, best[:count])
+    # inf + -inf: a group with an infinite member is the best there is.
+    scores.append(jnp.where(best[0] == np.float32(np.inf), best[0], score))
+  worse_than = [jnp.zeros_like(scores[0], jnp.int32) for _ in scores]
+  for b in range(len(scores)):
+    for a in range(b):
+      first = jnp.where(scores[a] >= scores[b], 1, 0).astype(jnp.int32)
+      worse_than[b] += first
+      worse_than[a] += 1 - first
+  return [n < config.group_top_k for n in worse_than]
+
+
+def _compare_column(plan, c, buf):
+  """The bits of scores not below the threshold, and above; the largest rest."""
+  rest = jnp.full((_SUBLANES, _LANES), _NEG_INF)
+  for w in range(plan.words):
+    # Both bits of a row in one word: row r at r and at r ^ 1. Even and odd rows
+    # have a word each, which are shuffled into the two words wanted.
+    halves = [jnp.zeros((_SUBLANES, _LANES), jnp.int32)] * 2
+    for r in range(w * _WORD, min(plan.rows, (w + 1) * _WORD)):
+      x = buf.chosen_from[c, pl.ds(r * _SUBLANES, _SUBLANES), :]
+      row = r // plan.segment_rows * _SUBLANES
+      not_below = _column(buf.not_below, row, c, plan)
+      above = not_below
+      if plan.grouped:
+        above = _column(buf.above, row, c, plan)
+      is_in = x >= not_below
+      in_bit, both = _bit(r), _bit(r) | _bit(r ^ 1)
+      bits = jnp.where(x > above, both, jnp.where(is_in, in_bit, np.int32(0)))
+      halves[r % 2] |= bits
+      if plan.grouped:
+        rest = jnp.maximum(rest, jnp.where(x < above, x, _NEG_INF))
+      else:
+        rest = jnp.maximum(rest, jnp.where(is_in, _NEG_INF, x))
+    even, odd = halves
+    rows = pl.ds((w * plan.columns + c) * _PITCH, _SUBLANES)
+    buf.bits_not_below[rows, :] = (even & _EVEN) | (odd & _ODD)
+    buf.bits_above[rows, :] = (lax.shift_right_logical(even, 1) & _EVEN) | (
+      lax.shift_left(odd, 1) & _ODD
+    )
+  buf.rest[pl.ds(c * _PITCH, _SUBLANES), :] = rest
+
+
+def _bit(r):
+  return np.uint32(1 << (r % _WORD)).astype(np.int32)
+
+
+def _words(plan, ref):
+  """All words of the tokens, dense, in the order of the experts."""
+  pitch = plan.columns * _PITCH
+  return [
+    _dense(ref, w * pitch + s, plan)
+    for s in range(_SUBLANES)
+    for w in range(plan.words)
+  ]
+
+
+def _settle_ties(plan, buf):
+  """Words with K bits per token, and how many scores were not below."""
+  not_below = _words(plan, buf.bits_not_below)
+  above = _words(plan, buf.bits_above)
+  left = plan.config.top_k - _population(above)
+  equal = [a & ~b for a, b in zip(not_below, above, strict=True)]
+  # Of the words with equal ones the first are taken whole, then one in part.
+  whole, partly = [], []
+  part = wanted = jnp.zeros_like(left)
+  for word in equal:
+    n = lax.population_count(word)
+    whole.append(n <= left)
+    partly.append((left > 0) & (left < n))
+    part = jnp.where(partly[-1], word, part)
+    wanted = jnp.where(partly[-1], left, wanted)
+    left = jnp.maximum(left - n, 0)
+  # How many low bits of it have `wanted` ones: a binary search.
+  low = jnp.zeros_like(left)
+  for width in (16, 8, 4, 2, 1):
+    longer = low + width
+    few = lax.population_count(part & _ones(longer)) <= wanted
+    low = jnp.where(few, longer, low)
+  part = part & _ones(low)
+
+  bits = []
+  pitch = plan.columns * _PITCH
+  for i, (a, b) in enumerate(zip(above, equal, strict=True)):
+    taken = jnp.where(whole[i], b, jnp.where(partly[i], part, 0))
+    bits.append(a | taken)
+    s, w = divmod(i, plan.words)
+    rows = pl.ds(w * pitch + s, plan.columns, stride=_PITCH)
+    buf.bits_not_below[rows, :] = bits[-1]
+  return bits, _population(not_below)
+
+
+def _population(words):
+  return functools.reduce(jnp.add, [lax.population_count(w) for w in words])
+
+
+def _ones(n):
+  """Words with the n lowest bits set, n < 32."""
+  return lax.shift_left(jnp.ones_like(n), n) - 1
+
+
+def _pull_bits(plan, words, buf):
+  """The K experts of every token, in index order, as chunk << 16 | row."""
+  words = list(words)
+  tags = [
+    np.int32(s << 16 | w * _WORD)
+    for s in range(_SUBLANES)
+    for w in range(plan.words)
+  ]
+  chosen = []
+  for k in range(plan.config.top_k):
+    word, tag = words[-1], jnp.full_like(words[-1], tags[-1])
+    for i in reversed(range(len(words) - 1)):
+      some = words[i] != 0
+      word = jnp.where(some, words[i], word)
+      tag = jnp.where(some, tags[i], tag)
+    lowest = word & -word
+    chosen.append(tag + lax.population_count(lowest - 1))
+    buf.idx[_dense_rows(k, plan), :] = chosen[-1]
+    words = [
+      jnp.where(tag == t, w ^ lowest, w)
+      for t, w in zip(tags, words, strict=True)
+    ]
+  return chosen
+
+
+# The chosen experts.
+
+
+def _gather_column(plan, c, buf):
+  """The logits of the chosen experts."""
+  for row in range(0, plan.chosen_rows, _SUBLANES):
+    chosen = _column(buf.idx, row, c, plan)
+    chunk, r = chosen >> 16, chosen & 0xFFFF
+    values = [
+      jnp.take_along_axis(
+        _experts(plan, buf.logits.at[c], i),
+        chunk,
+        axis=0,
+        mode="promise_in_bounds",
+      )
+      for i in range(plan.rows)
+    ]
+    bit = 1
+    while len(values) > 1:
+      odd = (r & bit) != 0
+      pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
+      values = [jnp.where(odd, *p[::-1]) if len(p) > 1 else p[0] for p in pairs]
+      bit *= 2
+    buf.picked[_column_rows(row, c, plan), :] = values[0]
+
+
+def _weigh(plan, step, chosen, kept, mask_ref, buf):
+  """Sorts the chosen experts by score and weighs them."""
+  config, pitch = plan.config, plan.columns * _PITCH
+  idx, selection, scores = [], [], []
+  for k, code in enumerate(chosen):
+    idx.append((code >> 16) * plan.rows + (code & 0xFFFF))
+    row = k // _SUBLANES * pitch + k % _SUBLANES
+    logits = _prepare(plan, _dense(buf.picked, row, plan))
+    if plan.row_softmax:
+      score = _score(plan, logits, buf.peak[...], buf.inverse_total[...])
+    elif config.score_fn == "softmax":
+      score = logits  # over the chosen ones, below
+    else:
+      score = _score(plan, logits)
+    bias = _look_up_bias(plan, idx[-1], buf) if plan.has_bias else None
+    x = logits if plan.logit_space else score
+    x = _bias_scores(plan, logits, x, bias)
+    if kept is not None:
+      x = jnp.where(_in_kept_group(plan, code, kept), x, _NEG_INF)
+    selection.append(x)
+    scores.append(score)
+
+  for i, j in networks.exchanges(config.top_k):
+    later = (selection[i] == selection[j]) & (idx[i] > idx[j])
+    swap = (selection[i] < selection[j]) | later
+    for x in (selection, idx, scores):
+      x[i], x[j] = jnp.where(swap, x[j], x[i]), jnp.where(swap, x[i], x[j])
+
+  weights = _normalize(plan, scores)
+  bad = jnp.isnan(functools.reduce(jnp.add, weights))
+  valid = jnp.where(bad, 0, -1).astype(jnp.int32)
+  weights = [jnp.where(bad, _NAN, w) for w in weights]
+  if plan.has_mask:
+    real = mask_ref[...] != 0
+    valid = jnp.where(real, valid, 0)
+    weights = [jnp.where(real, w, 0.0) for w in weights]
+  if plan.tokens % plan.block:
+    shape = (plan.columns, _LANES)
+    token = lax.broadcasted_iota(jnp.int32, shape, 0) * _LANES
+    token += lax.broadcasted_iota(jnp.int32, shape, 1) + step * plan.block
+    valid = jnp.where(token < plan.tokens, valid, 0)
+  buf.valid[...] = valid
+  for k in range(config.top_k):
+    buf.idx[_dense_rows(k, plan), :] = idx[k]
+    buf.weights[_dense_rows(k, plan), :] = weights[k]
+
+
+def _look_up_bias(plan, idx, buf):
+  """The bias of experts `[columns, 128]`, from 128 lanes at a time."""
+  # A gather from one row is not the kind that Mosaic takes.
+  wide = jnp.broadcast_to(idx, (max(2, plan.columns), _LANES))
+  found = jnp.zeros(wide.shape, jnp.float32)
+  for first in range(0, plan.num_experts, _LANES):
+    row = jnp.broadcast_to(buf.bias_row[:, first : first + _LANES], wide.shape)
+    here = jnp.take_along_axis(
+      row, wide & (_LANES - 1), axis=1, mode="promise_in_bounds"
+    )
+    found = here if first == 0 else jnp.where(wide >= first, here, found)
+  return found[: plan.columns]
+
+
+def _in_kept_group(plan, code, kept):
+  """Whether an expert, as chunk << 16 | row, is in a group that is kept."""
+  chunk, r = code >> 16, code & 0xFFFF
+  if plan.segments == 1:
+    group = chunk * plan.config.num_groups // _SUBLANES
+  else:
+    group = chunk * plan.segments + r // plan.segment_rows
+  bits = functools.reduce(
+    jnp.bitwise_or,
+    [jnp.where(keep, _bit(g), np.int32(0)) for g, keep in enumerate(kept)],
+  )
+  return lax.shift_right_logical(bits, group) & 1 != 0
+
+
+def _normalize(plan, scores):
+  """Weights of the chosen experts' scores, or logits under a softmax of them."""
+  config = plan.config
+  if config.score_fn == "softmax" and config.score_after_top_k:
+    peak = functools.reduce(jnp.maximum, scores)
+    peak = jnp.where(peak == _NEG_INF, 0.0, peak)
+    scores = [jnp.exp(x - peak) for x in scores]
+    total = functools.reduce(jnp.add, scores)
+    total = jnp.where(total == 0.0, 1.0, total)
+    scores = [x / total for x in scores]
+  if not config.normalize_weights:
+    return [x * np.float32(config.scaling_factor) for x in scores]
+  total = functools.reduce(jnp.add, scores) * np.float32(_SCALE)
+  total += np.float32(config.norm_eps * _SCALE)
+  factor = np.float32(config.scaling_factor * _SCALE) / total
+  return [x * factor for x in scores]
+
+
+def _write_column(plan, c, buf, idx_ref, weights_ref, cutoff_ref):
+  tokens = pl.ds(c * _LANES, _LANES)
+  k, pitch = plan.config.top_k, plan.column_pitch
+  for first in range(0, k, _SUBLANES):
+    n = min(_SUBLANES, k - first)
+    rows = pl.ds(first * pitch + c, n, stride=pitch)
+    idx_ref[pl.ds(first, n), tokens] = buf.idx[rows, :]
+    weights_ref[pl.ds(first, n), tokens] = buf.weights[rows, :]
+  cutoff_ref[:, tokens] = buf.cutoff[pl.ds(c, 1), :]
+
+
+# The loads.
+
+
+def _count(plan, buf):
+  """Adds the bits of the block to the planes, a binary counter per bit."""
+  for w in range(plan.words):
+    planes = [buf.planes[w, i] for i in range(plan.planes)]
+    for c in range(plan.columns):
+      rows = pl.ds((w * plan.columns + c) * _PITCH, _SUBLANES)
+      valid = buf.valid[pl.ds(c, 1), :]
+      carry = buf.bits_not_below[rows, :] & jnp.broadcast_to(
+        valid, (_SUBLANES, _LANES)
+      )
+      for i in range(plan.planes):
+        planes[i], carry = planes[i] ^ carry, planes[i] & carry
+    for i, plane in enumerate(planes):
+      buf.planes[w, i] = plane
+
+
+def _write_load(plan, buf, load_ref):
+  """Adds the counters of all lanes, and puts the experts on lanes."""
+  counters = []
+  for w in range(plan.words):
+    planes = [buf.planes[w, i] for i in range(plan.planes)]
+    distance = 1
+    while distance < _LANES:
+      carry, sums = jnp.zeros((_SUBLANES, _LANES), jnp.int32), []
+      for a in planes:
+        b = pltpu.roll(a, distance, 1)
+        half = a ^ b
+        sums.append(half ^ carry)
+        carry = (a & b) | (carry & half)
+      planes = [*sums, carry]
+      distance *= 2
+    counters.append(planes)
+  for first in range(0, plan.num_experts, _LANES):
+    expert = first + _iota(1)
+    chunk, r = expert // plan.rows, expert % plan.rows
+    load = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
+    for w, planes in enumerate(counters):
+      bits = [lax.shift_right_logical(p, r % _WORD) & 1 for p in planes]
+      total = functools.reduce(
+        jnp.add,
+        [lax.shift_left(b, jnp.full_like(b, i)) for i, b in enumerate(bits)],
+      )
+      load = jnp.where(r // _WORD == w, total, load)
+    load = jnp.where(chunk == _iota(0), load, 0)
+    n = min(_LANES, plan.num_experts - first)
+    total = jnp.sum(load, axis=0, keepdims=True)
+    load_ref[:, first : first + n] = total[:, :n]

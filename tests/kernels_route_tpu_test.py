@@ -1,0 +1,203 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The TPU routing kernel, interpreted: the oracle, XLA bit for bit, gradients."""
+
+import functools
+
+import cases
+import conformance
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+import jaxroute
+from jaxroute import routing
+from jaxroute.kernels import route_tpu
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _interpreted(logits, expert_bias, config, token_mask=None):
+  return routing._route_tpu(
+    logits, expert_bias, config, token_mask, interpret=True
+  )
+
+
+_xla = jax.jit(
+  functools.partial(jaxroute.route, implementation="xla"),
+  static_argnames="config",
+)
+
+
+def _config(num_experts=8, top_k=2, **kwargs):
+  return jaxroute.RouterConfig(num_experts=num_experts, top_k=top_k, **kwargs)
+
+
+def _assert_conforms(t, config, masked=False):
+  """Held to the oracle, as the XLA version is on the same numbers."""
+  e = config.num_experts
+  mask = np.random.default_rng(0).random(t) < 0.7 if masked else None
+  # The sum of a softmax is taken in another order than by XLA.
+  after = config.score_after_top_k
+  rtol = 1e-6 if config.score_fn == "softmax" and not after else 0
+  for kind in cases.KINDS:
+    x, bias = cases.logits(kind, t, e), conformance.bias(e)
+    conformance.assert_is_oracle(_interpreted, x, bias, config, mask, rtol)
+
+
+@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+def test_every_shape(shape):
+  t, e, k = shape
+  _assert_conforms(t, _config(e, k))
+
+
+@pytest.mark.parametrize("name", cases.FAMILIES)
+def test_every_family(name):
+  _assert_conforms(23, cases.family(name))
+
+
+@pytest.mark.parametrize("groups", (2, 16))
+def test_groups_larger_and_smaller_than_a_sublane(groups):
+  config = _config(64, 4, num_groups=groups, group_top_k=2)
+  _assert_conforms(23, config)
+
+
+def test_blocks_of_tokens_and_padding_add_up():
+  _assert_conforms(2500, _config(16, 2), masked=True)
+
+
+def test_without_a_bias():
+  x, config = cases.logits("ties", 30, 16), _config(16, 3)
+  ours, xla = (f(x, None, config) for f in (_interpreted, _xla))
+  np.testing.assert_array_equal(ours.expert_idx, xla.expert_idx)
+
+
+def test_a_nan_bias_selects_nothing():
+  x, config = cases.logits("random", 30, 16), _config(16, 3)
+  bias = conformance.bias(16)
+  bias[[2, 5]] = np.nan
+  ours, xla = (f(x, bias, config) for f in (_interpreted, _xla))
+  np.testing.assert_array_equal(ours.expert_idx, xla.expert_idx)
+  np.testing.assert_array_equal(ours.load[jnp.array([2, 5])], 0)
+
+
+@pytest.mark.parametrize("score_fn", ("sigmoid", "softmax", "sqrtsoftplus"))
+def test_infinite_logits_and_biases(score_fn):
+  x, bias = cases.logits("random", 30, 16), conformance.bias(16)
+  x[::3, 4], x[::2, 7], bias[4], bias[9] = np.inf, -np.inf, -np.inf, np.inf
+  for space in ("scores", "logits"):
+    config = _config(16, 3, score_fn=score_fn, bias_space=space)
+    ours, xla = (f(x, bias, config) for f in (_interpreted, _xla))
+    np.testing.assert_array_equal(ours.expert_idx, xla.expert_idx)
+    np.testing.assert_array_equal(ours.load, xla.load)
+    np.testing.assert_allclose(ours.weights, xla.weights, rtol=1e-6)
+
+
+def test_bfloat16_logits_are_compared_in_float32():
+  x = jnp.asarray(cases.logits("random", 30, 16), jnp.bfloat16)
+  a = _interpreted(x, conformance.bias(16), _config(16, 3))
+  b = _interpreted(x.astype(jnp.float32), conformance.bias(16), _config(16, 3))
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize("name", ("deepseek_v3", "olmoe", "deepseek_v4"))
+def test_the_simulator_finds_no_race_and_no_uninitialised_read(name):
+  config, bias = cases.family(name), conformance.bias(64)
+  simulator = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan"
+  )
+  for kind in cases.KINDS:
+    x = cases.logits(kind, 140, 64)
+    idx, _, load, _ = route_tpu.route(
+      jnp.asarray(x),
+      jnp.asarray(bias),
+      None,
+      config=config,
+      interpret=simulator,
+    )
+    expected = _xla(x, bias, config)
+    assert not interpret_pallas_call.races.races_found
+    np.testing.assert_array_equal(idx, expected.expert_idx)
+    np.testing.assert_array_equal(load, expected.load)
+
+
+@pytest.mark.parametrize(
+  "name", ("deepseek_v3", "olmoe", "mixtral", "soft_cap")
+)
+def test_gradients_are_those_of_xla(name):
+  config, bias = cases.family(name), conformance.bias(64)
+  x, mask = cases.logits("random", 23, 64), np.arange(23) < 20
+  x[20:] = np.nan
+  out = cases.logits("random", 23, 8, seed=2)
+
+  def grad(route):
+    def loss(x, bias):
+      return jnp.sum(out * route(x, bias, config, mask).weights)
+
+    return jax.jit(jax.grad(loss, argnums=(0, 1)))(x, bias)
+
+  ours, ours_bias = grad(_interpreted)
+  expected, _ = grad(_xla)
+  np.testing.assert_allclose(ours, expected, rtol=1e-4, atol=1e-6)
+  np.testing.assert_array_equal(ours_bias, 0)
+
+
+def test_rematerialisation_changes_nothing():
+  config, x = cases.family("deepseek_v3"), cases.logits("ties", 16, 64)
+
+  def loss(x):
+    r = _interpreted(x, conformance.bias(64), config)
+    return jnp.sum(r.weights**2), r
+
+  grad = jax.jit(jax.grad(loss, has_aux=True))
+  remat = jax.jit(jax.grad(jax.checkpoint(loss), has_aux=True))
+  (a, r), (b, s) = grad(x), remat(x)
+  jax.tree.map(np.testing.assert_array_equal, r, s)
+  np.testing.assert_array_equal(a, b)
+
+
+def test_vmap_is_a_loop():
+  config, x = _config(16, 3), cases.logits("ties", 24, 16).reshape(3, 8, 16)
+  batched = jax.vmap(lambda x: _interpreted(x, None, config))(x)
+  for i in range(3):
+    one = _interpreted(x[i], None, config)
+    jax.tree.map(
+      lambda a, b, i=i: np.testing.assert_array_equal(a[i], b), batched, one
+    )
+
+
+def test_explicit_sharding_changes_nothing():
+  config = cases.family("deepseek_v3")
+  mesh = jax.make_mesh((8,), ("data",))
+  x, mask = cases.logits("ties", 64, 64), np.arange(64) % 5 > 0
+  expected = _xla(x, conformance.bias(64), config, mask)
+  tokens = jax.NamedSharding(mesh, jax.P("data"))
+  with jax.set_mesh(mesh):
+    actual = _interpreted(
+      *(jax.device_put(x, tokens), conformance.bias(64)),
+      *(config, jax.device_put(mask, tokens)),
+    )
+  np.testing.assert_array_equal(actual.expert_idx, expected.expert_idx)
+  np.testing.assert_array_equal(actual.load, expected.load)
+  assert jax.typeof(actual.expert_idx).sharding.spec == jax.P("data", None)
+  assert actual.load.is_fully_replicated
+
+
+@pytest.mark.parametrize(
+  ("fields", "words"),
+  (
+    (dict(num_experts=64, top_k=17), ("top_k", "17", "'xla'")),
+    (dict(num_experts=2048), ("num_experts", "2048", "'xla'")),
+    (dict(num_experts=96, num_groups=3, group_top_k=2), ("groups", "3")),
+    (dict(num_experts=36, num_groups=4, group_top_k=2), ("groups", "36")),
+  ),
+)
+def test_what_it_cannot_do_is_named(fields, words):
+  config = _config(**fields)
+  x = jnp.zeros((2, config.num_experts))
+  with pytest.raises(NotImplementedError) as error:
+    jaxroute.route(x, None, config, implementation="tpu")
+  for word in words:
+    assert word in str(error.value)
+  assert jaxroute.route(x, None, config).load.sum() == 2 * config.top_k
