@@ -15,10 +15,10 @@ odd pitch.
 
   1. column: logits are transposed, scored, biased; the selection scores are
      written to `chosen_from`, and every later step reads them from there. A
-     selection network keeps the K largest values of every sublane, no indices.
+     selection network keeps the K + 1 largest values of every sublane, no indices.
   2. dense: the 8 sublanes' lists are merged. Group scores are sums of the heads
      of lists; a group that is not kept is taken out as a whole. The last merge
-     leaves the K-th largest value, the threshold.
+     leaves the K-th largest value, the threshold, and the next, the cutoff.
   3. column: a score sets one bit if it is above the threshold, one if it is not
      below: two 32-bit words per sublane for every 32 rows.
   4. dense: where more than K are not below, as many of the equal ones as are
@@ -114,6 +114,11 @@ class _Plan:
     return pl.cdiv(self.rows, _WORD)
 
   @property
+  def listed(self) -> int:
+    """Length of lists: the K chosen and the first that is not, for the cutoff."""
+    return self.config.top_k + 1
+
+  @property
   def chosen_rows(self) -> int:
     """K, rounded up to whole registers."""
     return pl.cdiv(self.config.top_k, _SUBLANES) * _SUBLANES
@@ -151,7 +156,7 @@ class _Plan:
 
   def buffers(self) -> dict[str, tuple[tuple[int, ...], Any]]:
     """Name, shape and dtype of every scratch buffer."""
-    c, k, seg = self.columns, self.config.top_k, self.segments
+    c, seg = self.columns, self.segments
     f32, i32 = jnp.float32, jnp.int32
     rows = _SUBLANES * self.rows
     by_column, dense = c * _PITCH, _SUBLANES * self.column_pitch
@@ -161,12 +166,11 @@ class _Plan:
       "chosen_from": ((c, rows, _LANES), f32),
       "bias": ((_SUBLANES * self.row_pitch, _LANES), f32),
       "bias_row": ((1, pl.cdiv(rows, _LANES) * _LANES), f32),
-      "lists": ((seg * k * by_column, _LANES), f32),
+      "lists": ((seg * self.listed * by_column, _LANES), f32),
       "not_below": ((seg * dense, _LANES), f32),
       "above": ((seg * dense, _LANES), f32),
       "bits_not_below": ((self.words * by_column, _LANES), i32),
       "bits_above": ((self.words * by_column, _LANES), i32),
-      "rest": ((by_column, _LANES), f32),
       "idx": ((self.chosen_rows * self.column_pitch, _LANES), i32),
       "weights": ((self.chosen_rows * self.column_pitch, _LANES), f32),
       "picked": ((chosen * by_column, _LANES), f32),
@@ -318,19 +322,11 @@ def _kernel(plan, logits_ref, *refs):
         body(c)
 
   each_column(lambda c: _score_column(plan, c, logits_ref, buf))
-  threshold, kept = _threshold(plan, buf)
+  kept = _threshold(plan, buf)
   each_column(lambda c: _compare_column(plan, c, buf))
-  bits, count = _settle_ties(plan, buf)
-  chosen = _pull_bits(plan, bits, buf)
+  chosen = _pull_bits(plan, _settle_ties(plan, buf), buf)
   each_column(lambda c: _gather_column(plan, c, buf))
   _weigh(plan, step, chosen, kept, mask_ref, buf)
-  buf.cutoff[...] = jnp.where(
-    count > plan.config.top_k,
-    threshold,
-    functools.reduce(
-      jnp.maximum, [_dense(buf.rest, s, plan) for s in range(_SUBLANES)]
-    ),
-  )
   each_column(
     lambda c: _write_column(plan, c, buf, idx_ref, weights_ref, cutoff_ref)
   )
@@ -483,18 +479,17 @@ def _score_column(plan, c, logits_ref, buf):
     buf.chosen_from[c, pl.ds(r * _SUBLANES, _SUBLANES), :] = x
     return x
 
-  k, rows = plan.config.top_k, plan.segment_rows
-  run = min(_SUBLANES, 1 << (k - 1).bit_length())
+  rows, listed = plan.segment_rows, plan.listed
+  run = min(_SUBLANES, 1 << (listed - 1).bit_length())
   for segment in range(plan.segments):
     best = []
     for first in range(0, rows, run):
-      here = range(
-        segment * rows + first, segment * rows + min(rows, first + run)
-      )
-      part = networks.sort([selection(r) for r in here])[:k]
-      best = networks.merge(best, part, k)
+      start = segment * rows
+      here = range(start + first, start + min(rows, first + run))
+      part = networks.sort([selection(r) for r in here])[:listed]
+      best = networks.merge(best, part, listed)
     for i, value in enumerate(best):
-      start = (segment * k + i) * plan.columns * _PITCH
+      start = (segment * listed + i) * plan.columns * _PITCH
       buf.lists[pl.ds(start + c * _PITCH, _SUBLANES), :] = value
 
 
@@ -514,14 +509,13 @@ def _softmax_statistics(plan, logits):
 
 
 def _threshold(plan, buf):
-  """The K-th largest selection score, dense, and which groups are kept."""
-  k = plan.config.top_k
-  length = min(k, plan.segment_rows)
+  """Writes the K-th largest selection score and the cutoff; the groups kept."""
+  listed = plan.listed
   pitch = plan.columns * _PITCH
   lists = [
     [
-      _dense(buf.lists, (segment * k + i) * pitch + s, plan)
-      for i in range(length)
+      _dense(buf.lists, (segment * listed + i) * pitch + s, plan)
+      for i in range(min(listed, plan.segment_rows))
     ]
     for s in range(_SUBLANES)
     for segment in range(plan.segments)
@@ -530,7 +524,8 @@ def _threshold(plan, buf):
   if plan.grouped:
     size = len(lists) // plan.config.num_groups
     lists = [
-      _merge_all(lists[i : i + size], k) for i in range(0, len(lists), size)
+      _merge_all(lists[i : i + size], listed)
+      for i in range(0, len(lists), size)
     ]
     kept = _keep_groups(plan, lists)
     lists = [
@@ -539,9 +534,17 @@ def _threshold(plan, buf):
     ]
   half = len(lists) // 2
   best = networks.largest(
-    _merge_all(lists[:half], k), _merge_all(lists[half:], k), k
+    _merge_all(lists[:half], listed), _merge_all(lists[half:], listed), listed
   )
-  threshold = functools.reduce(jnp.minimum, best)
+  # The two smallest of them.
+  inf = np.float32(np.inf)
+  cutoff = threshold = jnp.full_like(best[0], inf)
+  for x in best:
+    threshold = jnp.minimum(threshold, jnp.maximum(cutoff, x))
+    cutoff = jnp.minimum(cutoff, x)
+  if len(best) < listed:
+    cutoff, threshold = jnp.full_like(cutoff, _NEG_INF), cutoff
+  buf.cutoff[...] = cutoff
 
   # No score is above, or not below, NaN. Where the groups that are kept have too
   # few experts, all masked ones tie, those of other groups included.
@@ -556,7 +559,7 @@ def _threshold(plan, buf):
       above = jnp.where(keep, threshold, _NAN)
       buf.above[rows, :] = above
     buf.not_below[rows, :] = not_below
-  return threshold, kept
+  return kept
 
 
 def _merge_all(lists, k):
@@ -590,8 +593,7 @@ def _keep_groups(plan, lists):
 
 
 def _compare_column(plan, c, buf):
-  """The bits of scores not below the threshold, and above; the largest rest."""
-  rest = jnp.full((_SUBLANES, _LANES), _NEG_INF)
+  """The bits of scores that are not below the threshold, or above it."""
   for w in range(plan.words):
     # Both bits of a row in one word: row r at r and at r ^ 1. Even and odd rows
     # have a word each, which are shuffled into the two words wanted.
@@ -603,21 +605,15 @@ def _compare_column(plan, c, buf):
       above = not_below
       if plan.grouped:
         above = _column(buf.above, row, c, plan)
-      is_in = x >= not_below
       in_bit, both = _bit(r), _bit(r) | _bit(r ^ 1)
-      bits = jnp.where(x > above, both, jnp.where(is_in, in_bit, np.int32(0)))
-      halves[r % 2] |= bits
-      if plan.grouped:
-        rest = jnp.maximum(rest, jnp.where(x < above, x, _NEG_INF))
-      else:
-        rest = jnp.maximum(rest, jnp.where(is_in, _NEG_INF, x))
+      in_or_out = jnp.where(x >= not_below, in_bit, np.int32(0))
+      halves[r % 2] |= jnp.where(x > above, both, in_or_out)
     even, odd = halves
     rows = pl.ds((w * plan.columns + c) * _PITCH, _SUBLANES)
     buf.bits_not_below[rows, :] = (even & _EVEN) | (odd & _ODD)
     buf.bits_above[rows, :] = (lax.shift_right_logical(even, 1) & _EVEN) | (
       lax.shift_left(odd, 1) & _ODD
     )
-  buf.rest[pl.ds(c * _PITCH, _SUBLANES), :] = rest
 
 
 def _bit(r):
@@ -635,7 +631,7 @@ def _words(plan, ref):
 
 
 def _settle_ties(plan, buf):
-  """Words with K bits per token, and how many scores were not below."""
+  """Words with K bits per token."""
   not_below = _words(plan, buf.bits_not_below)
   above = _words(plan, buf.bits_above)
   left = plan.config.top_k - _population(above)
@@ -666,7 +662,7 @@ def _settle_ties(plan, buf):
     s, w = divmod(i, plan.words)
     rows = pl.ds(w * pitch + s, plan.columns, stride=_PITCH)
     buf.bits_not_below[rows, :] = bits[-1]
-  return bits, _population(not_below)
+  return bits
 
 
 def _population(words):
