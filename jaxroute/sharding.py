@@ -72,22 +72,25 @@ def moe(
   over_tokens, over_experts = jax.P(tokens or None), jax.P(expert)
   gather = expert is not None and expert in tokens
 
-  def local(x, expert_idx, weights, token_mask, params):
-    operands = x, expert_idx, weights, token_mask
-    if gather:
-      operands = jax.tree.map(
-        lambda v: jax.lax.all_gather(v, expert, tiled=True), operands
-      )
-    x, expert_idx, weights, token_mask = operands
+  def local(x, routing, params):
+    def everyone(v):
+      return jax.lax.all_gather(v, expert, tiled=True) if gather else v
+
+    expert_idx = everyone(routing.expert_idx)
     if expert is not None:
       count = params.w_gate.shape[0]
       expert_idx = expert_idx - jax.lax.axis_index(expert) * count
       here = (expert_idx >= 0) & (expert_idx < count)
       expert_idx = jnp.where(here, expert_idx, count)
-    local_routing = dataclasses.replace(
-      routing, expert_idx=expert_idx, weights=weights, token_mask=token_mask
+    routing = dataclasses.replace(
+      routing,
+      expert_idx=expert_idx,
+      weights=everyone(routing.weights),
+      token_mask=everyone(routing.token_mask),
     )
-    out, group_sizes = experts.moe(x, local_routing, params, capacity=capacity)
+    out, group_sizes = experts.moe(
+      everyone(x), routing, params, capacity=capacity
+    )
     if gather:
       out = jax.lax.psum_scatter(out, expert, tiled=True)
     elif expert is not None:
@@ -97,12 +100,15 @@ def moe(
       group_sizes = jax.lax.psum(group_sizes, sums)
     return out, group_sizes
 
+  # The load is of the global batch already; the rest is per token.
+  routes = jax.tree.map(lambda _: over_tokens, routing)
+  routes = dataclasses.replace(routes, load=jax.P())
   return jax.shard_map(
     local,
     mesh=mesh,
-    in_specs=(over_tokens, over_tokens, over_tokens, over_tokens, over_experts),
+    in_specs=(over_tokens, routes, over_experts),
     out_specs=(over_tokens, over_experts),
-  )(x, routing.expert_idx, routing.weights, routing.token_mask, params)
+  )(x, routing, params)
 
 
 def _mesh(partition):
