@@ -9,7 +9,7 @@ its ops, from row-major logits in HBM to experts, weights, loads and cutoff.
   python benchmarks/tpu_cycles.py --generations=v6e
   python benchmarks/tpu_cycles.py --write      # renew tpu_cycles.json
 
-`plain` is what one writes with `lax.top_k` and `bincount`. `floor` is the time to
+`plain` is what one writes with `lax.top_k`, without a gather or scatter. `floor` is the time to
 move the operands and results at the HBM bandwidth below, `valu` the kernel's
 vector operations over the four slots of a bundle. The kernel has no loops and
 takes no branch on the data, so every operation of its body counts once a block.
@@ -122,9 +122,11 @@ def compile_for(generation: str, case: str, candidate: str):
       keep = jax.nn.one_hot(kept, config.num_groups, dtype=bool).any(1)
       selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(t, e)
     idx = jax.lax.top_k(selection, k)[1]
-    weights = jnp.take_along_axis(scores, idx, axis=1)
+    # Sums of comparisons: gathers and scatters cost more than all the rest.
+    chosen = idx[:, :, None] == jnp.arange(e)
+    weights = jnp.sum(jnp.where(chosen, scores[:, None], 0.0), axis=2)
     weights /= weights.sum(1, keepdims=True)
-    return idx, weights, jnp.bincount(idx.reshape(-1), length=e)
+    return idx, weights, jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
 
   topology = topologies.get_topology_desc(
     platform="tpu", topology_name=TPUS[generation][0]

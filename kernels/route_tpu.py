@@ -25,7 +25,8 @@ odd pitch.
      wanted are taken from the lowest index on. K bits are left per token, in
      index order; they are pulled out one by one.
   5. column: the logits of the chosen experts are gathered.
-  6. dense: they are scored again, sorted by score, weighted and normalised.
+  6. dense: they are scored again, sorted by score, weighted and normalised. Only
+     their order depends on the scores being the same as in step 1.
   7. column: the bits of valid tokens are added to counters of one bit per plane.
      The last block turns the planes into loads.
 
