@@ -47,7 +47,6 @@ TABLE = pathlib.Path(__file__).with_name("tpu_cycles.json")
 
 # Topology, clock in GHz and HBM bandwidth in GB/s of one core's share.
 TPUS = {
-  "v4": ("v4:2x2x1", 1.05, 1228 / 2),
   "v5e": ("v5e:2x2", 1.5, 819),
   "v5p": ("v5p:2x2x1", 1.75, 2765 / 2),
   "v6e": ("v6e:2x2", 1.75, 1640),

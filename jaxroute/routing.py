@@ -44,9 +44,10 @@ def route(
     config: what to compute; static.
     token_mask: `[T]` bool. False marks padding: weight 0, not counted.
     implementation: "xla", "tpu", "gpu", or None for the best one here. "tpu" is
-      a Pallas kernel, which XLA does not partition: call it on one device, under
-      explicit sharding, or inside `jax.shard_map`. None takes it there, if JAX
-      runs on TPU and the kernel knows `config`, and "xla" elsewhere.
+      a Pallas kernel for v5e, v5p and newer, which XLA does not partition: call
+      it on one device, under explicit sharding, or inside `jax.shard_map`. None
+      takes it there, if JAX runs on such a TPU and the kernel knows `config`,
+      and "xla" elsewhere.
 
   Returns:
     A `Routing`; on T = 0 its arrays are empty and `load` is zero.
@@ -137,7 +138,7 @@ def _route_xla(logits, expert_bias, config, token_mask):
 
 def _tpu_kernel_fits(config):
   """Whether the kernel can and may run: a mesh with no axis left to XLA."""
-  if jax.default_backend() != "tpu" or route_tpu.unsupported(config):
+  if not route_tpu.runs_here() or route_tpu.unsupported(config):
     return False
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

@@ -206,6 +206,17 @@ def unsupported(config: Any) -> str | None:
   return None
 
 
+def runs_here() -> bool:
+  """Whether JAX runs on a TPU that has the gathers: v5e, v5p or newer.
+
+  Returns:
+    True or False; on v4 Mosaic does not compile the kernel.
+  """
+  if jax.default_backend() != "tpu":
+    return False
+  return pltpu.get_tpu_info().generation >= 5
+
+
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def route(
   logits: jax.Array,

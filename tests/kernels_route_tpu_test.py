@@ -184,6 +184,42 @@ def test_explicit_sharding_changes_nothing():
   assert actual.load.is_fully_replicated
 
 
+def test_none_takes_the_kernel_only_where_it_can_run(monkeypatch):
+  config, x = _config(16, 3), cases.logits("random", 16, 16)
+  calls = []
+
+  def spy(*args):
+    calls.append(1)
+    return routing._route_xla(*args)
+
+  monkeypatch.setattr(routing, "_route_tpu", spy)
+
+  def took_the_kernel(config=config, x=x):
+    calls.clear()
+    jaxroute.route(x, None, config)
+    return bool(calls)
+
+  assert not took_the_kernel()  # a CPU
+  monkeypatch.setattr(route_tpu, "runs_here", lambda: True)
+  assert not took_the_kernel()  # eight devices, and no mesh to say how
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  assert took_the_kernel()
+  three = _config(12, 3, num_groups=3, group_top_k=2)
+  assert not took_the_kernel(three, x[:, :12])
+  for kind in jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto:
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
+    with jax.set_mesh(mesh):
+      assert took_the_kernel() == (kind == jax.sharding.AxisType.Explicit)
+  calls.clear()
+  jax.shard_map(
+    lambda x: jaxroute.route(x, None, config).expert_idx,
+    mesh=mesh,
+    in_specs=jax.P("data"),
+    out_specs=jax.P("data"),
+  )(x)
+  assert calls
+
+
 @pytest.mark.parametrize(
   ("fields", "words"),
   (
