@@ -87,7 +87,8 @@ def test_the_expert_parallel_layer_compiles(topology, implementation):
   assert shard < memory.argument_size_in_bytes < 1.2 * shard + 2 * T * D
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e", "v7x"])
+# The others are compiled by the test of their cycles, below.
+@pytest.mark.parametrize("generation", ["v5p", "v7x"])
 def test_the_kernel_compiles(generation):
   for case, (t, *_) in tpu_cycles.CASES.items():
     if t > 8192:
@@ -136,14 +137,11 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
 def test_no_cycle_count_has_risen():
   """By more than a tenth over the table, for the compiler that wrote it."""
   recorded = json.loads(tpu_cycles.TABLE.read_text())
-  if recorded["libtpu"] != tpu_cycles.libtpu_version():
-    pytest.skip(
-      f"the table is of libtpu {recorded['libtpu']}, here is"
-      f" {tpu_cycles.libtpu_version()}"
-    )
   measured = tpu_cycles.table(
     ["v5e", "v6e"], list(tpu_cycles.CASES), ["jaxroute"], bounds=False
   )
+  same_compiler = recorded["libtpu"] == tpu_cycles.libtpu_version()
   for name, row in measured.items():
+    cycles = row["jaxroute"]["cycles"]
     before = recorded["cycles"][name]["jaxroute"]["cycles"]
-    assert row["jaxroute"]["cycles"] < 1.1 * before, name
+    assert cycles < (1.1 if same_compiler else 2) * before, name
