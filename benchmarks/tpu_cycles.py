@@ -9,10 +9,11 @@ its ops, from row-major logits in HBM to experts, weights, loads and cutoff.
   python benchmarks/tpu_cycles.py --generations=v6e
   python benchmarks/tpu_cycles.py --write      # renew tpu_cycles.json
 
-`plain` is what one writes with `lax.top_k`, without a gather or scatter. `floor` is the time to
-move the operands and results at the HBM bandwidth below, `valu` the kernel's
-vector operations over the four slots of a bundle. The kernel has no loops and
-takes no branch on the data, so every operation of its body counts once a block.
+`plain` is what one writes with `lax.top_k`, without a gather or scatter. `floor`
+is the time to move the operands and results at the HBM bandwidth below, `valu`
+the kernel's vector operations over the four slots of a bundle. The kernel has no
+loops and takes no branch on the data, so every operation of its body counts once
+a block.
 """
 
 import collections
@@ -35,7 +36,6 @@ _GENERATIONS = flags.DEFINE_list(
 )
 _CASES = flags.DEFINE_list("cases", "", "Names of cases; by default all.")
 _PLAIN = flags.DEFINE_bool("plain", True, "Compile the plain graph as well.")
-_BOUNDS = flags.DEFINE_bool("bounds", True, "Count operations: slower.")
 _WRITE = flags.DEFINE_bool(
   "write", False, "Write the table to tpu_cycles.json."
 )
@@ -186,11 +186,11 @@ def estimate(
     bounds: whether to count the kernel's operations, for `valu`.
 
   Returns:
-    `cycles` per token, the sum over all ops; `floor` and `valu`, the bounds in
-    the module's docstring; empty if the program, or the profiler of the
+    `cycles` per token, the sum over all ops; `floor` and, of the kernel, `valu`,
+    the bounds in the module's docstring; empty if the program, or the profiler of the
     compiler, failed.
   """
-  t = CASES[case][0]
+  t, e, *_ = CASES[case]
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     options = f"--xla_jf_dump_static_llo_profile_to={folder}"
@@ -217,15 +217,15 @@ def estimate(
         cycles[op] += int(n)
     _, clock, bandwidth = TPUS[generation]
     size = json.loads(result.read_text())["bytes"]
-    blocks = math.ceil(t / 1024)
-    return {
+    found = {
       "cycles": round(sum(cycles.values()) / t, 3),
       "floor": round(size / bandwidth * clock / t, 3),
-    } | (
-      {"valu": round(_valu_operations(folder) / 4 * blocks / t, 3)}
-      if bounds
-      else {}
-    )
+    }
+    if bounds and candidate == "jaxroute":
+      # The kernel's blocks of tokens.
+      blocks = math.ceil(t / (1024 if e <= 512 else 512))
+      found["valu"] = round(_valu_operations(folder) / 4 * blocks / t, 3)
+    return found
 
 
 def table(
@@ -276,7 +276,9 @@ def main(argv: list[str]) -> None:
   if _WRITE.value:
     known = json.loads(TABLE.read_text())["cycles"] if TABLE.exists() else {}
     for name, row in rows.items():
-      known[name] = known.get(name, {}) | row
+      worked = {key: value for key, value in row.items() if value}
+      if worked:
+        known[name] = known.get(name, {}) | worked
     record = {"libtpu": libtpu_version(), "cycles": known}
     TABLE.write_text(json.dumps(record, indent=1) + "\n")
 

@@ -148,29 +148,32 @@ def _tpu_kernel_fits(config):
 
 def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
   """As `_route_xla`, by the kernel; under explicit sharding shard by shard."""
-  call = functools.partial(_tpu_kernel, config, interpret)
+
+  def call(*operands):
+    return _tpu_kernel(config, interpret, *dispatch.vary_alike(operands))
+
+  def call_shard(*operands):
+    idx, weights, load, cutoff = call(*operands)
+    load = load if axes is None else jax.lax.psum(load, axes)
+    return idx, weights, load, cutoff
+
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
+  operands = logits, expert_bias, token_mask
   sharding = jax.typeof(logits).sharding
   if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
     axes, whole = sharding.spec[0], jax.P()
     tokens = jax.P(axes)
-
-    def local(logits, expert_bias, token_mask):
-      operands = dispatch.vary_alike((logits, expert_bias, token_mask))
-      idx, weights, load, cutoff = _tpu_kernel(config, interpret, *operands)
-      load = load if axes is None else jax.lax.psum(load, axes)
-      return idx, weights, load, cutoff
-
-    call = jax.shard_map(
-      local,
+    out = jax.shard_map(
+      call_shard,
       in_specs=(tokens, whole, tokens),
       out_specs=(tokens, tokens, whole, tokens),
       # The interpreter mixes varying and other values itself.
       check_vma=not interpret,
-    )
-  operands = dispatch.vary_alike((logits, expert_bias, token_mask))
-  idx, weights, load, cutoff = call(*operands)
+    )(*operands)
+  else:
+    out = call(*operands)
+  idx, weights, load, cutoff = out
   valid = ~jnp.any(jnp.isnan(weights), axis=1)
   return types.Routing(
     expert_idx=idx,

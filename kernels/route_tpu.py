@@ -197,7 +197,7 @@ def unsupported(config: Any) -> str | None:
     return f"`top_k` is at most 16 in the TPU kernel, got {config.top_k}"
   if e > 1024:
     return f"`num_experts` is at most 1024 in the TPU kernel, got {e}"
-  whole = e % _SUBLANES == 0 and (g in (2, 4, 8) or g in (16, 24, 32))
+  whole = e % _SUBLANES == 0 and g in (2, 4, 8, 16, 24, 32)
   if config.group_top_k < g and not whole:
     return (
       "groups must be 2, 4, 8, 16, 24 or 32 in the TPU kernel and 8 divide"
@@ -457,7 +457,7 @@ def _bias_scores(plan, logits, scores, bias):
 
 
 def _score_column(plan, c, logits_ref, buf):
-  """Fills a column of `chosen_from`, and every sublane's list of the K best."""
+  """Fills a column of `chosen_from`, and every sublane's list of the best."""
   tokens = pl.ds(c * _LANES, _LANES)
   ref = buf.logits.at[c]
   if plan.transposed:
@@ -549,8 +549,7 @@ def _threshold(plan, buf):
     _merge_all(lists[:half], listed), _merge_all(lists[half:], listed), listed
   )
   # The two smallest of them.
-  inf = np.float32(np.inf)
-  cutoff = threshold = jnp.full_like(best[0], inf)
+  cutoff = threshold = jnp.full_like(best[0], np.float32(np.inf))
   for x in best:
     threshold = jnp.minimum(threshold, jnp.maximum(cutoff, x))
     cutoff = jnp.minimum(cutoff, x)

@@ -57,9 +57,11 @@ def test_every_family(name):
   _assert_conforms(23, cases.family(name))
 
 
-@pytest.mark.parametrize("groups", (2, 16))
-def test_groups_larger_and_smaller_than_a_sublane(groups):
-  config = _config(64, 4, num_groups=groups, group_top_k=2)
+@pytest.mark.parametrize(
+  ("num_experts", "groups"), ((64, 2), (64, 16), (96, 24), (64, 32))
+)
+def test_groups_larger_and_smaller_than_a_sublane(num_experts, groups):
+  config = _config(num_experts, 4, num_groups=groups, group_top_k=2)
   _assert_conforms(23, config)
 
 
