@@ -16,6 +16,8 @@ odd pitch.
   1. column: logits are transposed, scored, biased; the selection scores are
      written to `chosen_from`, and every later step reads them from there. A
      selection network keeps the K + 1 largest values of every sublane, no indices.
+     The columns take turns in two buffers of transposed logits: else all that
+     is transposed would come first, with nothing to do beside it.
   2. dense: the 8 sublanes' lists are merged. Group scores are sums of the heads
      of lists; a group that is not kept is taken out as a whole. The last merge
      leaves the K-th largest value, the threshold, and the next, the cutoff.
@@ -23,14 +25,15 @@ odd pitch.
      below: two 32-bit words per sublane for every 32 rows.
   4. dense: where more than K are not below, as many of the equal ones as are
      wanted are taken from the lowest index on. K bits are left per token, in
-     index order; they are pulled out one by one.
+     index order; they are pulled out one by one. Short words of several sublanes
+     are packed into one for that.
   5. column: the logits of the chosen experts are gathered.
   6. dense: they are scored again, sorted by score, weighted and normalised. Only
      their order depends on the scores being the same as in step 1.
   7. column: the bits of valid tokens are added to counters of one bit per plane.
      The last block turns the planes into loads.
 
-Memory: the block of logits twice (the pipeline's double buffer), transposed once,
+Memory: the block of logits twice (the pipeline's double buffer), once by columns,
 and once more as selection scores: 4 MiB for 256 experts. No step branches on the
 data: ties cost the same as none.
 """
@@ -59,6 +62,8 @@ _EVEN = np.int32(0x55555555)
 _ODD = np.int32(-0x55555556)
 # Keeps a sum of tiny scores away from the floats that TPUs flush to zero.
 _SCALE = 2.0**40
+# Its inverse is a normal float.
+_LARGE = np.float32(2.0**125)
 _NEG_INF = np.float32(-np.inf)
 _NAN = np.float32(np.nan)
 
@@ -72,6 +77,7 @@ class _Plan:
   has_bias: bool
   has_mask: bool
   interpret: bool
+  divides_in_software: bool
 
   @property
   def num_experts(self) -> int:
@@ -113,6 +119,11 @@ class _Plan:
   def words(self) -> int:
     """Words of bits per sublane."""
     return pl.cdiv(self.rows, _WORD)
+
+  @property
+  def packed(self) -> int:
+    """Sublanes whose bits fit one word in the dense layout."""
+    return next(n for n in (8, 4, 2, 1) if n == 1 or n * self.rows <= _WORD)
 
   @property
   def listed(self) -> int:
@@ -163,7 +174,8 @@ class _Plan:
     by_column, dense = c * _PITCH, _SUBLANES * self.column_pitch
     chosen = self.chosen_rows // _SUBLANES
     return {
-      "logits": ((c, _SUBLANES * self.row_pitch, _LANES), f32),
+      "transposed": ((2, _SUBLANES * self.row_pitch, _LANES), f32),
+      "logits": ((c, rows, _LANES), f32),
       "chosen_from": ((c, rows, _LANES), f32),
       "bias": ((_SUBLANES * self.row_pitch, _LANES), f32),
       "bias_row": ((1, pl.cdiv(rows, _LANES) * _LANES), f32),
@@ -217,6 +229,11 @@ def runs_here() -> bool:
   return pltpu.get_tpu_info().generation >= 5
 
 
+def _divides_in_software():
+  """Whether inverses are approximate here: before v6e, or on who knows what."""
+  return not pltpu.is_tpu_device() or pltpu.get_tpu_info().generation < 6
+
+
 @functools.partial(jax.jit, static_argnames=("config", "interpret"))
 def route(
   logits: jax.Array,
@@ -251,10 +268,11 @@ def route(
     has_bias=expert_bias is not None,
     has_mask=token_mask is not None,
     interpret=bool(interpret),
+    divides_in_software=not interpret and _divides_in_software(),
   )
   block, c = plan.block, plan.columns
   tokens_last = pl.BlockSpec((k, block), lambda i: (0, i))
-  whole_row = pl.BlockSpec((1, e), lambda i: (0, 0))
+  experts = pl.BlockSpec((e,), lambda i: (0,))
   if plan.transposed:
     operands = [logits.T]
     in_specs = [pl.BlockSpec((e, block), lambda i: (0, i))]
@@ -262,8 +280,8 @@ def route(
     operands = [logits]
     in_specs = [pl.BlockSpec((block, e), lambda i: (i, 0))]
   if expert_bias is not None:
-    operands.append(expert_bias[None])
-    in_specs.append(whole_row)
+    operands.append(expert_bias)
+    in_specs.append(experts)
   if token_mask is not None:
     mask = jnp.pad(token_mask.astype(jnp.int32), (0, plan.grid * block - t))
     operands.append(mask.reshape(plan.grid, c, _LANES))
@@ -282,13 +300,13 @@ def route(
     out_specs=[
       tokens_last,
       tokens_last,
-      whole_row,
+      experts,
       pl.BlockSpec((1, block), lambda i: (0, i)),
     ],
     out_shape=[
       out((k, t), jnp.int32),
       out((k, t), jnp.float32),
-      out((1, e), jnp.int32),
+      out((e,), jnp.int32),
       out((1, t), jnp.float32),
     ],
     scratch_shapes=[pltpu.VMEM(*buffer) for buffer in buffers.values()],
@@ -298,7 +316,7 @@ def route(
     ),
     name="jaxroute_route",
   )(*operands)
-  return idx.T, weights.T, load.reshape(e), cutoff.reshape(t)
+  return idx.T, weights.T, load, cutoff.reshape(t)
 
 
 def _vmem_limit(plan):
@@ -395,7 +413,7 @@ def _experts(plan, ref, r):
 
 def _spread_bias(plan, bias_ref, buf):
   """The bias of every expert, the same on all lanes; a NaN selects nothing."""
-  bias = bias_ref[...]
+  bias = bias_ref[...].reshape(1, plan.num_experts)
   buf.bias_row[:, : plan.num_experts] = jnp.where(
     jnp.isnan(bias), _NEG_INF, bias
   )
@@ -423,7 +441,7 @@ def _prepare(plan, logits):
 def _score(plan, logits, peak=0.0, inverse_total=1.0):
   """Scores of prepared logits; the softmax of a row needs its two statistics."""
   if plan.config.score_fn == "sigmoid":
-    scores = jax.nn.sigmoid(logits)
+    scores = _sigmoid(plan, logits)
   elif plan.config.score_fn == "softmax":
     scores = jnp.exp(logits - peak) * inverse_total
   else:
@@ -433,6 +451,17 @@ def _score(plan, logits, peak=0.0, inverse_total=1.0):
     )
     scores = jnp.where(logits < -15.0, jnp.exp(logits / 2), near)
   return _pin(plan, scores)
+
+
+def _sigmoid(plan, x):
+  if not plan.divides_in_software:
+    return jax.nn.sigmoid(x)
+  # One Newton step, without the special cases of a division, of which only
+  # infinity can come up.
+  divisor = 1.0 + jnp.exp(-x)
+  divisor = jnp.where(divisor > _LARGE, _LARGE, divisor)
+  inverse = pl.reciprocal(divisor, approx=True)
+  return inverse + inverse * (1.0 - divisor * inverse)
 
 
 def _pin(plan, x):
@@ -459,7 +488,7 @@ def _bias_scores(plan, logits, scores, bias):
 def _score_column(plan, c, logits_ref, buf):
   """Fills a column of `chosen_from`, and every sublane's list of the best."""
   tokens = pl.ds(c * _LANES, _LANES)
-  ref = buf.logits.at[c]
+  ref = buf.transposed.at[c % 2]
   if plan.transposed:
     tile = logits_ref[:, tokens].astype(jnp.float32)
     _store_experts(plan, ref, 0, tile)
@@ -485,6 +514,7 @@ def _score_column(plan, c, logits_ref, buf):
 
   def selection(r):
     x = logits(r)
+    buf.logits[c, pl.ds(r * _SUBLANES, _SUBLANES), :] = x
     scores = x if plan.logit_space else _score(plan, x, *statistics)
     bias = _experts(plan, buf.bias, r) if plan.has_bias else None
     x = _bias_scores(plan, x, scores, bias)
@@ -631,32 +661,58 @@ def _bit(r):
   return np.uint32(1 << (r % _WORD)).astype(np.int32)
 
 
-def _words(plan, ref):
-  """All words of the tokens, dense, in the order of the experts."""
+def _cells(plan, ref):
+  """Lists of words, dense: of one sublane, or of several packed into a word."""
   pitch = plan.columns * _PITCH
-  return [
-    _dense(ref, w * pitch + s, plan)
+  sublanes = [
+    [_dense(ref, w * pitch + s, plan) for w in range(plan.words)]
     for s in range(_SUBLANES)
-    for w in range(plan.words)
   ]
+  if plan.packed == 1:
+    return sublanes
+  cells = []
+  for first in range(0, _SUBLANES, plan.packed):
+    word = sublanes[first][0]
+    for i in range(1, plan.packed):
+      word |= lax.shift_left(sublanes[first + i][0], _like(word, i * plan.rows))
+    cells.append([word])
+  return cells
+
+
+def _store_cells(plan, ref, cells):
+  """The inverse of `_cells`."""
+  pitch = plan.columns * _PITCH
+  for s in range(_SUBLANES):
+    cell, i = divmod(s, plan.packed)
+    for w, word in enumerate(cells[cell]):
+      if plan.packed > 1:
+        shifted = lax.shift_right_logical(word, _like(word, i * plan.rows))
+        word = shifted & np.int32((1 << plan.rows) - 1)
+      rows = pl.ds(w * pitch + s, plan.columns, stride=_PITCH)
+      ref[rows, :] = word
+
+
+def _like(x, value):
+  return jnp.full_like(x, value)
 
 
 def _settle_ties(plan, buf):
-  """Words with K bits per token."""
-  not_below = _words(plan, buf.bits_not_below)
-  above = _words(plan, buf.bits_above)
-  left = plan.config.top_k - _population(above)
-  equal = [a & ~b for a, b in zip(not_below, above, strict=True)]
+  """Cells with K bits per token, which replace the bits not below."""
+  not_below = _cells(plan, buf.bits_not_below)
+  above = _cells(plan, buf.bits_above)
+  left = plan.config.top_k - _population(w for cell in above for w in cell)
   # Of the words with equal ones the first are taken whole, then one in part.
-  whole, partly = [], []
+  taken = []
   part = wanted = jnp.zeros_like(left)
-  for word in equal:
-    n = lax.population_count(word)
-    whole.append(n <= left)
-    partly.append((left > 0) & (left < n))
-    part = jnp.where(partly[-1], word, part)
-    wanted = jnp.where(partly[-1], left, wanted)
-    left = jnp.maximum(left - n, 0)
+  for cell, cell_above in zip(not_below, above, strict=True):
+    for word, word_above in zip(cell, cell_above, strict=True):
+      equal = word & ~word_above
+      n = lax.population_count(equal)
+      partly = (left > 0) & (left < n)
+      part = jnp.where(partly, equal, part)
+      wanted = jnp.where(partly, left, wanted)
+      taken.append((word, word_above, n <= left, partly))
+      left = jnp.maximum(left - n, 0)
   # How many low bits of it have `wanted` ones: a binary search.
   low = jnp.zeros_like(left)
   for width in (16, 8, 4, 2, 1):
@@ -665,19 +721,17 @@ def _settle_ties(plan, buf):
     low = jnp.where(few, longer, low)
   part = part & _ones(low)
 
-  bits = []
-  pitch = plan.columns * _PITCH
-  for i, (a, b) in enumerate(zip(above, equal, strict=True)):
-    taken = jnp.where(whole[i], b, jnp.where(partly[i], part, 0))
-    bits.append(a | taken)
-    s, w = divmod(i, plan.words)
-    rows = pl.ds(w * pitch + s, plan.columns, stride=_PITCH)
-    buf.bits_not_below[rows, :] = bits[-1]
-  return bits
+  words = [
+    jnp.where(whole, word, jnp.where(partly, above | part, above))
+    for word, above, whole, partly in taken
+  ]
+  cells = [words[i : i + plan.words] for i in range(0, len(words), plan.words)]
+  _store_cells(plan, buf.bits_not_below, cells)
+  return cells
 
 
 def _population(words):
-  return functools.reduce(jnp.add, [lax.population_count(w) for w in words])
+  return functools.reduce(jnp.add, map(lax.population_count, words))
 
 
 def _ones(n):
@@ -685,76 +739,103 @@ def _ones(n):
   return lax.shift_left(jnp.ones_like(n), n) - 1
 
 
-def _pull_bits(plan, words, buf):
-  """The K experts of every token, in index order, as chunk << 16 | row."""
-  words = list(words)
-  tags = [
-    np.int32(s << 16 | w * _WORD)
-    for s in range(_SUBLANES)
-    for w in range(plan.words)
-  ]
+def _pull_bits(plan, cells, buf):
+  """The K experts of every token, in index order."""
+  # The cell being emptied, and where the next one that is not empty starts.
+  size = plan.packed * plan.rows
+  current = [jnp.zeros_like(cells[0][0])] * plan.words
+  start = jnp.zeros_like(current[0])
+  following, after = [], _like(start, len(cells) * size)
+  for i in reversed(range(len(cells))):
+    following.insert(0, after)
+    some = functools.reduce(jnp.bitwise_or, cells[i]) != 0
+    after = jnp.where(some, np.int32(i * size), after)
+
   chosen = []
-  for k in range(plan.config.top_k):
-    word, tag = words[-1], jnp.full_like(words[-1], tags[-1])
-    for i in reversed(range(len(words) - 1)):
-      some = words[i] != 0
-      word = jnp.where(some, words[i], word)
-      tag = jnp.where(some, tags[i], tag)
-    lowest = word & -word
-    chosen.append(tag + lax.population_count(lowest - 1))
-    buf.idx[_dense_rows(k, plan), :] = chosen[-1]
-    words = [
-      jnp.where(tag == t, w ^ lowest, w)
-      for t, w in zip(tags, words, strict=True)
-    ]
+  for _ in range(plan.config.top_k):
+    empty = functools.reduce(jnp.bitwise_or, current) == 0
+    start = jnp.where(empty, after, start)
+    entered = jnp.where(empty, after, np.int32(-1))
+    for i, cell in enumerate(cells):
+      # The i-th cell is entered by the first bit or by a later one.
+      here = entered == np.int32(i * size)
+      current = [
+        jnp.where(here, a, b) for a, b in zip(cell, current, strict=True)
+      ]
+      after = jnp.where(here, following[i], after)
+    # The lowest bit of the first word that has one.
+    word, at = current[-1], np.int32((plan.words - 1) * _WORD)
+    for w in reversed(range(plan.words - 1)):
+      some = current[w] != 0
+      word = jnp.where(some, current[w], word)
+      at = jnp.where(some, np.int32(w * _WORD), at)
+    chosen.append(start + at + lax.population_count((word & -word) - 1))
+    buf.idx[_dense_rows(len(chosen) - 1, plan), :] = chosen[-1]
+    none = None
+    for w, word in enumerate(current):
+      less = word & (word - 1)
+      current[w] = less if none is None else jnp.where(none, less, word)
+      none = word == 0 if none is None else none & (word == 0)
   return chosen
 
 
 # The chosen experts.
 
 
+def _quotient(expert, n):
+  """Indices of experts, below 1024, over n."""
+  if n & (n - 1) == 0:
+    return lax.shift_right_logical(expert, _like(expert, n.bit_length() - 1))
+  return (expert * np.int32(2**20 // n + 1)) >> 20
+
+
 def _gather_column(plan, c, buf):
   """The logits of the chosen experts."""
-  for row in range(0, plan.chosen_rows, _SUBLANES):
-    chosen = _column(buf.idx, row, c, plan)
-    chunk, r = chosen >> 16, chosen & 0xFFFF
-    values = [
-      jnp.take_along_axis(
-        _experts(plan, buf.logits.at[c], i),
-        chunk,
-        axis=0,
-        mode="promise_in_bounds",
-      )
-      for i in range(plan.rows)
-    ]
-    bit = 1
-    while len(values) > 1:
-      odd = (r & bit) != 0
-      pairs = [values[i : i + 2] for i in range(0, len(values), 2)]
-      values = [jnp.where(odd, *p[::-1]) if len(p) > 1 else p[0] for p in pairs]
-      bit *= 2
-    buf.picked[_column_rows(row, c, plan), :] = values[0]
+  for first in range(0, plan.chosen_rows, _SUBLANES):
+    expert = _column(buf.idx, first, c, plan)
+    chunk = _quotient(expert, plan.rows)
+    r = expert - chunk * np.int32(plan.rows)
+    bits = [(r & (1 << i)) != 0 for i in range((plan.rows - 1).bit_length())]
+    rows = _column_rows(first, c, plan)
+    buf.picked[rows, :] = _pick(plan, buf.logits.at[c], chunk, bits, 0)
+
+
+def _pick(plan, ref, chunk, bits, start):
+  """Of the rows from `start` on, the one of number `bits`, at its chunk."""
+  if not bits:
+    return jnp.take_along_axis(
+      ref[pl.ds(start * _SUBLANES, _SUBLANES), :],
+      chunk,
+      axis=0,
+      mode="promise_in_bounds",
+    )
+  # Depth first: breadth first, the compiler runs out of registers.
+  *lower, bit = bits
+  low = _pick(plan, ref, chunk, lower, start)
+  middle = start + (1 << len(lower))
+  if middle >= plan.rows:
+    return low
+  return jnp.where(bit, _pick(plan, ref, chunk, lower, middle), low)
 
 
 def _weigh(plan, step, chosen, kept, mask_ref, buf):
   """Sorts the chosen experts by score and weighs them."""
   config, pitch = plan.config, plan.columns * _PITCH
-  idx, selection, scores = [], [], []
-  for k, code in enumerate(chosen):
-    idx.append((code >> 16) * plan.rows + (code & 0xFFFF))
+  idx, selection, scores = list(chosen), [], []
+  for k, expert in enumerate(idx):
     row = k // _SUBLANES * pitch + k % _SUBLANES
-    logits = _prepare(plan, _dense(buf.picked, row, plan))
+    logits = _dense(buf.picked, row, plan)
     if plan.row_softmax:
       score = _score(plan, logits, buf.peak[...], buf.inverse_total[...])
     elif config.score_fn == "softmax":
       score = logits  # over the chosen ones, below
     else:
       score = _score(plan, logits)
-    bias = _look_up_bias(plan, idx[-1], buf) if plan.has_bias else None
+    bias = _look_up_bias(plan, expert, buf) if plan.has_bias else None
     x = logits if plan.logit_space else score
     x = _bias_scores(plan, logits, x, bias)
     if kept is not None:
-      x = jnp.where(_in_kept_group(plan, code, kept), x, _NEG_INF)
+      x = jnp.where(_in_kept_group(plan, expert, kept), x, _NEG_INF)
     selection.append(x)
     scores.append(score)
 
@@ -797,13 +878,9 @@ def _look_up_bias(plan, idx, buf):
   return found[: plan.columns]
 
 
-def _in_kept_group(plan, code, kept):
-  """Whether an expert, as chunk << 16 | row, is in a group that is kept."""
-  chunk, r = code >> 16, code & 0xFFFF
-  if plan.segments == 1:
-    group = chunk * plan.config.num_groups // _SUBLANES
-  else:
-    group = chunk * plan.segments + r // plan.segment_rows
+def _in_kept_group(plan, expert, kept):
+  """Whether an expert is in a group that is kept."""
+  group = _quotient(expert, plan.config.group_size)
   bits = functools.reduce(
     jnp.bitwise_or,
     [jnp.where(keep, _bit(g), np.int32(0)) for g, keep in enumerate(kept)],
@@ -861,32 +938,28 @@ def _count(plan, buf):
 
 def _write_load(plan, buf, load_ref):
   """Adds the counters of all lanes, and puts the experts on lanes."""
-  counters = []
+  # The row whose load goes to a lane, if it has one of its sublane.
+  wanted = (_iota(1) - _iota(0) * plan.rows) & (_LANES - 1)
+  load = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
   for w in range(plan.words):
-    planes = [buf.planes[w, i] for i in range(plan.planes)]
-    distance = 1
-    while distance < _LANES:
-      carry, sums = jnp.zeros((_SUBLANES, _LANES), jnp.int32), []
-      for a in planes:
-        b = pltpu.roll(a, distance, 1)
-        half = a ^ b
-        sums.append(half ^ carry)
-        carry = (a & b) | (carry & half)
-      planes = [*sums, carry]
-      distance *= 2
-    counters.append(planes)
+    rows = range(w * _WORD, min(plan.rows, (w + 1) * _WORD))
+    # Sixteen planes at a time: two counts in a word, exact sums in float32.
+    for first in range(0, plan.planes, 16):
+      for r in rows[:16]:
+        pair = jnp.zeros_like(load)
+        for i in range(first, min(plan.planes, first + 16)):
+          bits = lax.shift_right_logical(
+            buf.planes[w, i], _like(load, r % _WORD)
+          )
+          pair += lax.shift_left(bits & 0x00010001, _like(load, i - first))
+        counts = pair & 0xFFFF, lax.shift_right_logical(pair, _like(load, 16))
+        for row, count in zip((r, r + 16), counts, strict=True):
+          if row in rows:
+            total = jnp.sum(count.astype(jnp.float32), axis=1, keepdims=True)
+            total = lax.shift_left(total.astype(jnp.int32), np.int32(first))
+            load += jnp.where(wanted == row, total, 0)
   for first in range(0, plan.num_experts, _LANES):
-    expert = first + _iota(1)
-    chunk, r = expert // plan.rows, expert % plan.rows
-    load = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
-    for w, planes in enumerate(counters):
-      bits = [lax.shift_right_logical(p, r % _WORD) & 1 for p in planes]
-      total = functools.reduce(
-        jnp.add,
-        [lax.shift_left(b, jnp.full_like(b, i)) for i, b in enumerate(bits)],
-      )
-      load = jnp.where(r // _WORD == w, total, load)
-    load = jnp.where(chunk == _iota(0), load, 0)
     n = min(_LANES, plan.num_experts - first)
-    total = jnp.sum(load, axis=0, keepdims=True)
-    load_ref[:, first : first + n] = total[:, :n]
+    mine = _quotient(first + _iota(1), plan.rows) == _iota(0)
+    total = jnp.sum(jnp.where(mine, load, 0), axis=0, keepdims=True)
+    load_ref[pl.ds(first, n)] = total[0, :n]
