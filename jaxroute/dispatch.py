@@ -14,6 +14,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxroute import types
 
@@ -104,40 +105,53 @@ def sort_by_expert(
     key = jnp.where(token_mask[:, None], key, num_experts)
   key = key.reshape(-1)
   load = jnp.zeros(num_experts + 1, jnp.int32).at[key].add(1)
+  permutation, inverse = jax.lax.platform_dependent(
+    key,
+    load,
+    cpu=functools.partial(_counting_sort, capacity=capacity),
+    default=functools.partial(_packed_sort, capacity=capacity),
+  )
+  group_sizes = load[:num_experts]
   if capacity is not None:
-    _, inverse = _order(key, load)
-    rank = inverse - (jnp.cumsum(load) - load)[key]
-    key = jnp.where(rank < capacity, key, num_experts)
-    load = jnp.zeros_like(load).at[key].add(1)
-  permutation, inverse = _order(key, load)
+    group_sizes = jnp.minimum(group_sizes, capacity)
   return Permutation(
     permutation=permutation,
     inverse_permutation=inverse,
-    group_sizes=load[:num_experts],
+    group_sizes=group_sizes,
   )
 
 
-def _order(key, load):
-  """The stable sorting permutation of `key` `[N]`, and its inverse."""
-  return jax.lax.platform_dependent(
-    key, load, cpu=_counting_sort, default=_argsort
-  )
+def _packed_sort(key, load, capacity):
+  """The stable sorting permutation of `key` `[N]`, and its inverse.
 
-
-def _argsort(key, load):
-  del load
-  order = jnp.arange(key.shape[0], dtype=jnp.int32)
-  _, permutation = jax.lax.sort((key, order), num_keys=1, is_stable=True)
-  inverse = (
-    jnp.zeros_like(order)
-    .at[permutation]
-    .set(order, unique_indices=True, mode="promise_in_bounds")
-  )
+  On accelerators a sort of single words beats one of pairs by 4 to 1, and a
+  scatter by far more.
+  """
+  n, last = key.shape[0], load.shape[0] - 1
+  order = jnp.arange(n, dtype=jnp.int32)
+  key, permutation = _sort_pairs(key, order, last + 1, n)
+  if capacity is not None:
+    is_first = jnp.diff(key, prepend=-1) != 0
+    rank = order - jax.lax.cummax(jnp.where(is_first, order, 0))
+    key = jnp.where(rank < capacity, key, last)
+    _, permutation = _sort_pairs(key, permutation, last + 1, n)
+  _, inverse = _sort_pairs(permutation, order, n, n)
   return permutation, inverse
 
 
-def _counting_sort(key, load):
-  """As `_argsort`; a row is its bucket's end less the equal keys from it on.
+def _sort_pairs(major, minor, majors, minors):
+  """Sorts distinct pairs from `[0, majors) x [0, minors)`, as words if they fit."""
+  bits = max(minors - 1, 0).bit_length()
+  if bits + max(majors - 1, 0).bit_length() > 32:
+    return jax.lax.sort((major, minor), num_keys=2, is_stable=False)
+  word = (major.astype(jnp.uint32) << bits) | minor.astype(jnp.uint32)
+  word = jax.lax.sort(word, is_stable=False)
+  minor = word & np.uint32((1 << bits) - 1)
+  return (word >> bits).astype(jnp.int32), minor.astype(jnp.int32)
+
+
+def _counting_sort(key, load, capacity):
+  """As `_packed_sort`; a row is its bucket's end less the equal keys from it on.
 
   Those are counted per block of keys, by a running sum over the blocks, and
   within a block pair by pair.
@@ -145,17 +159,22 @@ def _counting_sort(key, load):
   n = key.shape[0]
   pad = -n % _BLOCK
   last = load.shape[0] - 1
+  start = jnp.cumsum(load) - load
   blocks = jnp.pad(key, (0, pad), constant_values=last).reshape(-1, _BLOCK)
   rows = jnp.arange(blocks.shape[0])[:, None]
   counts = jnp.zeros((blocks.shape[0], load.shape[0]), jnp.int32)
   counts = counts.at[rows, blocks].add(1, mode="promise_in_bounds")
   ends = jax.lax.associative_scan(jnp.add, counts)
-  ends = ends + (jnp.cumsum(load) - load)[None, :]
+  ends = ends + start[None, :]
   equal = blocks[:, :, None] == blocks[:, None, :]
   not_before = jnp.tril(jnp.ones((1, _BLOCK, _BLOCK), jnp.bool_))
   behind = jnp.sum(equal & not_before, axis=1, dtype=jnp.int32)
   end = ends.at[rows, blocks].get(mode="promise_in_bounds")
   inverse = (end - behind).reshape(-1)[:n]
+  if capacity is not None:
+    key = jnp.where(inverse - start[key] < capacity, key, last)
+    load = jnp.zeros_like(load).at[key].add(1)
+    return _counting_sort(key, load, None)
   permutation = (
     jnp.zeros_like(inverse)
     .at[inverse]

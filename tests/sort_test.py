@@ -1,6 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """`sort_by_expert` against the oracle, in both of its algorithms."""
 
+import functools
+
 import cases
 import hypothesis
 import jax
@@ -54,16 +56,33 @@ def test_capacity_keeps_the_first_tokens():
   np.testing.assert_array_equal(p.group_sizes, [2, 1])
 
 
+@pytest.mark.parametrize("capacity", (None, 3))
 @pytest.mark.parametrize("n", (0, 1, 31, 32, 33, 1000))
-def test_both_algorithms_agree(n):
+def test_both_algorithms_agree(n, capacity):
   rng = np.random.default_rng(n)
   key = jnp.asarray(rng.integers(0, 7, n), jnp.int32)
   load = jnp.bincount(key, length=7)
-  counted = jax.jit(dispatch._counting_sort)(key, load)
-  sorted_ = jax.jit(dispatch._argsort)(key, load)
-  jax.tree.map(np.testing.assert_array_equal, counted, sorted_)
-  expected = np.argsort(np.asarray(key), stable=True)
-  np.testing.assert_array_equal(counted[0], expected)
+  counted, packed = (
+    jax.jit(functools.partial(sort, capacity=capacity))(key, load)
+    for sort in (dispatch._counting_sort, dispatch._packed_sort)
+  )
+  jax.tree.map(np.testing.assert_array_equal, counted, packed)
+  if capacity is None:
+    expected = np.argsort(np.asarray(key), stable=True)
+    np.testing.assert_array_equal(counted[0], expected)
+
+
+@pytest.mark.parametrize("majors", (2**16, 2**16 + 1, 2**31 - 1))
+def test_pairs_that_fit_a_word_or_not_sort_alike(majors):
+  rng = np.random.default_rng(0)
+  major = rng.integers(0, majors, 50).astype(np.int32) // 5 * 5
+  major[0], minor = majors - 1, rng.permutation(2**16)[:50].astype(np.int32)
+  minor[0] = 2**16 - 1
+  order = np.lexsort((minor, major))
+  got = jax.jit(dispatch._sort_pairs, static_argnums=(2, 3))(
+    major, minor, majors, 2**16
+  )
+  np.testing.assert_array_equal(got, (major[order], minor[order]))
 
 
 @hypothesis.given(st.data())
@@ -109,7 +128,7 @@ def test_shard_map_and_vmap_sort_every_shard():
     np.testing.assert_array_equal(batched[i], expected)
 
 
-@pytest.mark.parametrize(("platform", "sorts"), (("cpu", 0), ("tpu", 1)))
+@pytest.mark.parametrize(("platform", "sorts"), (("cpu", 0), ("tpu", 2)))
 def test_the_platform_picks_the_algorithm(platform, sorts):
   traced = jax.jit(lambda i: dispatch.sort_by_expert(i, 8)).trace(
     jnp.zeros((4, 2), jnp.int32)
