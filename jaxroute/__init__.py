@@ -3,6 +3,7 @@
 
 from jaxroute import dispatch, dual, experts, layer, losses, metrics, sharding
 from jaxroute.metrics import max_vio
+from jaxroute.remat import save_routing
 from jaxroute.routing import route
 from jaxroute.step import (
   TrainState,
@@ -40,6 +41,7 @@ __all__ = [
   "max_vio",
   "metrics",
   "route",
+  "save_routing",
   "sharding",
   "train_step",
   "update",

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute import types
+from jaxroute import remat, types
 
 # Of a counting sort; the pairwise comparison of longer ones does not fuse on CPU.
 _BLOCK = 32
@@ -115,9 +115,9 @@ def sort_by_expert(
   if capacity is not None:
     group_sizes = jnp.minimum(group_sizes, capacity)
   return Permutation(
-    permutation=permutation,
-    inverse_permutation=inverse,
-    group_sizes=group_sizes,
+    permutation=remat.name("permutation", permutation),
+    inverse_permutation=remat.name("inverse_permutation", inverse),
+    group_sizes=remat.name("group_sizes", group_sizes),
   )
 
 

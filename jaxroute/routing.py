@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxroute import dispatch, types
+from jaxroute import dispatch, remat, types
 from jaxroute import scores as scores_lib
 from jaxroute.kernels import route_tpu
 
@@ -126,10 +126,11 @@ def check_inputs(logits, expert_bias, config, token_mask) -> None:
 def _route_xla(logits, expert_bias, config, token_mask):
   selection = scores_lib.selection_scores(logits, expert_bias, config)
   expert_idx, cutoff = _select(selection, config)
+  expert_idx = remat.name("expert_idx", expert_idx)
   weights, token_mask = _weigh(logits, expert_idx, config, token_mask)
   return types.Routing(
     expert_idx=expert_idx,
-    weights=weights,
+    weights=remat.name("weights", weights),
     load=_count(expert_idx, token_mask, config.num_experts),
     cutoff=cutoff,
     token_mask=token_mask,
@@ -193,7 +194,9 @@ def _tpu_kernel(config, interpret, logits, expert_bias, token_mask):
 
 def _tpu_kernel_fwd(config, interpret, logits, expert_bias, token_mask):
   out = _tpu_kernel(config, interpret, logits, expert_bias, token_mask)
-  return out, (logits, out[0], expert_bias, token_mask)
+  expert_idx = remat.name("expert_idx", out[0])
+  out = (expert_idx, remat.name("weights", out[1]), *out[2:])
+  return out, (logits, expert_idx, expert_bias, token_mask)
 
 
 def _tpu_kernel_bwd(config, interpret, residuals, d_out):

@@ -52,6 +52,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels import networks
 
+# Older versions of jax have it among what is not TPU's alone.
+_reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
+
 _LANES = 128
 _SUBLANES = 8
 _WORD = 32
@@ -229,8 +232,10 @@ def runs_here() -> bool:
   return pltpu.get_tpu_info().generation >= 5
 
 
-def _divides_in_software():
-  """Whether inverses are approximate here: before v6e, or on who knows what."""
+def _divides_in_software(interpret):
+  """Whether an inverse is approximate: on TPUs before v6e, or not known."""
+  if interpret:
+    return False
   return not pltpu.is_tpu_device() or pltpu.get_tpu_info().generation < 6
 
 
@@ -268,7 +273,7 @@ def route(
     has_bias=expert_bias is not None,
     has_mask=token_mask is not None,
     interpret=bool(interpret),
-    divides_in_software=not interpret and _divides_in_software(),
+    divides_in_software=_divides_in_software(interpret),
   )
   block, c = plan.block, plan.columns
   tokens_last = pl.BlockSpec((k, block), lambda i: (0, i))
@@ -460,7 +465,7 @@ def _sigmoid(plan, x):
   # infinity can come up.
   divisor = 1.0 + jnp.exp(-x)
   divisor = jnp.where(divisor > _LARGE, _LARGE, divisor)
-  inverse = pl.reciprocal(divisor, approx=True)
+  inverse = _reciprocal(divisor, approx=True)
   return inverse + inverse * (1.0 - divisor * inverse)
 
 

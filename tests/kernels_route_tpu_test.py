@@ -96,6 +96,20 @@ def test_infinite_logits_and_biases(score_fn):
     np.testing.assert_allclose(ours.weights, xla.weights, rtol=1e-6)
 
 
+def test_the_inverse_of_older_generations(monkeypatch):
+  # The interpreter rounds an approximate inverse to bfloat16: one Newton step
+  # from there leaves 2^-16.
+  monkeypatch.setattr(route_tpu, "_divides_in_software", lambda interpret: True)
+  config, x = _config(24, 3), cases.logits("nan", 40, 24)
+  x[0, :4] = np.inf, -np.inf, 200.0, -200.0
+  actual = _interpreted(x, None, config)
+  expected = _xla(x, None, config)
+  np.testing.assert_allclose(
+    actual.weights, expected.weights, rtol=1e-4, atol=1e-30
+  )
+  np.testing.assert_array_equal(actual.token_mask, expected.token_mask)
+
+
 def test_bfloat16_logits_are_compared_in_float32():
   x = jnp.asarray(cases.logits("random", 30, 16), jnp.bfloat16)
   a = _interpreted(x, conformance.bias(16), _config(16, 3))

@@ -1,0 +1,42 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""What rematerialisation should keep of the routing.
+
+A layer under `jax.checkpoint` routes a second time in the backward pass. That
+costs the selection and the sorting once more, and a matmul that sums in another
+order there can change a close choice: the gradient is then not that of the
+forward pass. `save_routing` keeps the routes, 16 bytes per assignment.
+"""
+
+import jax
+from jax.ad_checkpoint import checkpoint_name
+
+_PREFIX = "jaxroute."
+_KEPT = (
+  "expert_idx",
+  "group_sizes",
+  "inverse_permutation",
+  "permutation",
+  "weights",
+)
+
+save_routing = jax.checkpoint_policies.save_only_these_names(
+  *(_PREFIX + name for name in _KEPT)
+)
+"""Policy of `jax.checkpoint` that keeps routes and permutations, no more.
+
+Join it to another by `jax.checkpoint_policies.save_from_both_policies`.
+"""
+
+
+def name(kept: str, x: jax.Array) -> jax.Array:
+  """Names what `save_routing` keeps.
+
+  Args:
+    kept: what it is called in a `Routing` or a `Permutation`.
+    x: an array.
+
+  Returns:
+    `x`, to be used in its place.
+  """
+  assert kept in _KEPT
+  return checkpoint_name(x, _PREFIX + kept)

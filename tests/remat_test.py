@@ -1,0 +1,93 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""What `save_routing` keeps from the forward pass for the backward pass."""
+
+import itertools
+import re
+
+import cases
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxroute
+from jaxroute import experts, routing
+
+CONFIG = cases.family("deepseek_v3")
+T, D, F, E = 16, 8, 4, 64
+
+
+def _params():
+  keys = jax.random.split(jax.random.key(0), 3)
+  return experts.ExpertParams(
+    w_gate=jax.random.normal(keys[0], (E, D, F)),
+    w_up=jax.random.normal(keys[1], (E, D, F)),
+    w_down=jax.random.normal(keys[2], (E, F, D)),
+  )
+
+
+@pytest.mark.parametrize("policy", [None, jaxroute.save_routing])
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+def test_the_backward_pass_has_the_routes_of_the_forward_pass(
+  policy, implementation
+):
+  # A router that is computed with other logits when it is computed again.
+  calls = itertools.count()
+
+  def noise():
+    return np.random.default_rng(next(calls)).normal(size=(T, E)).astype("f4")
+
+  def route(logits):
+    if implementation == "xla":
+      return jaxroute.route(logits, None, CONFIG, implementation="xla")
+    return routing._route_tpu(logits, None, CONFIG, None, interpret=True)
+
+  def loss(params, x):
+    logits = x @ jnp.eye(D, E)
+    logits += jax.pure_callback(
+      noise, jax.ShapeDtypeStruct((T, E), jnp.float32)
+    )
+    routes = route(logits)
+    y, _ = experts.moe(x, routes, params)
+    return jnp.sum(jnp.sin(y)), routes
+
+  x = jnp.asarray(cases.logits("random", T, D))
+  layer = jax.checkpoint(loss, policy=policy)
+  grad = jax.jit(jax.grad(layer, argnums=(0, 1), has_aux=True))
+  (grads, _), routes = grad(_params(), x)
+  # Only an expert that saw a token has a gradient.
+  trained = np.abs(np.asarray(grads.w_down)).sum((1, 2)) > 0
+  same = np.array_equal(trained, np.asarray(routes.load) > 0)
+  assert next(calls) == 2
+  assert same == (policy is not None)
+
+
+@pytest.mark.parametrize("policy", [None, jaxroute.save_routing])
+def test_the_policy_saves_the_selection_and_the_sorts(policy):
+  def loss(x):
+    routes = jaxroute.route(x, None, CONFIG, implementation="tpu")
+    y, _ = experts.moe(x[:, :D], routes, _params())
+    return jnp.sum(y**2)
+
+  grad = jax.grad(jax.checkpoint(loss, policy=policy))
+  text = str(jax.make_jaxpr(grad)(jnp.zeros((T, E))))
+  passes = 2 if policy is None else 1
+  assert len(re.findall(r"name=route\b", text)) == passes
+  assert text.count("= sort") == 2 * passes
+
+
+def test_it_joins_with_another_policy():
+  policies = jax.checkpoint_policies
+  both = policies.save_from_both_policies(
+    jaxroute.save_routing, policies.dots_saveable
+  )
+
+  def loss(x):
+    routes = jaxroute.route(x @ jnp.eye(D, E), None, CONFIG)
+    return jnp.sum(routes.weights**2)
+
+  x = jnp.asarray(cases.logits("random", T, D))
+  expected = jax.grad(loss)(x)
+  grad = jax.jit(jax.grad(jax.checkpoint(loss, policy=both)))
+  np.testing.assert_allclose(grad(x), expected, rtol=1e-4, atol=1e-7)
+  assert str(jax.make_jaxpr(grad)(x)).count("dot_general") == 2
