@@ -9,16 +9,19 @@ its ops, from row-major logits in HBM to experts, weights, loads and cutoff.
   python benchmarks/tpu_cycles.py --generations=v6e
   python benchmarks/tpu_cycles.py --write      # renew tpu_cycles.json
 
-`plain` is what one writes with `lax.top_k`, without a gather or scatter. `floor`
-is the time to move the operands and results at the HBM bandwidth below, `valu`
-the kernel's vector operations over the four slots of a bundle. The kernel has no
+`plain` is what one writes with `lax.top_k`, without a gather or scatter, and
+`tokamax` the same with `tokamax.router_topk`, where that is installed. `floor` is
+the time to move the operands and results at the HBM bandwidth below, `valu` the
+kernel's vector operations over the four slots of a bundle. The kernel has no
 loops and takes no branch on the data, so every operation of its body counts once
-a block.
+a block. `sort` is `dispatch.sort_by_expert` after it, `argsort` what gives the same
+permutation and its inverse by `jnp.argsort` twice.
 """
 
 import collections
 import concurrent.futures
 import importlib.metadata
+import importlib.util
 import json
 import math
 import os
@@ -35,7 +38,9 @@ _GENERATIONS = flags.DEFINE_list(
   "generations", "v5e,v5p,v6e,v7x", "TPU generations to compile for."
 )
 _CASES = flags.DEFINE_list("cases", "", "Names of cases; by default all.")
-_PLAIN = flags.DEFINE_bool("plain", True, "Compile the plain graph as well.")
+_CANDIDATES = flags.DEFINE_list(
+  "candidates", "", "Programs to compile; by default all that are installed."
+)
 _WRITE = flags.DEFINE_bool(
   "write", False, "Write the table to tpu_cycles.json."
 )
@@ -71,6 +76,8 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
   "E=256 K=8 V3 T=65536": (65536, 256, 8, _V3),
 }
 
+CANDIDATES = ("plain", "tokamax", "jaxroute", "argsort", "sort")
+
 _ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   "JAX_PLATFORMS": "cpu",
@@ -91,7 +98,7 @@ def compile_for(generation: str, case: str, candidate: str):
   Args:
     generation: a key of `TPUS`.
     case: a key of `CASES`.
-    candidate: "jaxroute" or "plain".
+    candidate: a member of `CANDIDATES`.
 
   Returns:
     The compiled program.
@@ -106,10 +113,24 @@ def compile_for(generation: str, case: str, candidate: str):
   t, e, k, fields = CASES[case]
   config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
 
-  def ours(logits, bias):
-    return jaxroute.route(logits, bias, config, implementation="tpu")
+  def jaxroute_(logits, bias):
+    r = jaxroute.route(logits, bias, config, implementation="tpu")
+    return r.expert_idx, r.weights, r.load, r.cutoff
 
-  def plain(logits, bias):
+  def tokamax(logits, bias):
+    from tokamax.ops import router_topk
+
+    return plain(logits, bias, lambda x, k: router_topk(x, k)[1])
+
+  def sort(expert_idx):
+    return jaxroute.dispatch.sort_by_expert(expert_idx, e)
+
+  def argsort(expert_idx):
+    permutation = jnp.argsort(expert_idx.reshape(-1), stable=True)
+    load = jnp.zeros(e, jnp.int32).at[expert_idx].add(1)
+    return permutation, jnp.argsort(permutation), load
+
+  def plain(logits, bias, top_k=lambda x, k: jax.lax.top_k(x, k)[1]):
     scores = logits.astype(jnp.float32)
     softmax = config.score_fn == "softmax"
     scores = jax.nn.softmax(scores) if softmax else jax.nn.sigmoid(scores)
@@ -120,7 +141,7 @@ def compile_for(generation: str, case: str, candidate: str):
       kept = jax.lax.top_k(best, config.group_top_k)[1]
       keep = jax.nn.one_hot(kept, config.num_groups, dtype=bool).any(1)
       selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(t, e)
-    idx = jax.lax.top_k(selection, k)[1]
+    idx = top_k(selection, k)
     # Sums of comparisons: gathers and scatters cost more than all the rest.
     chosen = idx[:, :, None] == jnp.arange(e)
     weights = jnp.sum(jnp.where(chosen, scores[:, None], 0.0), axis=2)
@@ -132,11 +153,13 @@ def compile_for(generation: str, case: str, candidate: str):
   )
   mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
   whole = jax.NamedSharding(mesh, jax.P())
-  arguments = [
-    jax.ShapeDtypeStruct(shape, jnp.float32, sharding=whole)
-    for shape in ((t, e), (e,))
-  ]
-  function = ours if candidate == "jaxroute" else plain
+  shapes = [((t, e), jnp.float32), ((e,), jnp.float32)]
+  if candidate in ("sort", "argsort"):
+    shapes = [((t, k), jnp.int32)]
+  arguments = [jax.ShapeDtypeStruct(*shape, sharding=whole) for shape in shapes]
+  function = dict(
+    jaxroute=jaxroute_, plain=plain, tokamax=tokamax, sort=sort, argsort=argsort
+  )[candidate]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     traced = jax.jit(function).trace(*arguments)
     return traced.lower(lowering_platforms=("tpu",)).compile()
@@ -146,8 +169,14 @@ def _child(generation, case, candidate, folder):
   """Compiles, and writes what the compiler says to `folder`/result.json."""
   compiled = compile_for(generation, case, candidate)
   memory = compiled.memory_analysis()
+  # The compiler estimates one of several ops that are the same.
+  same = collections.defaultdict(list)
+  for name, op in re.findall(r"%(\S+) = (.*)", compiled.as_text()):
+    op = re.sub(r"%\S+?(?=[,)])|, metadata=.*|, backend_config=.*", "", op)
+    same[op].append(name)
   result = {
-    "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes
+    "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
+    "same": [names for names in same.values() if len(names) > 1],
   }
   (pathlib.Path(folder) / "result.json").write_text(json.dumps(result))
 
@@ -182,7 +211,7 @@ def estimate(
   Args:
     generation: a key of `TPUS`.
     case: a key of `CASES`.
-    candidate: "jaxroute" or "plain".
+    candidate: a member of `CANDIDATES`.
     bounds: whether to count the kernel's operations, for `valu`.
 
   Returns:
@@ -216,7 +245,12 @@ def estimate(
       ):
         cycles[op] += int(n)
     _, clock, bandwidth = TPUS[generation]
-    size = json.loads(result.read_text())["bytes"]
+    program = json.loads(result.read_text())
+    for names in program["same"]:
+      known = [cycles[name] for name in names if name in cycles]
+      if known:
+        cycles.update({n: known[0] for n in names if n not in cycles})
+    size = program["bytes"]
     found = {
       "cycles": round(sum(cycles.values()) / t, 3),
       "floor": round(size / bandwidth * clock / t, 3),
@@ -239,7 +273,7 @@ def table(
   Args:
     generations: keys of `TPUS`.
     cases: keys of `CASES`.
-    candidates: of "jaxroute" and "plain".
+    candidates: members of `CANDIDATES`.
     bounds: as in `estimate`.
 
   Returns:
@@ -259,28 +293,35 @@ def main(argv: list[str]) -> None:
   if _CHILD.value:
     _child(*_CHILD.value.split("|"))
     return
-  candidates = ["jaxroute"] + (["plain"] if _PLAIN.value else [])
+  candidates = _CANDIDATES.value or list(CANDIDATES)
+  if not importlib.util.find_spec("tokamax"):
+    candidates = [name for name in candidates if name != "tokamax"]
   rows = table(_GENERATIONS.value, _CASES.value or list(CASES), candidates)
-  names = ("plain", "jaxroute", "times less", "valu", "floor", "over floor")
-  print(f"{'':26s}" + "".join(f"{name:>12s}" for name in names))
+  bounds = [name for name in ("valu", "floor") if "jaxroute" in candidates]
+  print(f"{'':26s}" + "".join(f"{n:>10s}" for n in (*candidates, *bounds)))
   for name, row in rows.items():
-    plain = row.get("plain", {}).get("cycles", math.nan)
-    ours = {
-      k: row["jaxroute"].get(k, math.nan) for k in ("cycles", "valu", "floor")
-    }
-    cycles = ours["cycles"]
-    print(
-      f"{name:26s}{plain:12.2f}{cycles:12.2f}{plain / cycles:12.1f}"
-      f"{ours['valu']:12.2f}{ours['floor']:12.2f}{cycles / ours['floor']:12.1f}"
-    )
+    figures = [row[c].get("cycles", math.nan) for c in candidates]
+    figures += [row["jaxroute"].get(bound, math.nan) for bound in bounds]
+    print(f"{name:26s}" + "".join(f"{x:10.2f}" for x in figures))
+  if bounds:
+    _print_worst(rows)
   if _WRITE.value:
-    known = json.loads(TABLE.read_text())["cycles"] if TABLE.exists() else {}
+    known = json.loads(TABLE.read_text())
+    recorded = known.setdefault(libtpu_version(), {})
     for name, row in rows.items():
       worked = {key: value for key, value in row.items() if value}
-      if worked:
-        known[name] = known.get(name, {}) | worked
-    record = {"libtpu": libtpu_version(), "cycles": known}
-    TABLE.write_text(json.dumps(record, indent=1) + "\n")
+      recorded[name] = recorded.get(name, {}) | worked
+    TABLE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+
+
+def _print_worst(rows):
+  """The ten cases that are the most times over their floor."""
+  found = {n: row["jaxroute"] for n, row in rows.items() if row["jaxroute"]}
+  print("\nfarthest from the time to move the bytes:")
+  over = {n: x["cycles"] / x["floor"] for n, x in found.items()}
+  for name in sorted(over, key=over.__getitem__, reverse=True)[:10]:
+    share = found[name]["valu"] / found[name]["cycles"]
+    print(f"{name:26s}{over[name]:8.1f} times, VALU {share:.0%} full")
 
 
 if __name__ == "__main__":

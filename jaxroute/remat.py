@@ -4,7 +4,7 @@
 A layer under `jax.checkpoint` routes a second time in the backward pass. That
 costs the selection and the sorting once more, and a matmul that sums in another
 order there can change a close choice: the gradient is then not that of the
-forward pass. `save_routing` keeps the routes, 16 bytes per assignment.
+forward pass. `save_routing` keeps the routes, 20 bytes per assignment.
 """
 
 import jax
@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 _PREFIX = "jaxroute."
 _KEPT = (
+  "chosen_logits",
   "expert_idx",
   "group_sizes",
   "inverse_permutation",
@@ -22,7 +23,7 @@ _KEPT = (
 save_routing = jax.checkpoint_policies.save_only_these_names(
   *(_PREFIX + name for name in _KEPT)
 )
-"""Policy of `jax.checkpoint` that keeps routes and permutations, no more.
+"""Policy of `jax.checkpoint` that keeps routes, their logits and permutations.
 
 Join it to another by `jax.checkpoint_policies.save_from_both_policies`.
 """

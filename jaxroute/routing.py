@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from jaxroute import dispatch, remat, types
 from jaxroute import scores as scores_lib
-from jaxroute.kernels import route_tpu
+from jaxroute.kernels import place_tpu, route_tpu
 
 # Below the key of every float, -inf included.
 _TAKEN = -(2**31)
@@ -193,20 +193,37 @@ def _tpu_kernel(config, interpret, logits, expert_bias, token_mask):
 
 
 def _tpu_kernel_fwd(config, interpret, logits, expert_bias, token_mask):
-  out = _tpu_kernel(config, interpret, logits, expert_bias, token_mask)
-  expert_idx = remat.name("expert_idx", out[0])
-  out = (expert_idx, remat.name("weights", out[1]), *out[2:])
-  return out, (logits, expert_idx, expert_bias, token_mask)
+  """Keeps the chosen logits, or all where a score depends on all of them."""
+  row_softmax = _is_row_softmax(config)
+  expert_idx, weights, load, cutoff, *chosen = route_tpu.route(
+    logits,
+    expert_bias,
+    token_mask,
+    config=config,
+    with_chosen=not row_softmax,
+    interpret=interpret,
+  )
+  expert_idx = remat.name("expert_idx", expert_idx)
+  weights = remat.name("weights", weights)
+  kept = logits if row_softmax else remat.name("chosen_logits", chosen[0])
+  like = logits[:0]
+  residuals = kept, like, expert_idx, expert_bias, token_mask
+  return (expert_idx, weights, load, cutoff), residuals
 
 
 def _tpu_kernel_bwd(config, interpret, residuals, d_out):
-  del interpret
-  logits, expert_idx, expert_bias, token_mask = residuals
+  kept, like, expert_idx, expert_bias, token_mask = residuals
+  row_softmax = _is_row_softmax(config)
 
-  def weights(logits):
-    return _weigh(logits, expert_idx, config, token_mask, _choose_densely)[0]
+  def weights(kept):
+    choose = _chosen_already
+    if row_softmax:
+      choose = functools.partial(_choose_and_place, interpret)
+    return _weigh(kept, expert_idx, config, token_mask, choose)[0]
 
-  (d_logits,) = jax.vjp(weights, logits)[1](d_out[1])
+  (d_logits,) = jax.vjp(weights, kept)[1](d_out[1])
+  if not row_softmax:
+    d_logits = _place(interpret, expert_idx, d_logits, like)
   d_bias = None if expert_bias is None else jnp.zeros_like(expert_bias)
   return d_logits, d_bias, None
 
@@ -318,26 +335,44 @@ def _choose(x, expert_idx):
   return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
 
 
-@jax.custom_vjp
-def _choose_densely(x, expert_idx):
-  """`_choose`, with a gradient of comparisons: TPUs are slow to scatter."""
+def _chosen_already(x, expert_idx):
+  del expert_idx
+  return x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _choose_and_place(interpret, x, expert_idx):
+  """`_choose`, with a kernel for its gradient: TPUs are slow to scatter."""
+  del interpret
   return _choose(x, expert_idx)
 
 
-def _choose_densely_fwd(x, expert_idx):
+def _choose_and_place_fwd(interpret, x, expert_idx):
+  del interpret
   return _choose(x, expert_idx), (expert_idx, x[:0])
 
 
-def _choose_densely_bwd(residuals, d_out):
+def _choose_and_place_bwd(interpret, residuals, d_out):
   expert_idx, like = residuals
-  expert = _iota(like.shape[1], 2)
-  d_x = jnp.zeros((d_out.shape[0], like.shape[1]), d_out.dtype)
-  for k in range(d_out.shape[1]):
-    d_x += jnp.where(expert_idx[:, k, None] == expert, d_out[:, k, None], 0)
-  return d_x, None
+  return _place(interpret, expert_idx, d_out, like), None
 
 
-_choose_densely.defvjp(_choose_densely_fwd, _choose_densely_bwd)
+_choose_and_place.defvjp(_choose_and_place_fwd, _choose_and_place_bwd)
+
+
+def _place(interpret, expert_idx, values, like):
+  return place_tpu.place(
+    expert_idx,
+    values,
+    num_experts=like.shape[1],
+    dtype=like.dtype,
+    interpret=bool(interpret),
+  )
+
+
+def _is_row_softmax(config):
+  """Whether a score depends on the logits of all experts."""
+  return config.score_fn == "softmax" and not config.score_after_top_k
 
 
 def _weigh(logits, expert_idx, config, token_mask, choose=_choose):
@@ -345,11 +380,13 @@ def _weigh(logits, expert_idx, config, token_mask, choose=_choose):
   if token_mask is not None:
     # Before the scores, not after: 0 * NaN in the backward pass is NaN.
     logits = jnp.where(token_mask[:, None], logits, 0.0)
-  logits = scores_lib.prepare_logits(logits, config)
-  if config.score_fn == "softmax" and not config.score_after_top_k:
+  if _is_row_softmax(config):
+    logits = scores_lib.prepare_logits(logits, config)
     weights = choose(scores_lib.score(logits, config.score_fn), expert_idx)
   else:
-    weights = scores_lib.score(choose(logits, expert_idx), config.score_fn)
+    chosen = remat.name("chosen_logits", choose(logits, expert_idx))
+    chosen = scores_lib.prepare_logits(chosen, config)
+    weights = scores_lib.score(chosen, config.score_fn)
   if config.normalize_weights:
     # By a power of two, so exactly: the backward pass squares the divisor, and
     # the square of a `norm_eps` of 1e-20 would be zero.

@@ -79,6 +79,7 @@ class _Plan:
   tokens: int
   has_bias: bool
   has_mask: bool
+  with_chosen: bool
   interpret: bool
   divides_in_software: bool
 
@@ -189,6 +190,7 @@ class _Plan:
       "bits_above": ((self.words * by_column, _LANES), i32),
       "idx": ((self.chosen_rows * self.column_pitch, _LANES), i32),
       "weights": ((self.chosen_rows * self.column_pitch, _LANES), f32),
+      "chosen": ((self.chosen_rows * self.column_pitch, _LANES), f32),
       "picked": ((chosen * by_column, _LANES), f32),
       "peak": ((c, _LANES), f32),
       "inverse_total": ((c, _LANES), f32),
@@ -239,15 +241,18 @@ def _divides_in_software(interpret):
   return not pltpu.is_tpu_device() or pltpu.get_tpu_info().generation < 6
 
 
-@functools.partial(jax.jit, static_argnames=("config", "interpret"))
+@functools.partial(
+  jax.jit, static_argnames=("config", "with_chosen", "interpret")
+)
 def route(
   logits: jax.Array,
   expert_bias: jax.Array | None,
   token_mask: jax.Array | None,
   *,
   config: Any,
+  with_chosen: bool = False,
   interpret: Any = False,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Routes tokens; see `jaxroute.route`, which checks the arguments.
 
   Args:
@@ -255,23 +260,27 @@ def route(
     expert_bias: `[E]` float32, or None.
     token_mask: `[T]` bool, or None.
     config: a `jaxroute.RouterConfig` that is not `unsupported`; static.
+    with_chosen: whether to return the logits of the chosen experts; static.
     interpret: what `pallas_call` takes: False, True, or parameters of the TPU
       simulator.
 
   Returns:
-    `expert_idx` `[T, K]` int32, `weights` `[T, K]` float32, `load` `[E]` int32
-    and `cutoff` `[T]` float32. No gradient is defined.
+    `expert_idx` `[T, K]` int32, `weights` `[T, K]` float32, `load` `[E]` int32,
+    `cutoff` `[T]` float32 and, if asked for, the chosen logits `[T, K]` float32.
+    No gradient is defined.
   """
   t, e = logits.shape
   k = config.top_k
   if t == 0:
     empty = jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32)
-    return *empty, jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
+    others = jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
+    return *empty, *others, *(empty[1:] if with_chosen else ())
   plan = _Plan(
     config=config,
     tokens=t,
     has_bias=expert_bias is not None,
     has_mask=token_mask is not None,
+    with_chosen=with_chosen,
     interpret=bool(interpret),
     divides_in_software=_divides_in_software(interpret),
   )
@@ -298,7 +307,7 @@ def route(
     manual_axis_type=jax.typeof(logits).manual_axis_type,
   )
   buffers = plan.buffers()
-  idx, weights, load, cutoff = pl.pallas_call(
+  idx, weights, load, cutoff, *chosen = pl.pallas_call(
     functools.partial(_kernel, plan),
     grid=(plan.grid,),
     in_specs=in_specs,
@@ -307,12 +316,14 @@ def route(
       tokens_last,
       experts,
       pl.BlockSpec((1, block), lambda i: (0, i)),
+      *([tokens_last] if with_chosen else ()),
     ],
     out_shape=[
       out((k, t), jnp.int32),
       out((k, t), jnp.float32),
       out((e,), jnp.int32),
       out((1, t), jnp.float32),
+      *([out((k, t), jnp.float32)] if with_chosen else ()),
     ],
     scratch_shapes=[pltpu.VMEM(*buffer) for buffer in buffers.values()],
     interpret=interpret,
@@ -321,7 +332,7 @@ def route(
     ),
     name="jaxroute_route",
   )(*operands)
-  return idx.T, weights.T, load, cutoff.reshape(t)
+  return idx.T, weights.T, load, cutoff.reshape(t), *(x.T for x in chosen)
 
 
 def _vmem_limit(plan):
@@ -337,7 +348,9 @@ def _kernel(plan, logits_ref, *refs):
   refs = list(refs)
   bias_ref = refs.pop(0) if plan.has_bias else None
   mask_ref = refs.pop(0) if plan.has_mask else None
-  idx_ref, weights_ref, load_ref, cutoff_ref, *scratch = refs
+  idx_ref, weights_ref, load_ref, cutoff_ref, *refs = refs
+  chosen_ref = refs.pop(0) if plan.with_chosen else None
+  scratch = refs
   buf = types.SimpleNamespace(**dict(zip(plan.buffers(), scratch, strict=True)))
   step = pl.program_id(0)
 
@@ -363,7 +376,9 @@ def _kernel(plan, logits_ref, *refs):
   each_column(lambda c: _gather_column(plan, c, buf))
   _weigh(plan, step, chosen, kept, mask_ref, buf)
   each_column(
-    lambda c: _write_column(plan, c, buf, idx_ref, weights_ref, cutoff_ref)
+    lambda c: _write_column(
+      plan, c, buf, idx_ref, weights_ref, cutoff_ref, chosen_ref
+    )
   )
   _count(plan, buf)
 
@@ -519,7 +534,7 @@ def _score_column(plan, c, logits_ref, buf):
 
   def selection(r):
     x = logits(r)
-    buf.logits[c, pl.ds(r * _SUBLANES, _SUBLANES), :] = x
+    buf.logits[c, pl.ds(r * _SUBLANES, _SUBLANES), :] = _experts(plan, ref, r)
     scores = x if plan.logit_space else _score(plan, x, *statistics)
     bias = _experts(plan, buf.bias, r) if plan.has_bias else None
     x = _bias_scores(plan, x, scores, bias)
@@ -826,10 +841,11 @@ def _pick(plan, ref, chunk, bits, start):
 def _weigh(plan, step, chosen, kept, mask_ref, buf):
   """Sorts the chosen experts by score and weighs them."""
   config, pitch = plan.config, plan.columns * _PITCH
-  idx, selection, scores = list(chosen), [], []
+  idx, selection, scores, picked = list(chosen), [], [], []
   for k, expert in enumerate(idx):
     row = k // _SUBLANES * pitch + k % _SUBLANES
-    logits = _dense(buf.picked, row, plan)
+    picked.append(_dense(buf.picked, row, plan))
+    logits = _prepare(plan, picked[-1])
     if plan.row_softmax:
       score = _score(plan, logits, buf.peak[...], buf.inverse_total[...])
     elif config.score_fn == "softmax":
@@ -844,10 +860,11 @@ def _weigh(plan, step, chosen, kept, mask_ref, buf):
     selection.append(x)
     scores.append(score)
 
+  sorted_ = [selection, idx, scores] + ([picked] if plan.with_chosen else [])
   for i, j in networks.exchanges(config.top_k):
     later = (selection[i] == selection[j]) & (idx[i] > idx[j])
     swap = (selection[i] < selection[j]) | later
-    for x in (selection, idx, scores):
+    for x in sorted_:
       x[i], x[j] = jnp.where(swap, x[j], x[i]), jnp.where(swap, x[i], x[j])
 
   weights = _normalize(plan, scores)
@@ -867,6 +884,8 @@ def _weigh(plan, step, chosen, kept, mask_ref, buf):
   for k in range(config.top_k):
     buf.idx[_dense_rows(k, plan), :] = idx[k]
     buf.weights[_dense_rows(k, plan), :] = weights[k]
+    if plan.with_chosen:
+      buf.chosen[_dense_rows(k, plan), :] = picked[k]
 
 
 def _look_up_bias(plan, idx, buf):
@@ -911,7 +930,7 @@ def _normalize(plan, scores):
   return [x * factor for x in scores]
 
 
-def _write_column(plan, c, buf, idx_ref, weights_ref, cutoff_ref):
+def _write_column(plan, c, buf, idx_ref, weights_ref, cutoff_ref, chosen_ref):
   tokens = pl.ds(c * _LANES, _LANES)
   k, pitch = plan.config.top_k, plan.column_pitch
   for first in range(0, k, _SUBLANES):
@@ -919,6 +938,8 @@ def _write_column(plan, c, buf, idx_ref, weights_ref, cutoff_ref):
     rows = pl.ds(first * pitch + c, n, stride=pitch)
     idx_ref[pl.ds(first, n), tokens] = buf.idx[rows, :]
     weights_ref[pl.ds(first, n), tokens] = buf.weights[rows, :]
+    if plan.with_chosen:
+      chosen_ref[pl.ds(first, n), tokens] = buf.chosen[rows, :]
   cutoff_ref[:, tokens] = buf.cutoff[pl.ds(c, 1), :]
 
 

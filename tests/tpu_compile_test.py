@@ -128,20 +128,21 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
     like((T,), jnp.bool_, tokens),
   )
   lowered = traced.lower(lowering_platforms=("tpu",))
-  # One kernel, and a gradient that scatters nothing.
-  assert lowered.as_text().count("@tpu_custom_call") == 1
+  # One kernel, and one for a gradient that scatters nothing.
+  assert lowered.as_text().count("@tpu_custom_call") == 2
   assert "stablehlo.scatter" not in lowered.as_text()
   lowered.compile()
 
 
 def test_no_cycle_count_has_risen():
-  """By more than a tenth over the table, for the compiler that wrote it."""
-  recorded = json.loads(tpu_cycles.TABLE.read_text())
+  """By more than a tenth over the table, for a compiler that is in it."""
+  tables = json.loads(tpu_cycles.TABLE.read_text())
+  version = tpu_cycles.libtpu_version()
+  recorded = tables.get(version, tables[max(tables)])
   measured = tpu_cycles.table(
     ["v5e", "v6e"], list(tpu_cycles.CASES), ["jaxroute"], bounds=False
   )
-  same_compiler = recorded["libtpu"] == tpu_cycles.libtpu_version()
   for name, row in measured.items():
     cycles = row["jaxroute"]["cycles"]
-    before = recorded["cycles"][name]["jaxroute"]["cycles"]
-    assert cycles < (1.1 if same_compiler else 2) * before, name
+    before = recorded[name]["jaxroute"]["cycles"]
+    assert cycles < (1.1 if version in tables else 2) * before, name
