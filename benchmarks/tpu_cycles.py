@@ -14,12 +14,14 @@ its ops, from row-major logits in HBM to experts, weights, loads and cutoff.
 the time to move the operands and results at the HBM bandwidth below, `valu` the
 kernel's vector operations over the four slots of a bundle. The kernel has no
 loops and takes no branch on the data, so every operation of its body counts once
-a block. `sort` is `dispatch.sort_by_expert` after it, `argsort` what gives the same
+a block. `... grad` is the forward pass and the gradient of the weights to the
+logits. `sort` is `dispatch.sort_by_expert` after it, `argsort` what gives the same
 permutation and its inverse by `jnp.argsort` twice.
 """
 
 import collections
 import concurrent.futures
+import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -76,7 +78,11 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
   "E=256 K=8 V3 T=65536": (65536, 256, 8, _V3),
 }
 
-CANDIDATES = ("plain", "tokamax", "jaxroute", "argsort", "sort")
+CANDIDATES = (
+  *("plain", "tokamax", "jaxroute"),
+  *("plain grad", "jaxroute grad"),
+  *("argsort", "sort"),
+)
 
 _ENVIRONMENT = {
   "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
@@ -113,7 +119,7 @@ def compile_for(generation: str, case: str, candidate: str):
   t, e, k, fields = CASES[case]
   config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
 
-  def jaxroute_(logits, bias):
+  def ours(logits, bias):
     r = jaxroute.route(logits, bias, config, implementation="tpu")
     return r.expert_idx, r.weights, r.load, r.cutoff
 
@@ -121,6 +127,14 @@ def compile_for(generation: str, case: str, candidate: str):
     from tokamax.ops import router_topk
 
     return plain(logits, bias, lambda x, k: router_topk(x, k)[1])
+
+  def grad(route, logits, bias, d_weights):
+    def weights(logits):
+      expert_idx, weights, load, *_ = route(logits, bias)
+      return weights, (expert_idx, load)
+
+    out, pull, aux = jax.vjp(weights, logits, has_aux=True)
+    return out, aux, pull(d_weights)
 
   def sort(expert_idx):
     return jaxroute.dispatch.sort_by_expert(expert_idx, e)
@@ -156,10 +170,18 @@ def compile_for(generation: str, case: str, candidate: str):
   shapes = [((t, e), jnp.float32), ((e,), jnp.float32)]
   if candidate in ("sort", "argsort"):
     shapes = [((t, k), jnp.int32)]
+  if "grad" in candidate:
+    shapes.append(((t, k), jnp.float32))
   arguments = [jax.ShapeDtypeStruct(*shape, sharding=whole) for shape in shapes]
-  function = dict(
-    jaxroute=jaxroute_, plain=plain, tokamax=tokamax, sort=sort, argsort=argsort
-  )[candidate]
+  function = {
+    "plain": plain,
+    "tokamax": tokamax,
+    "jaxroute": ours,
+    "plain grad": functools.partial(grad, plain),
+    "jaxroute grad": functools.partial(grad, ours),
+    "argsort": argsort,
+    "sort": sort,
+  }[candidate]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     traced = jax.jit(function).trace(*arguments)
     return traced.lower(lowering_platforms=("tpu",)).compile()
@@ -298,11 +320,11 @@ def main(argv: list[str]) -> None:
     candidates = [name for name in candidates if name != "tokamax"]
   rows = table(_GENERATIONS.value, _CASES.value or list(CASES), candidates)
   bounds = [name for name in ("valu", "floor") if "jaxroute" in candidates]
-  print(f"{'':26s}" + "".join(f"{n:>10s}" for n in (*candidates, *bounds)))
+  print(f"{'':26s}" + "".join(f"{n:>15s}" for n in (*candidates, *bounds)))
   for name, row in rows.items():
     figures = [row[c].get("cycles", math.nan) for c in candidates]
     figures += [row["jaxroute"].get(bound, math.nan) for bound in bounds]
-    print(f"{name:26s}" + "".join(f"{x:10.2f}" for x in figures))
+    print(f"{name:26s}" + "".join(f"{x:15.2f}" for x in figures))
   if bounds:
     _print_worst(rows)
   if _WRITE.value:

@@ -51,9 +51,17 @@ def router(
     # A NaN in the padding times a zero cotangent would reach the kernel.
     x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
     token_mask = token_mask.reshape(-1)
-  tokens = x.reshape(-1, x.shape[-1]).astype(jnp.float32)
-  logits = jnp.dot(
-    tokens, kernel.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST
+  tokens = x.reshape(-1, x.shape[-1])
+  if tokens.dtype not in (jnp.bfloat16, jnp.float16):
+    tokens = tokens.astype(jnp.float32)
+  # Narrow tokens stay so: of bf16 a TPU then takes 3 passes for the same
+  # products, and 6 of float32.
+  logits = jax.lax.dot_general(
+    tokens,
+    kernel.astype(jnp.float32),
+    dimension_numbers=(((1,), (0,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
   )
   routing = routing_lib.route(
     logits, expert_bias, config, token_mask, implementation

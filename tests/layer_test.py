@@ -63,6 +63,31 @@ def test_a_nan_token_is_nan_alone_and_uncounted():
   assert int(routing.load.sum()) == K * (T - 1)
 
 
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_tokens_are_projected_as_exactly_as_float32(dtype):
+  x, kernel, *_ = _inputs()
+  x = x.astype(dtype)
+
+  def pull(x):
+    def logits(x, kernel):
+      return layer.router(x, kernel, None, CONFIG)[1]
+
+    out, pull = jax.vjp(logits, x, kernel)
+    return out, pull(jnp.cos(out))
+
+  (out, (d_x, d_kernel)), expected = (
+    jax.jit(pull)(v) for v in (x, x.astype(jnp.float32))
+  )
+  assert out.dtype == jnp.float32 and d_x.dtype == dtype
+  np.testing.assert_array_equal(out, expected[0])
+  np.testing.assert_array_equal(d_x, expected[1][0].astype(dtype))
+  np.testing.assert_array_equal(d_kernel, expected[1][1])
+  # For a TPU the tokens reach the product as they are.
+  traced = jax.jit(pull).trace(x)
+  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert f"16>) -> tensor<{T}x{D}xf32>" not in text
+
+
 def test_the_bias_gets_no_gradient():
   x, *weights = _inputs()
   grad = jax.grad(lambda b: _loss(*weights, x, None, b)[0])(jnp.zeros(E))
