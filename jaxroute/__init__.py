@@ -1,7 +1,16 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Mixture-of-Experts routing and load balancing in JAX."""
 
-from jaxroute import dispatch, dual, experts, layer, losses, metrics, sharding
+from jaxroute import (
+  assignment,
+  dispatch,
+  dual,
+  experts,
+  layer,
+  losses,
+  metrics,
+  sharding,
+)
 from jaxroute.metrics import max_vio
 from jaxroute.remat import save_routing
 from jaxroute.routing import route
@@ -30,6 +39,7 @@ __all__ = [
   "Routing",
   "TrainState",
   "accumulate",
+  "assignment",
   "dispatch",
   "dual",
   "eval_step",

@@ -5,6 +5,7 @@ Nothing here is shared with the package but `RouterConfig`. Tested itself agains
 numbers computed by hand, in oracle_test.py.
 """
 
+import itertools
 import math
 
 import numpy as np
@@ -206,3 +207,19 @@ def dual_value(scores, bias, top_k):
   t, e = scores.shape
   total = sum(sum(sorted(row + bias)[-top_k:]) for row in scores)
   return total - t * top_k / e * np.sum(bias)
+
+
+def best_assignment(scores, top_k):
+  """The best balanced assignment of all there are: its value and 0/1 [T, E]."""
+  tokens, experts = np.shape(scores)
+  capacity = tokens * top_k // experts
+  best, best_x = -math.inf, None
+  choices = list(itertools.combinations(range(experts), top_k))
+  for chosen in itertools.product(choices, repeat=tokens):
+    x = np.zeros((tokens, experts))
+    for i, experts_of_i in enumerate(chosen):
+      x[i, list(experts_of_i)] = 1
+    value = float((x * np.asarray(scores, np.float64)).sum())
+    if (x.sum(0) == capacity).all() and value > best:
+      best, best_x = value, x
+  return best, best_x

@@ -3,6 +3,7 @@
 
 import numpy as np
 import oracle
+import pytest
 
 from jaxroute import RouterConfig
 
@@ -124,3 +125,13 @@ def test_violation_and_dual_value():
   )
   # Best of (1 + 0, 0 + 2) is 2, of (3, 2) is 3; less 2 * 1 / 2 * (0 + 2).
   assert oracle.dual_value([[1.0, 0.0], [3.0, 0.0]], np.array([0, 2]), 1) == 3
+
+
+def test_dual_value_and_best_assignment_by_hand():
+  scores = [[0.9, 0.1], [0.8, 0.7]]
+  # Both prefer the first expert; the second token loses less by leaving it.
+  assert oracle.dual_value(scores, [0.0, 0.0], 1) == pytest.approx(1.7)
+  assert oracle.dual_value(scores, [-0.2, 0.2], 1) == pytest.approx(1.6)
+  value, x = oracle.best_assignment(scores, 1)
+  assert value == pytest.approx(1.6)
+  np.testing.assert_array_equal(x, [[1, 0], [0, 1]])

@@ -1,0 +1,151 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The exact optimum against brute force, and the dual function against loops."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxroute import assignment
+
+
+def _scores(t, e, seed=0):
+  return np.random.default_rng(seed).random((t, e)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+  ("t", "e", "k"), ((4, 4, 1), (4, 4, 2), (6, 3, 1), (3, 3, 2), (5, 5, 5))
+)
+def test_the_optimum_is_that_of_all_assignments(t, e, k):
+  scores = _scores(t, e, t)
+  best = assignment.solve(scores, k)
+  expected, x = oracle.best_assignment(scores, k)
+  np.testing.assert_allclose(best.value, expected, rtol=1e-9)
+  np.testing.assert_allclose(best.x, x, atol=1e-9)
+  dual = oracle.dual_value(scores, best.expert_bias, k)
+  np.testing.assert_allclose(dual, expected, rtol=1e-9)
+  assert abs(best.expert_bias.mean()) < 1e-12
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.data())
+def test_no_bias_has_a_lower_dual_than_the_optimum(data):
+  t, e = data.draw(st.integers(1, 12)), data.draw(st.integers(1, 6))
+  k = data.draw(st.integers(1, e))
+  seed = data.draw(st.integers(0, 2**31))
+  rng = np.random.default_rng(seed)
+  # Also where E does not divide T K: the optimum is fractional then.
+  scores = rng.normal(size=(t, e))
+  best = assignment.solve(scores, k)
+  bias = rng.normal(size=e)
+  assert oracle.dual_value(scores, bias, k) >= best.value - 1e-9
+  dual = oracle.dual_value(scores, best.expert_bias, k)
+  np.testing.assert_allclose(dual, best.value, rtol=1e-9, atol=1e-9)
+  np.testing.assert_allclose(best.x.sum(1), k)
+  np.testing.assert_allclose(best.x.sum(0), t * k / e)
+  if t * k % e == 0:
+    np.testing.assert_allclose(best.x, best.x.round(), atol=1e-9)
+
+
+def test_padding_and_masked_experts():
+  scores = _scores(10, 4)
+  mask = np.arange(10) % 5 > 0
+  best = assignment.solve(scores, 2, mask)
+  np.testing.assert_allclose(
+    best.value, assignment.solve(scores[mask], 2).value
+  )
+  np.testing.assert_array_equal(best.x[~mask], 0)
+  scores[~mask] = np.nan
+  assert assignment.solve(scores, 2, mask).value == best.value
+  scores[1, 0] = -np.inf
+  assert assignment.solve(scores, 2, mask).x[1, 0] == 0
+
+
+@pytest.mark.parametrize(
+  "shape", ((1, 1, 1), (7, 5, 3), (64, 8, 1), (33, 64, 6))
+)
+def test_dual_and_primal_values_are_the_oracle(shape):
+  t, e, k = shape
+  rng = np.random.default_rng(0)
+  scores, bias = _scores(t, e), rng.normal(size=e).astype(np.float32)
+  mask = rng.random(t) < 0.7
+  dual = jax.jit(assignment.dual_value, static_argnums=2)
+  for m in (None, mask):
+    real = scores if m is None else scores[m]
+    np.testing.assert_allclose(
+      dual(scores, bias, k, m), oracle.dual_value(real, bias, k), rtol=1e-5
+    )
+  idx = np.argsort(-(scores + bias), axis=1)[:, :k].astype(np.int32)
+  value = assignment.primal_value(scores, idx, mask)
+  expected = sum(scores[i, j] for i in range(t) if mask[i] for j in idx[i])
+  np.testing.assert_allclose(value, expected, rtol=1e-5)
+  load = np.bincount(idx[mask].ravel(), minlength=e)
+  np.testing.assert_allclose(
+    assignment.duality_gap(bias, jnp.asarray(load, jnp.int32)),
+    dual(scores, bias, k, mask) - value,
+    rtol=1e-3,
+    atol=1e-3,
+  )
+
+
+def test_regret_is_that_of_the_best_fixed_bias():
+  scores, rng = _scores(60, 4).reshape(3, 20, 4), np.random.default_rng(1)
+  best = assignment.solve(scores.reshape(-1, 4), 2).expert_bias
+  fixed = np.tile(best, (3, 1))
+  np.testing.assert_allclose(assignment.regret(scores, fixed, 2), 0, atol=1e-9)
+  other = rng.normal(size=(3, 4))
+  duals = [
+    oracle.dual_value(s, b, 2) - oracle.dual_value(s, best, 2)
+    for s, b in zip(scores, other, strict=True)
+  ]
+  regret = assignment.regret(scores, other, 2)
+  np.testing.assert_allclose(regret, sum(duals), rtol=1e-9)
+  # A common offset of a bias is not seen.
+  np.testing.assert_allclose(assignment.regret(scores, other + 9.0, 2), regret)
+
+
+@pytest.mark.parametrize(
+  ("call", "words"),
+  (
+    (
+      lambda: assignment.solve(np.full((4, 2), np.nan), 1),
+      ("`scores`", "NaN", "token_mask"),
+    ),
+    (
+      lambda: assignment.solve(np.ones((4, 2)), 3),
+      ("`top_k`", "[1, E=2]", "got 3"),
+    ),
+    (
+      lambda: assignment.solve(np.ones((4, 2)), 1, np.zeros(4, bool)),
+      ("`token_mask`", "none"),
+    ),
+    (
+      lambda: assignment.solve([[0.5, -np.inf], [0.5, -np.inf]], 1),
+      ("`scores`", "-inf", "Allow"),
+    ),
+    (
+      lambda: assignment.solve(np.ones((4, 2)), 1, np.ones(3, bool)),
+      ("`token_mask`", "[T=4]", "(3,)"),
+    ),
+    (
+      lambda: assignment.dual_value(jnp.ones((4, 2)), jnp.ones(3), 1),
+      ("`expert_bias`", "[E=2]", "(3,)"),
+    ),
+    (
+      lambda: assignment.primal_value(jnp.ones(4), jnp.ones((4, 1))),
+      ("`scores`", "[T, E]", "(4,)"),
+    ),
+    (
+      lambda: assignment.regret(np.ones((3, 4, 2)), np.ones((4, 2)), 1),
+      ("`expert_bias`", "[N, E]", "(4, 2)"),
+    ),
+  ),
+)
+def test_errors_name_argument_value_and_fix(call, words):
+  with pytest.raises(ValueError) as error:
+    call()
+  for word in words:
+    assert word in str(error.value)
