@@ -1,6 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """What every implementation of `route` is held to: the oracle."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,6 +11,16 @@ import oracle
 from jaxroute import scores
 
 _selection = jax.jit(scores.selection_scores, static_argnames="config")
+
+# An interpreted kernel is thousands of small operations: fusing them takes ten
+# times as long as running them.
+jit_interpreted = functools.partial(
+  jax.jit,
+  compiler_options={
+    "xla_disable_hlo_passes": "fusion",
+    "xla_backend_optimization_level": 0,
+  },
+)
 
 
 def bias(num_experts, seed=1):
