@@ -19,6 +19,8 @@ RULES = {
   "proportional": (8e-3, dual.proportional),
   "smebu": (8e-3, dual.smebu),
   "pid": (2e-2, lambda rate: dual.pid(rate, 0.02 * rate)),
+  # Its rate is the share of the way to the quantile.
+  "quantile": (0.5, lambda rate: dual.quantile(1 - rate)),
 }
 
 
@@ -145,7 +147,10 @@ class Config:
   def router(self) -> jaxroute.RouterConfig:
     """What the routers compute."""
     return jaxroute.RouterConfig(
-      num_experts=self.num_experts, top_k=self.top_k, score_fn=self.score_fn
+      num_experts=self.num_experts,
+      top_k=self.top_k,
+      score_fn=self.score_fn,
+      histogram=self.rule == "quantile",
     )
 
   def make_rule(self) -> optax.GradientTransformation:

@@ -43,7 +43,7 @@ class Transformer(nn.Module):
     x, _ = Block(c, dense=True, name="dense_layer")(x, None)
     layers = nn.scan(
       Block,
-      variable_axes={"params": 0, "expert_bias": 0, "load": 0},
+      variable_axes={"params": 0, "expert_bias": 0, "load": 0, "histogram": 0},
       split_rngs={"params": True},
       length=c.num_layers - 1,
     )
@@ -132,13 +132,16 @@ def make_loss_fn(model: Transformer):
     logits, counted = model.apply(
       {"params": params, "expert_bias": expert_bias},
       batch[:, :-1],
-      mutable=["load"],
+      mutable=["load", "histogram"],
     )
     losses = optax.softmax_cross_entropy_with_integer_labels(
       logits, batch[:, 1:].astype(jnp.int32)
     )
     loss = jnp.mean(losses)
-    return loss, (counted["load"], {"bits_per_byte": loss / jnp.log(2.0)})
+    counts = counted["load"]
+    if "histogram" in counted:
+      counts = counts, counted["histogram"]
+    return loss, (counts, {"bits_per_byte": loss / jnp.log(2.0)})
 
   return loss_fn
 

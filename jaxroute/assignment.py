@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxroute import routing, types
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Optimum:
@@ -239,6 +241,100 @@ def primal_value(
   if token_mask is not None:
     chosen = jnp.where(token_mask, chosen, 0.0)
   return jnp.sum(chosen)
+
+
+def repair(
+  scores: jax.Array,
+  expert_bias: jax.Array,
+  top_k: int,
+  token_mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """A balanced assignment near the routes of a bias, and what is lost by it.
+
+  Rounds of moves from overloaded to underloaded experts, cheapest first. What they
+  cost, in `scores + expert_bias`, is what the dual value of the bias is above the
+  value of the assignment, so above the optimum at most.
+
+  Args:
+    scores: `[T, E]` float32, no bias; -inf forbids an expert.
+    expert_bias: `[E]` float32.
+    top_k: K; static.
+    token_mask: `[T]` bool. False marks padding.
+
+  Returns:
+    x, `[T, E]` float32 in `[0, 1]`: K per token, T K / E per expert, and split
+    tokens only where E does not divide T K. And the loss, `[]` float32: inf if the
+    moves came to an end before balance, as where scores of -inf leave none.
+
+  Raises:
+    ValueError: if a shape or dtype does not fit.
+
+  Example:
+    >>> scores = jnp.array([[0.75, 0.25], [0.75, 0.5]])
+    >>> x, loss = repair(scores, jnp.zeros(2), top_k=1)
+    >>> x
+    Array([[1., 0.],
+           [0., 1.]], dtype=float32)
+    >>> float(loss)
+    0.25
+  """
+  config = types.RouterConfig(
+    num_experts=scores.shape[-1], top_k=top_k, score_after_top_k=True
+  )
+  routes = routing.route(scores, expert_bias, config, token_mask)
+  t, e = scores.shape
+  real = routes.token_mask
+  selection = jnp.where(real[:, None], scores + expert_bias[None], -jnp.inf)
+  token = jnp.arange(t)
+  x = jnp.zeros((t, e)).at[token[:, None], routes.expert_idx].set(1.0)
+  x = jnp.where(real[:, None], x, 0.0)
+  mean = jnp.sum(real, dtype=jnp.float32) * top_k / e
+  slack = 1e-6 * mean
+
+  def imbalance(x):
+    load = jnp.sum(x, axis=0)
+    return jnp.maximum(load - mean, 0), jnp.maximum(mean - load, 0)
+
+  def goes_on(carry):
+    x, _, progress, rounds = carry
+    return progress & (rounds < 100) & jnp.any(imbalance(x)[0] > slack)
+
+  def move(carry):
+    x, loss, _, rounds = carry
+    over, under = imbalance(x)
+    leave = (x > 0) & (over > slack)[None]
+    enter = (x < 1) & (under > slack)[None]
+    kept = jnp.where(leave, selection, jnp.inf)
+    offered = jnp.where(enter, selection, -jnp.inf)
+    source, target = jnp.argmin(kept, axis=1), jnp.argmax(offered, axis=1)
+    cost = jnp.min(kept, axis=1) - jnp.max(offered, axis=1)
+    order = jnp.argsort(cost)
+    source, target, cost = source[order], target[order], cost[order]
+    row = token[order]
+    room = jnp.minimum(x[row, source], 1.0 - x[row, target])
+    room = jnp.where(jnp.isfinite(cost), room, 0.0)
+    amount = jnp.minimum(
+      jnp.clip(over[source] - _before(source, room, e), 0, room),
+      jnp.clip(under[target] - _before(target, room, e), 0, room),
+    )
+    x = x.at[row, source].add(-amount).at[row, target].add(amount)
+    loss += jnp.sum(jnp.where(amount > 0, amount * cost, 0.0))
+    return x, loss, jnp.any(amount > 0), rounds + 1
+
+  start = x, jnp.float32(0), jnp.bool_(True), jnp.int32(0)
+  x, loss, _, _ = jax.lax.while_loop(goes_on, move, start)
+  balanced = ~jnp.any(imbalance(x)[0] > slack)
+  return x, jnp.where(balanced, loss, jnp.inf)
+
+
+def _before(group, amount, num_groups):
+  """The sum of the earlier amounts of the same group, for every element."""
+  permutation = jnp.argsort(group, stable=True)
+  group, amount = group[permutation], amount[permutation]
+  total = jnp.cumsum(amount) - amount
+  first = jnp.searchsorted(group, jnp.arange(num_groups))
+  earlier = total - total[jnp.minimum(first, group.size - 1)][group]
+  return jnp.zeros_like(earlier).at[permutation].set(earlier)
 
 
 def duality_gap(expert_bias: jax.Array, load: jax.Array) -> jax.Array:

@@ -4,8 +4,9 @@
 The bias and the load live in collections of their own, "expert_bias" and "load",
 out of reach of optimizers, weight decay and casts of "params". A forward pass only
 reads the bias. It counts when the caller makes "load" mutable, as with
-BatchNorm's statistics; initialisation never counts. The two collections are the
-two fields of a `jaxroute.RouterState`:
+BatchNorm's statistics; initialisation never counts. The collections are the fields
+of a `jaxroute.RouterState`; a third, "histogram", is there if the `RouterConfig`
+has histograms, and is made mutable like "load":
 
     variables = model.init(key, x)
     state = jaxroute.linen.init_router_state(variables, rule)
@@ -33,7 +34,8 @@ class Router(nn.Module):
   """Projects tokens to logits and routes them.
 
   Parameter "kernel" `[D, E]`; variables "expert_bias" `[E]` float32 and "load"
-  `[E]` int32, each in the collection of its name.
+  `[E]` int32, each in the collection of its name, and with
+  `config.histogram` "histogram" `[E, 16]` int32.
 
   Attributes:
     config: what to compute.
@@ -68,11 +70,17 @@ class Router(nn.Module):
     routing, logits = layer.router(
       x, kernel, bias.value, self.config, token_mask, self.implementation
     )
-    if self.is_mutable_collection("load"):
-      load = self.variable("load", "load", jnp.zeros, (e,), jnp.int32)
-      if not self.is_initializing():
-        load.value += routing.load
+    self._count("load", routing.load)
+    if routing.histogram is not None:
+      self._count("histogram", routing.histogram)
     return routing, logits
+
+  def _count(self, name: str, counts: jax.Array) -> None:
+    """Adds to the variable, if the caller lets it change."""
+    if self.is_mutable_collection(name):
+      total = self.variable(name, name, jnp.zeros, counts.shape, jnp.int32)
+      if not self.is_initializing():
+        total.value += counts
 
 
 class MoE(nn.Module):
@@ -170,7 +178,8 @@ def init_router_state(
     rule: any optax transformation; see `jaxroute.dual`.
 
   Returns:
-    A `RouterState` whose fields are the collections "expert_bias" and "load".
+    A `RouterState` whose fields are the collections "expert_bias", "load" and, if
+    there is one, "histogram".
 
   Raises:
     ValueError: if the model has no router.
@@ -185,4 +194,5 @@ def init_router_state(
     expert_bias=variables["expert_bias"],
     load=variables["load"],
     rule_state=rule.init(variables["expert_bias"]),
+    histogram=variables.get("histogram"),
   )

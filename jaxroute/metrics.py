@@ -36,14 +36,32 @@ def violation(load: jax.Array) -> jax.Array:
       f"`load` must be integer [..., E], got {load.dtype} {load.shape}. Sum"
       " counts as int32: float rounding can flip the sign."
     )
+  quotient, rest = mean_load(load)
+  fraction = rest.astype(jnp.float32) / load.shape[-1]
+  mean = quotient.astype(jnp.float32) + fraction
+  difference = (load - quotient).astype(jnp.float32) - fraction
+  return jnp.where(mean == 0, 0.0, difference / jnp.where(mean == 0, 1.0, mean))
+
+
+def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The mean L = T K / E of a load, exactly: `quotient + rest / E`.
+
+  Args:
+    load: `[..., E]` int32. Assignments per expert, summed over all devices.
+
+  Returns:
+    `quotient` and `rest`, both `[..., 1]` int32; `0 <= rest < E`.
+
+  Example:
+    >>> quotient, rest = mean_load(jnp.array([3, 1, 1, 4]))
+    >>> int(quotient[0]), int(rest[0])
+    (2, 1)
+  """
   e = load.shape[-1]
   # The quotients first: the sum of the counts itself may not fit an int32.
   rest = jnp.sum(load % e, axis=-1, keepdims=True)
   quotient = jnp.sum(load // e, axis=-1, keepdims=True) + rest // e
-  fraction = (rest % e).astype(jnp.float32) / e
-  mean = quotient.astype(jnp.float32) + fraction
-  difference = (load - quotient).astype(jnp.float32) - fraction
-  return jnp.where(mean == 0, 0.0, difference / jnp.where(mean == 0, 1.0, mean))
+  return quotient, rest % e
 
 
 def max_vio(load: jax.Array) -> jax.Array:

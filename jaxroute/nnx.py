@@ -1,7 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Flax nnx layers: a router, and a Mixture-of-Experts FFN around it.
 
-The bias and the load are variables of their own types, `ExpertBias` and `Load`:
+The bias and the counts are variables of their own types, `ExpertBias`, `Load` and,
+where the `RouterConfig` has histograms, `Histogram`:
 `nnx.Optimizer(model, tx, wrt=nnx.Param)` and casts of `nnx.Param` pass them by. A
 forward pass only reads the bias; it counts unless `model.eval()` was called.
 
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxroute import experts, layer, step, types
+from jaxroute import experts, histogram, layer, step, types
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -32,9 +33,14 @@ class Load(nnx.Variable):
   """Assignments per expert since the last update, `[..., E]` int32."""
 
 
+class Histogram(nnx.Variable):
+  """`Routing.histogram`s since the last update, `[..., E, 16]` int32."""
+
+
 # A linen collection of this name arrives as our type through nnx.bridge.
 nnx.register_variable_name("expert_bias", ExpertBias, overwrite=True)
 nnx.register_variable_name("load", Load, overwrite=True)
+nnx.register_variable_name("histogram", Histogram, overwrite=True)
 
 
 class Router(nnx.Module):
@@ -67,6 +73,8 @@ class Router(nnx.Module):
     )
     self.expert_bias = ExpertBias(jnp.zeros((e,), jnp.float32))
     self.load = Load(jnp.zeros((e,), jnp.int32))
+    if config.histogram:
+      self.histogram = Histogram(jnp.zeros((e, histogram.BINS), jnp.int32))
 
   def __call__(
     self, x: jax.Array, token_mask: jax.Array | None = None
@@ -90,6 +98,8 @@ class Router(nnx.Module):
     )
     if not self.deterministic:
       self.load[...] += routing.load
+      if routing.histogram is not None:
+        self.histogram[...] += routing.histogram
     return routing, logits
 
 
@@ -204,7 +214,7 @@ class MoE(nnx.Module):
 def router_state(
   model: nnx.Module, rule_state: types.PyTree
 ) -> types.RouterState:
-  """The model's biases and loads as a `RouterState` of plain arrays.
+  """The model's biases and counts as a `RouterState` of plain arrays.
 
   Args:
     model: holds any number of `Router`s.
@@ -220,6 +230,7 @@ def router_state(
     expert_bias=nnx.to_pure_dict(nnx.state(model, ExpertBias)),
     load=nnx.to_pure_dict(nnx.state(model, Load)),
     rule_state=rule_state,
+    histogram=nnx.to_pure_dict(nnx.state(model, Histogram)) or None,
   )
   if not state.expert_bias:
     raise ValueError(
@@ -253,19 +264,23 @@ def update(
   rule_state: types.PyTree,
   apply: jax.typing.ArrayLike = True,
 ) -> types.PyTree:
-  """`jaxroute.update`, in place: moves the biases and zeroes the loads.
+  """`jaxroute.update`, in place: moves the biases and zeroes the counts.
 
   Args:
     model: whose forward passes counted since the last update.
     rule: any optax transformation; see `jaxroute.dual`.
     rule_state: from `init_rule_state` or the last call.
-    apply: `[]` bool. False discards the loads and changes nothing else.
+    apply: `[]` bool. False discards the counts and changes nothing else.
 
   Returns:
     The next `rule_state`.
   """
   state = step.update(router_state(model, rule_state), rule, apply)
-  for kind, values in ((ExpertBias, state.expert_bias), (Load, state.load)):
+  for kind, values in (
+    (ExpertBias, state.expert_bias),
+    (Load, state.load),
+    (Histogram, state.histogram or {}),
+  ):
     variables = nnx.state(model, kind)
     nnx.replace_by_pure_dict(variables, values)
     nnx.update(model, variables)

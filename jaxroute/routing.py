@@ -12,7 +12,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from jaxroute import dispatch, remat, types
+from jaxroute import dispatch, histogram, remat, types
 from jaxroute import scores as scores_lib
 from jaxroute.kernels import place_tpu, route_tpu
 
@@ -124,16 +124,24 @@ def check_inputs(logits, expert_bias, config, token_mask) -> None:
 
 
 def _route_xla(logits, expert_bias, config, token_mask):
-  selection = scores_lib.selection_scores(logits, expert_bias, config)
-  expert_idx, cutoff = _select(selection, config)
+  keys = _selection_keys(logits, expert_bias, config)
+  expert_idx, top, cutoff = _select(keys, config)
   expert_idx = remat.name("expert_idx", expert_idx)
   weights, token_mask = _weigh(logits, expert_idx, config, token_mask)
+  counts = None
+  if config.histogram:
+    counts, load = histogram.count(
+      _from_keys(keys), expert_idx, cutoff, token_mask, top
+    )
+  else:
+    load = _count(expert_idx, token_mask, config.num_experts)
   return types.Routing(
     expert_idx=expert_idx,
     weights=remat.name("weights", weights),
-    load=_count(expert_idx, token_mask, config.num_experts),
+    load=load,
     cutoff=cutoff,
     token_mask=token_mask,
+    histogram=counts,
   )
 
 
@@ -176,12 +184,18 @@ def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
     out = call(*operands)
   idx, weights, load, cutoff = out
   valid = ~jnp.any(jnp.isnan(weights), axis=1)
+  token_mask = valid if token_mask is None else token_mask & valid
+  counts = None
+  if config.histogram:
+    keys = _selection_keys(logits, expert_bias, config)
+    counts, _ = histogram.count(_from_keys(keys), idx, cutoff, token_mask)
   return types.Routing(
     expert_idx=idx,
     weights=weights,
     load=load,
     cutoff=cutoff,
-    token_mask=valid if token_mask is None else token_mask & valid,
+    token_mask=token_mask,
+    histogram=counts,
   )
 
 
@@ -231,19 +245,26 @@ def _tpu_kernel_bwd(config, interpret, residuals, d_out):
 _tpu_kernel.defvjp(_tpu_kernel_fwd, _tpu_kernel_bwd)
 
 
-def _select(selection, config):
-  """The K best experts within the group limit, and the (K+1)-th score."""
+def _selection_keys(logits, expert_bias, config):
+  """Selection scores as int32 keys, that of -inf outside the best groups."""
+  selection = scores_lib.selection_scores(logits, expert_bias, config)
   # XLA may compute a value anew in every fusion that reads it, with other bits.
   keys = jax.lax.optimization_barrier(_to_keys(selection))
   if config.group_top_k < config.num_groups:
     keys = _keep_best_groups(keys, config)
+  return keys
+
+
+def _select(keys, config):
+  """The K best experts, their selection scores, and the (K+1)-th score."""
   k = config.top_k
   top, idx = _largest(keys, min(k + 1, config.num_experts))
+  top = _from_keys(top)
   if k < config.num_experts:
-    cutoff = _from_keys(top[:, k])
+    cutoff = top[:, k]
   else:
-    cutoff = jnp.full_like(selection[:, 0], -jnp.inf)
-  return idx[:, :k], cutoff
+    cutoff = jnp.full_like(top[:, 0], -jnp.inf)
+  return idx[:, :k], top[:, :k], cutoff
 
 
 def _keep_best_groups(keys, config):

@@ -100,7 +100,9 @@ def moe(
       group_sizes = jax.lax.psum(group_sizes, sums)
     return out, group_sizes
 
-  # The load is of the global batch already; the rest is per token.
+  # The load is of the global batch already, as is a histogram, which no expert
+  # needs; the rest is per token.
+  routing = dataclasses.replace(routing, histogram=None)
   routes = jax.tree.map(lambda _: over_tokens, routing)
   routes = dataclasses.replace(routes, load=jax.P())
   return jax.shard_map(

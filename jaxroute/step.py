@@ -8,17 +8,20 @@ pytrees, to be jitted, donated, sharded and checkpointed like any other; under
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
+from jaxroute import histogram as histogram_lib
 from jaxroute import metrics as metrics_lib
 from jaxroute import types
 
-# (params, expert_bias, batch) -> (loss, (load, metrics)); see `train_step`.
+# (params, expert_bias, batch) -> (loss, (counts, metrics)); see `train_step`.
 LossFn = Callable[
   [types.PyTree, types.PyTree, types.PyTree],
   tuple[jax.Array, tuple[types.PyTree, dict[str, jax.Array]]],
@@ -26,7 +29,10 @@ LossFn = Callable[
 
 
 def init_router_state(
-  rule: optax.GradientTransformation, num_experts: int, num_layers: int = 1
+  rule: optax.GradientTransformation,
+  num_experts: int,
+  num_layers: int = 1,
+  histogram: bool = False,
 ) -> types.RouterState:
   """Zero biases, zero loads and the rule's initial state.
 
@@ -34,6 +40,7 @@ def init_router_state(
     rule: any optax transformation; see `jaxroute.dual`.
     num_experts: E.
     num_layers: Lyr, the layers that have a router.
+    histogram: as in `RouterConfig`; `dual.quantile` needs it.
 
   Returns:
     A `RouterState` with `[Lyr, E]` arrays.
@@ -50,17 +57,19 @@ def init_router_state(
     if size < 1:
       raise ValueError(f"`{name}` must be at least 1, got {size}.")
   expert_bias = jnp.zeros((num_layers, num_experts), jnp.float32)
+  counts = jnp.zeros((num_layers, num_experts, histogram_lib.BINS), jnp.int32)
   return types.RouterState(
     expert_bias=expert_bias,
     load=jnp.zeros((num_layers, num_experts), jnp.int32),
     rule_state=rule.init(expert_bias),
+    histogram=counts if histogram else None,
   )
 
 
 def accumulate(
   state: types.RouterState, routing: types.Routing | Sequence[types.Routing]
 ) -> types.RouterState:
-  """Adds the load of a forward pass; call it for every training micro-batch.
+  """Adds the counts of a forward pass; call it for every training micro-batch.
 
   Args:
     state: with `[Lyr, E]` arrays, from `init_router_state`.
@@ -68,21 +77,38 @@ def accumulate(
       over layers returns), a sequence of Lyr `Routing`s, or one if Lyr is 1.
 
   Returns:
-    `state` with the loads added; the bias is unchanged.
+    `state` with the loads, and histograms if it has any, added; the bias is
+    unchanged.
 
   Raises:
-    ValueError: if the loads do not fit the state.
+    ValueError: if the counts do not fit the state.
   """
-  if isinstance(routing, types.Routing):
-    load = routing.load if routing.load.ndim > 1 else routing.load[None]
-  else:
-    load = jnp.stack([r.load for r in routing])
-  if load.shape != jnp.shape(state.load):
-    raise ValueError(
-      f"`routing` must hold loads of shape {jnp.shape(state.load)} (layers,"
-      f" experts), got {load.shape}. Pass the routing of every layer at once."
-    )
-  return dataclasses.replace(state, load=state.load + load)
+
+  def added(name):
+    total = getattr(state, name)
+    if total is None:
+      return None
+    if isinstance(routing, types.Routing):
+      counts = [getattr(routing, name)]
+    else:
+      counts = [getattr(r, name) for r in routing]
+    if any(x is None for x in counts):
+      raise ValueError(
+        f"`routing` must have a {name}, got None. Set `{name}=True` in the"
+        " `RouterConfig`, or leave it out of `init_router_state`."
+      )
+    stacked = len(counts) == 1 and counts[0].ndim == total.ndim
+    counts = counts[0] if stacked else jnp.stack(counts)
+    if counts.shape != total.shape:
+      raise ValueError(
+        f"`routing` must hold {name}s of shape {total.shape} (layers, experts"
+        f" ...), got {counts.shape}. Pass the routing of every layer at once."
+      )
+    return total + counts
+
+  return dataclasses.replace(
+    state, load=added("load"), histogram=added("histogram")
+  )
 
 
 def update(
@@ -93,20 +119,24 @@ def update(
 ) -> types.RouterState:
   """The dual step: moves all biases by the rule, once per optimizer step.
 
+  The rule gets the violation as the gradient, and as keyword arguments `load` and
+  `histogram`.
+
   Args:
     state: with the load of the step's micro-batches accumulated.
     rule: the transformation that `state.rule_state` belongs to; static.
     apply: `[]` bool. False (a skipped optimizer step, a frozen bias) discards
-      the load and changes nothing else.
-    axis_name: mesh axes to sum the load over first, inside `jax.shard_map`
+      the counts and changes nothing else.
+    axis_name: mesh axes to sum the counts over first, inside `jax.shard_map`
       where every device counted its own tokens. All layers travel in one
-      all-reduce. Under `jax.jit` alone loads are global: leave it None.
+      all-reduce. Under `jax.jit` alone counts are global: leave it None.
 
   Returns:
-    The next `RouterState`, its load zero.
+    The next `RouterState`, its counts zero.
 
   Raises:
-    ValueError: if bias and load do not belong together.
+    ValueError: if bias and counts do not belong together, or the rule needs a
+      histogram and there is none.
 
   Example:
     >>> from jaxroute import dual
@@ -117,21 +147,30 @@ def update(
     Array([[-0.5,  0.5]], dtype=float32)
   """
   with jax.named_scope("jaxroute.update"):
-    load = _like_bias(state.load, state.expert_bias)
+    counts = state.load, state.histogram
     if axis_name is not None:
-      load = jax.lax.psum(load, axis_name)
-    violation = jax.tree.map(metrics_lib.violation, load)
-    updates, rule_state = rule.update(
-      violation, state.rule_state, state.expert_bias
+      counts = _psum(counts, axis_name)
+    load = _like_bias(counts[0], state.expert_bias)
+    histogram = counts[1]
+    if histogram is not None:
+      histogram = _like_bias(histogram, state.expert_bias, "histogram")
+    updates, rule_state = optax.with_extra_args_support(rule).update(
+      jax.tree.map(metrics_lib.violation, load),
+      state.rule_state,
+      state.expert_bias,
+      load=load,
+      histogram=histogram,
     )
     expert_bias = optax.apply_updates(state.expert_bias, updates)
     expert_bias, rule_state = _where(
       apply, (expert_bias, rule_state), (state.expert_bias, state.rule_state)
     )
+    zero = functools.partial(jax.tree.map, jnp.zeros_like)
     return types.RouterState(
       expert_bias=expert_bias,
-      load=jax.tree.map(jnp.zeros_like, state.load),
+      load=zero(counts[0]),
       rule_state=rule_state,
+      histogram=zero(counts[1]),
     )
 
 
@@ -198,7 +237,8 @@ def train_step(
     batch: pytree of arrays whose leading axis is split into micro-batches.
     loss_fn: `(params, expert_bias, batch) -> (loss, (load, metrics))`: the mean
       loss over the batch, the int32 loads shaped like `expert_bias`, and a dict
-      of scalars to average. Static, as are the next three.
+      of scalars to average. Where `state.router` has a histogram, instead of
+      the load the pair of load and histogram. Static, as are the next three.
     optimizer: transformation of the gradients of `params`.
     rule: transformation of the load violation; see `jaxroute.dual`.
     micro_batches: parts the batch is processed in, one after the other.
@@ -214,10 +254,10 @@ def train_step(
     ValueError: if `micro_batches` does not divide the batch, or the load does
       not fit the bias.
   """
-  (loss, (load, aux)), grads = _accumulated_grad(
+  (loss, (counts, aux)), grads = _accumulated_grad(
     loss_fn, state.params, state.router.expert_bias, batch, micro_batches
   )
-  _like_bias(load, state.router.expert_bias)
+  load, histogram = _load_and_histogram(counts, state.router)
   grad_norm = optax.tree.norm(grads)
   ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~jnp.asarray(skip)
 
@@ -226,11 +266,12 @@ def train_step(
   params, opt_state = _where(
     ok, (params, opt_state), (state.params, state.opt_state)
   )
-  counted = jax.tree.map(
-    jnp.add, state.router.load, _like(load, state.router.load)
-  )
   router = update(
-    dataclasses.replace(state.router, load=counted),
+    dataclasses.replace(
+      state.router,
+      load=_add(state.router.load, load),
+      histogram=_add(state.router.histogram, histogram),
+    ),
     rule,
     apply=ok & ~jnp.asarray(freeze_bias),
   )
@@ -256,7 +297,8 @@ def eval_step(
     A dict: `loss_fn`'s metrics, `loss` and `load`. MaxVio_global is
     `max_vio` of the loads summed over all batches.
   """
-  loss, (load, aux) = loss_fn(state.params, state.router.expert_bias, batch)
+  loss, (counts, aux) = loss_fn(state.params, state.router.expert_bias, batch)
+  load, _ = _load_and_histogram(counts, state.router)
   return dict(aux, loss=loss, load=load)
 
 
@@ -277,11 +319,11 @@ def _accumulated_grad(loss_fn, params, expert_bias, batch, micro_batches):
     lambda x: jnp.zeros(x.shape, x.dtype),
     jax.eval_shape(grad_fn, params, expert_bias, first),
   )
-  ((loss, (load, aux)), grads), _ = jax.lax.scan(body, zeros, parts)
+  ((loss, (counts, aux)), grads), _ = jax.lax.scan(body, zeros, parts)
   loss, aux, grads = jax.tree.map(
     lambda x: x / micro_batches, (loss, aux, grads)
   )
-  return (loss, (load, aux)), grads
+  return (loss, (counts, aux)), grads
 
 
 def _split(x, parts):
@@ -298,13 +340,41 @@ def _split(x, parts):
   return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
 
-def _like_bias(load, expert_bias):
-  """`load` in the tree structure of `expert_bias`, checked leaf by leaf."""
-  loads, biases = jax.tree.leaves(load), jax.tree.leaves(expert_bias)
-  if [x.shape for x in loads] != [x.shape for x in biases]:
+def _load_and_histogram(counts, router):
+  """What a loss function counted, checked against the state it is for."""
+  load, histogram = counts, None
+  if router.histogram is not None:
+    if not isinstance(counts, tuple) or len(counts) != 2:
+      raise ValueError(
+        "`loss_fn` must return the pair (load, histogram), for the router state"
+        f" has histograms, got a {type(counts).__name__}."
+      )
+    load, histogram = counts
+    _like_bias(histogram, router.expert_bias, "histogram")
+  _like_bias(load, router.expert_bias)
+  return load, histogram
+
+
+def _add(total, counts):
+  """The sum, in the tree structure of the total."""
+  return jax.tree.map(jnp.add, total, _like(counts, total))
+
+
+def _psum(counts, axis_name):
+  """Sums the arrays of a tree over devices, all of them in one all-reduce."""
+  flat, unravel = jax.flatten_util.ravel_pytree(counts)
+  return unravel(jax.lax.psum(flat, axis_name))
+
+
+def _like_bias(counts, expert_bias, name="load"):
+  """`counts` in the tree structure of `expert_bias`, checked leaf by leaf."""
+  arrays, biases = jax.tree.leaves(counts), jax.tree.leaves(expert_bias)
+  bins = () if name == "load" else (histogram_lib.BINS,)
+  if [x.shape for x in arrays] != [x.shape + bins for x in biases]:
     raise ValueError(
-      "`load` and `expert_bias` must hold arrays of equal shapes, got"
-      f" {[x.shape for x in loads]} and {[x.shape for x in biases]}."
+      f"`{name}` must hold an array {'[..., E, 16]' if bins else '[..., E]'} for"
+      " each of `expert_bias`, got shapes"
+      f" {[x.shape for x in arrays]} for {[x.shape for x in biases]}."
     )
   for x in biases:
     if x.dtype != jnp.float32:
@@ -312,7 +382,7 @@ def _like_bias(load, expert_bias):
         f"`expert_bias` must be float32, got {x.dtype}. Leave it out of casts"
         " of the model."
       )
-  return _like(load, expert_bias)
+  return _like(counts, expert_bias)
 
 
 def _like(tree, structure):

@@ -58,6 +58,8 @@ class RouterConfig:
     scaling_factor: multiplies the weights at the end.
     logit_soft_cap: if given, logits become `cap * tanh(logits / cap)`.
     logit_multiplier: multiplies the logits before the cap.
+    histogram: also count `Routing.histogram`, by which `jaxroute.dual.quantile`
+      moves the bias.
 
   Raises:
     ValueError: if a value is out of range or the groups do not divide.
@@ -79,6 +81,7 @@ class RouterConfig:
   scaling_factor: float = 1.0
   logit_soft_cap: float | None = None
   logit_multiplier: float = 1.0
+  histogram: bool = False
 
   def __post_init__(self):
     self._check_sizes()
@@ -172,6 +175,8 @@ class Routing:
       (K+1)-th): the token's dual price. -inf if there is none.
     token_mask: `[T]` bool. The tokens that are counted and dispatched: the
       caller's mask, less the tokens with a NaN among their chosen logits.
+    histogram: `[E, 16]` int32, if `RouterConfig.histogram`: over the same tokens,
+      how many are how far from choosing an expert; see `jaxroute.histogram`.
   """
 
   expert_idx: jax.Array
@@ -179,6 +184,7 @@ class Routing:
   load: jax.Array
   cutoff: jax.Array
   token_mask: jax.Array
+  histogram: jax.Array | None = None
 
 
 @jax.tree_util.register_dataclass
@@ -222,8 +228,11 @@ class RouterState:
       collection, say). Added to the scores for selection only.
     load: int32, shaped like `expert_bias`. Assignments since the last update.
     rule_state: the state of the dual rule, `rule.init(expert_bias)`.
+    histogram: int32, as `load` with an axis of 16 bins at the end, for
+      `jaxroute.dual.quantile`; None for rules that need only loads.
   """
 
   expert_bias: PyTree
   load: PyTree
   rule_state: PyTree
+  histogram: PyTree = None

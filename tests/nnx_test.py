@@ -1,6 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The nnx layers: the numbers of the linen ones, and nnx's own traps."""
 
+import dataclasses
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -107,30 +109,33 @@ def test_nnx_equals_linen(kwargs):
   chex.assert_trees_all_equal(pure, grads)
 
 
-def test_a_run_of_both_has_the_same_bias_trajectory():
-  model = _model()
-  variables = _linen_variables(model)
-  state = jaxroute.linen.init_router_state(variables, RULE)
-  other = jaxroute.linen.MoE(CONFIG, F)
-  rule_state = jaxroute.nnx.init_rule_state(model, RULE)
+@pytest.mark.parametrize(
+  "rule", [RULE, dual.quantile()], ids=["sign", "quantile"]
+)
+def test_a_run_of_both_has_the_same_bias_trajectory(rule):
+  config = dataclasses.replace(CONFIG, histogram=rule is not RULE)
+  model = jaxroute.nnx.MoE(D, config, F, rngs=nnx.Rngs(0))
+  other = jaxroute.linen.MoE(config, F)
+  variables = other.init(jax.random.key(0), _x())
+  variables = dict(variables, params=_linen_variables(model)["params"])
+  state = jaxroute.linen.init_router_state(variables, rule)
+  rule_state = jaxroute.nnx.init_rule_state(model, rule)
+  counts = ["load", "histogram"] if config.histogram else ["load"]
   for seed in range(4):
     model(_x(seed))
-    rule_state = jaxroute.nnx.update(model, RULE, rule_state)
+    rule_state = jaxroute.nnx.update(model, rule, rule_state)
     _, counted = other.apply(
       {"params": variables["params"], "expert_bias": state.expert_bias},
       _x(seed),
-      mutable=["load"],
+      mutable=counts,
     )
-    state = jaxroute.RouterState(
-      expert_bias=state.expert_bias,
-      load=counted["load"],
-      rule_state=state.rule_state,
-    )
-    state = jaxroute.update(state, RULE)
+    state = dataclasses.replace(state, **counted)
+    state = jaxroute.update(state, rule)
     np.testing.assert_array_equal(
       model.router.expert_bias[...], state.expert_bias["router"]["expert_bias"]
     )
-    np.testing.assert_array_equal(model.router.load[...], 0)
+    for name in counts:
+      np.testing.assert_array_equal(getattr(model.router, name)[...], 0)
   assert np.any(model.router.expert_bias[...])
 
 

@@ -91,18 +91,23 @@ def group_score(members, config):
   return total
 
 
+def within_groups(row, config):
+  """Selection scores of one token, -inf outside its best groups."""
+  row = np.array(row, F32)
+  if config.num_groups > 1:
+    groups = row.reshape(config.num_groups, -1)
+    worth = [group_score(g, config) for g in groups]
+    kept = best(worth, config.group_top_k)
+    for g in set(range(config.num_groups)) - set(kept):
+      groups[g] = -np.inf
+  return row
+
+
 def select(selection, config):
   """Chosen experts [T, K] and cutoff [T] for given selection scores."""
   ids, cutoffs = [], []
-  for row in np.asarray(selection, F32):
-    row = row.copy()
-    if config.num_groups > 1:
-      groups = row.reshape(config.num_groups, -1)
-      worth = [group_score(g, config) for g in groups]
-      for g in set(range(config.num_groups)) - set(
-        best(worth, config.group_top_k)
-      ):
-        groups[g] = -np.inf
+  for row in selection:
+    row = within_groups(row, config)
     if config.top_k < config.num_experts:
       *chosen, runner_up = best(row, config.top_k + 1)
       cutoffs.append(row[runner_up])
@@ -147,6 +152,33 @@ def route(logits, expert_bias, config, token_mask=None, expert_idx=None):
     for e in ids[i]:
       load[e] += 1
   return ids, weights, load, cutoff, mask
+
+
+UPPER_EDGES = [2.0 ** (3 * i - 16) for i in range(8)]
+
+
+def histogram(selection, config, token_mask):
+  """[E, 16] counts of the tokens by how far an expert is from their cutoff."""
+  counts = np.zeros((config.num_experts, 16), np.int32)
+  _, cutoff = select(selection, config)
+  for i, row in enumerate(selection):
+    row = within_groups(row, config)
+    for e, value in enumerate(row):
+      if not token_mask[i] or value == -np.inf:
+        continue
+      distance = F32(cutoff[i] - value)
+      size = sum(abs(distance) >= edge for edge in UPPER_EDGES[:-1])
+      counts[e, 8 + size if distance >= 0 else 7 - size] += 1
+  return counts
+
+
+def quantile_step(price, rank):
+  """[E] elements of a rank in every column of [T, E], inf left out."""
+  found = []
+  for column in price.T:
+    column = sorted(x for x in column if x < np.inf)
+    found.append(column[min(rank, len(column) - 1)])
+  return np.array(found)
 
 
 def sort_by_expert(expert_idx, num_experts, token_mask=None, capacity=None):

@@ -12,7 +12,7 @@ import jaxroute
 from jaxroute import dual, experts, layer, sharding
 
 T, D, F, E, K = 64, 16, 8, 8, 2
-CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
+CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K, histogram=True)
 PARTITIONS = {
   "data": jaxroute.Partition(token_axes=("data",)),
   "expert": jaxroute.Partition(expert_axis="expert"),
@@ -85,6 +85,7 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(kind, name):
   (_, (y1, routing1, sizes1)), grads1 = jax.device_get(expected)
   np.testing.assert_array_equal(routing.expert_idx, routing1.expert_idx)
   np.testing.assert_array_equal(routing.load, routing1.load)
+  np.testing.assert_array_equal(routing.histogram, routing1.histogram)
   np.testing.assert_array_equal(sizes, sizes1)
   np.testing.assert_allclose(y, y1, rtol=1e-5, atol=1e-6)
   jax.tree.map(

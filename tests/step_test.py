@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import re
 
 import chex
 import jax
@@ -301,6 +302,89 @@ def test_update_inside_shard_map_sums_before_the_sign():
   assert text.count("stablehlo.all_reduce") == 1
 
 
+def test_histograms_of_all_layers_and_loads_travel_in_one_all_reduce():
+  rule, layers = dual.quantile(), 3
+  mesh = jax.make_mesh((8,), ("data",))
+  config = dataclasses.replace(CONFIG, histogram=True)
+  logits = jax.random.normal(jax.random.key(0), (layers, 64, E)) + jnp.linspace(
+    0.0, 2.0, E
+  ).reshape(1, 1, E)
+  state = jaxroute.init_router_state(rule, E, layers, histogram=True)
+
+  def local(state, logits, axis_name="data"):
+    routings = [
+      jaxroute.route(x, b, config)
+      for x, b in zip(logits, state.expert_bias, strict=True)
+    ]
+    state = jaxroute.accumulate(state, routings)
+    return jaxroute.update(state, rule, axis_name=axis_name)
+
+  expected = jax.jit(functools.partial(local, axis_name=None))(state, logits)
+  with jax.set_mesh(mesh):
+    run = jax.jit(
+      jax.shard_map(
+        local, in_specs=(jax.P(), jax.P(None, "data")), out_specs=jax.P()
+      )
+    )
+    sharded = jax.reshard(logits, jax.P(None, "data"))
+    compiled = run.lower(state, sharded).compile()
+    chex.assert_trees_all_equal(
+      jax.device_get(run(state, sharded)), jax.device_get(expected)
+    )
+  assert (
+    len(re.findall(r"= \S+ all-reduce(-start)?\(", compiled.as_text())) == 1
+  )
+  assert np.any(expected.expert_bias)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 4])
+def test_histograms_of_micro_batches_add_up(micro_batches):
+  config = dataclasses.replace(CONFIG, histogram=True)
+
+  def loss_fn(params, expert_bias, batch):
+    def layer(total, inputs):
+      w, bias = inputs
+      r = jaxroute.route(batch["x"] @ w, bias, config, batch["token_mask"])
+      return total + jnp.sum(r.weights), (r.load, r.histogram)
+
+    loss, counts = jax.lax.scan(
+      layer, jnp.zeros(()), (params["router"], expert_bias)
+    )
+    return loss, (counts, {})
+
+  rule, optimizer = dual.quantile(), optax.set_to_zero()
+  router = jaxroute.init_router_state(rule, E, LAYERS, histogram=True)
+  state = jaxroute.init_train_state(_params(), router, optimizer)
+  run = jax.jit(
+    functools.partial(
+      jaxroute.train_step,
+      loss_fn=loss_fn,
+      optimizer=optimizer,
+      rule=rule,
+      micro_batches=micro_batches,
+    )
+  )
+  max_vio = []
+  for _ in range(4):
+    state, report = run(state, _batch(64))
+    max_vio.append(report["max_vio"])
+  assert max_vio[0] > 0.5 > 0.3 > max_vio[-1]
+  whole = jax.jit(
+    functools.partial(
+      jaxroute.train_step, loss_fn=loss_fn, optimizer=optimizer, rule=rule
+    )
+  )
+  one = jaxroute.init_train_state(_params(), router, optimizer)
+  for _ in range(4):
+    one, _ = whole(one, _batch(64))
+  chex.assert_trees_all_equal(one.router, state.router)
+  np.testing.assert_array_equal(state.router.histogram, 0)
+  with pytest.raises(ValueError, match="pair \\(load, histogram\\)"):
+    jaxroute.train_step(
+      one, _batch(64), loss_fn=_loss_fn, optimizer=optimizer, rule=rule
+    )
+
+
 def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
   rule = dual.sign(0.5)
   mesh = jax.make_mesh((8,), ("data",))
@@ -335,7 +419,7 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
         ),
         r,
       ),
-      r"equal shapes, got \[\(1, 3\)\] and \[\(1, 2\)\]",
+      r"got shapes \[\(1, 3\)\] for \[\(1, 2\)\]",
     ),
     (
       lambda r: jaxroute.update(

@@ -1,16 +1,35 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Balancing rules: optax transformations of the load violation."""
+"""Balancing rules: optax transformations of the load violation; and solvers."""
 
-from jaxroute.dual.rules import PidState, center, pid, proportional, sign, smebu
+from jaxroute.dual import solvers
+from jaxroute.dual.coordinate import exact_quantile, quantile
+from jaxroute.dual.in_batch import Solution, solve
+from jaxroute.dual.rules import (
+  PidState,
+  TripleMomentumState,
+  center,
+  pid,
+  proportional,
+  sign,
+  smebu,
+  triple_momentum,
+)
 from jaxroute.dual.schedules import inverse, inverse_sqrt
 
 __all__ = [
   "PidState",
+  "Solution",
+  "TripleMomentumState",
   "center",
+  "exact_quantile",
   "inverse",
   "inverse_sqrt",
   "pid",
   "proportional",
+  "quantile",
   "sign",
   "smebu",
+  "solve",
+  "solvers",
+  "triple_momentum",
 ]

@@ -1,0 +1,315 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Methods for the dual of one batch, iteration by iteration; see `dual.solve`.
+
+All minimise, or stand in for, `g(b) = sum_i (K largest of scores[i] + b) - L sum b`
+with `L = T K / E`. A method is a pair of functions, like an optax transformation,
+but for it sees the scores and not only the violation.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxroute import metrics, types
+from jaxroute.dual import coordinate
+
+
+class Problem(NamedTuple):
+  """What does not change from iteration to iteration.
+
+  Attributes:
+    scores: `[T, E]` float32; -inf forbids an expert.
+    top_k: K.
+    scale: `[]` float32. Mean over the tokens of the standard deviation of their
+      scores: what a step of 1 means.
+  """
+
+  scores: jax.Array
+  top_k: int
+  scale: jax.Array
+
+
+class Solver(NamedTuple):
+  """A method for the dual.
+
+  Attributes:
+    init: `(problem, expert_bias) -> state`.
+    step: `(problem, state, expert_bias, routing, value) -> (expert_bias, state)`:
+      the next bias from the routes of this one and its dual value.
+  """
+
+  init: Callable[[Problem, jax.Array], Any]
+  step: Callable[
+    [Problem, Any, jax.Array, types.Routing, jax.Array], tuple[jax.Array, Any]
+  ]
+
+
+def alternating_quantiles() -> Solver:
+  """Quantile balancing over and over: exact coordinate minimisation, no step size.
+
+  References:
+    Su, 2026, https://kexue.fm/archives/11619.
+  """
+
+  def step(problem, state, expert_bias, routing, value):
+    del value
+    found = coordinate.quantile_prices(problem.scores, expert_bias, routing)
+    return found - jnp.mean(found), state
+
+  return Solver(_no_state, step)
+
+
+def truncated_alternation() -> Solver:
+  """Alternation with the prices of tokens and experts held at 0 or more (BIP).
+
+  For the program with at most K experts per token and at most L tokens per expert:
+  an expert that asks for more than the cutoff of its tokens keeps a bias of 0.
+
+  References:
+    Sun, 2025, https://arxiv.org/abs/2502.15451.
+  """
+
+  def step(problem, state, expert_bias, routing, value):
+    del value
+    found = coordinate.quantile_prices(
+      problem.scores, expert_bias, routing, lowest_cutoff=0.0
+    )
+    return jnp.minimum(found, 0.0), state
+
+  return Solver(_no_state, step)
+
+
+def subgradient(rule: optax.GradientTransformation) -> Solver:
+  """A balancing rule as a solver: one load per iteration, as in training.
+
+  Args:
+    rule: any optax transformation of the violation. Its rate is in units of the
+      scores' standard deviation within a token. `dual.sign`, `dual.proportional`;
+      `optax.sgd(rate, momentum)`, heavy ball, or with `nesterov=True`;
+      `dual.triple_momentum`.
+  """
+
+  def init(problem, expert_bias):
+    del problem
+    return rule.init(expert_bias)
+
+  def step(problem, state, expert_bias, routing, value):
+    del value
+    violation = metrics.violation(routing.load)
+    updates, state = rule.update(violation, state, expert_bias)
+    return expert_bias + problem.scale * updates, state
+
+  return Solver(init, step)
+
+
+def sinkhorn(temperature: float) -> Solver:
+  """Alternating scaling of `exp(scores / temperature)` to the two sums (S-BASE).
+
+  The bias is `temperature` times the logarithm of the experts' scaling. The plan it
+  balances may give a token more than once to an expert, so for K > 1 its limit is
+  not the minimum of the dual, whatever the temperature.
+
+  Args:
+    temperature: of the entropy, positive, in units of the scores' standard
+      deviation within a token.
+
+  Raises:
+    ValueError: if `temperature` is not positive.
+
+  References:
+    Clark et al., 2022, https://arxiv.org/abs/2202.01169, section 3.1.
+  """
+  _check_positive("temperature", temperature)
+
+  def step(problem, state, expert_bias, routing, value):
+    del value
+    t = temperature * problem.scale
+    x = problem.scores / t
+    token = jax.nn.logsumexp(x + expert_bias[None] / t, axis=1)
+    # K cancels: it scales the sums of tokens and of experts alike.
+    count = jnp.sum(routing.token_mask, dtype=jnp.float32)
+    share = jnp.where(routing.token_mask, -token, -jnp.inf)
+    expert = jax.nn.logsumexp(x + share[:, None], axis=0)
+    moved = t * (jnp.log(count / x.shape[1]) - expert)
+    moved = jnp.where(jnp.isfinite(moved), moved, expert_bias)
+    return moved - jnp.mean(moved), state
+
+  return Solver(_no_state, step)
+
+
+def sparse_transport(
+  rule: optax.GradientTransformation, regularization: float
+) -> Solver:
+  """Optimal transport with at most K nonzeros per token, by its semi-dual.
+
+  A token spreads a mass of 1 over its K best experts, the more evenly the larger
+  the quadratic regularisation: by the projection of their biased scores, over the
+  regularisation, onto the simplex. Every expert is due the mass T / E. For a large
+  regularisation that is the balance of loads.
+
+  Args:
+    rule: any optax transformation, of the experts' `mass / due - 1`; its rate in
+      units of the scores' standard deviation within a token.
+    regularization: positive, in the same units.
+
+  Raises:
+    ValueError: if `regularization` is not positive.
+
+  References:
+    Liu, Puigcerver, Blondel, 2023, Sparsity-constrained optimal transport,
+    https://arxiv.org/abs/2209.15466, section 4.
+  """
+  _check_positive("regularization", regularization)
+
+  def init(problem, expert_bias):
+    del problem
+    return rule.init(expert_bias)
+
+  def step(problem, state, expert_bias, routing, value):
+    del value
+    num_experts = expert_bias.shape[0]
+    biased = problem.scores + expert_bias[None]
+    best = jnp.take_along_axis(biased, routing.expert_idx, axis=1)
+    best = jnp.maximum(best, -1e30)
+    plan = jax.vmap(_onto_simplex)(best / (regularization * problem.scale))
+    plan = jnp.where(routing.token_mask[:, None], plan, 0.0)
+    mass = jnp.zeros(num_experts).at[routing.expert_idx].add(plan)
+    due = jnp.sum(routing.token_mask, dtype=jnp.float32) / num_experts
+    violation = mass / jnp.maximum(due, 1e-9) - 1.0
+    updates, state = rule.update(violation, state, expert_bias)
+    return expert_bias + problem.scale * updates, state
+
+  return Solver(init, step)
+
+
+class BundleState(NamedTuple):
+  """State of `bundle`: cuts `g(b) >= value + slope . (b - bias)`, and the centre.
+
+  Attributes:
+    slopes: `[M, E]` float32, over the number of assignments.
+    offsets: `[M]` float32. `value - slope . bias`, over the same; -inf if unused.
+    center: `[E]` float32. The best bias of a serious step.
+    center_value: `[]` float32.
+    predicted: `[]` float32. What the model promised for the bias just tried.
+    stiffness: `[]` float32. Weight of the proximal term.
+    count: `[]` int32. Cuts so far.
+  """
+
+  slopes: jax.Array
+  offsets: jax.Array
+  center: jax.Array
+  center_value: jax.Array
+  predicted: jax.Array
+  stiffness: jax.Array
+  count: jax.Array
+
+
+def bundle(size: int = 32) -> Solver:
+  """Proximal bundle method: the dual is the maximum of its cutting planes.
+
+  The next bias minimises the last `size` cuts plus a proximal term, by projected
+  gradient steps on the weights of the cuts. A step that gains a tenth of what the
+  cuts promised moves the centre and softens the term; another only adds its cut.
+
+  Args:
+    size: cuts kept, at least 2.
+
+  Raises:
+    ValueError: if `size` is below 2.
+
+  References:
+    Lemarechal, Sagastizabal, 1997, Variable metric bundle methods.
+  """
+  if size < 2:
+    raise ValueError(f"`size` must be at least 2, got {size}.")
+
+  def init(problem, expert_bias):
+    del problem
+    zero = jnp.float32(0)
+    return BundleState(
+      slopes=jnp.zeros((size, expert_bias.shape[0])),
+      offsets=jnp.full(size, -jnp.inf),
+      center=expert_bias,
+      center_value=jnp.float32(jnp.inf),
+      predicted=zero,
+      stiffness=zero,
+      count=jnp.int32(0),
+    )
+
+  def step(problem, state, expert_bias, routing, value):
+    e = expert_bias.shape[0]
+    assigned = jnp.maximum(jnp.sum(routing.load).astype(jnp.float32), 1.0)
+    value = value / assigned
+    slope = metrics.violation(routing.load) / e
+    slot = state.count % size
+    slopes = state.slopes.at[slot].set(slope)
+    offsets = state.offsets.at[slot].set(value - slope @ expert_bias)
+    first = state.count == 0
+    promised = state.center_value - state.predicted
+    gained = state.center_value - value
+    serious = first | (gained >= 0.1 * promised)
+    center = jnp.where(serious, expert_bias, state.center)
+    center_value = jnp.where(serious, value, state.center_value)
+    # At first: a step of the scores' scale for a violation of 1.
+    stiffness = jnp.where(
+      first,
+      1.0 / (e * problem.scale),
+      state.stiffness * jnp.where(serious, 0.5, 1.5),
+    )
+    weights = _weigh_cuts(slopes, offsets, center, stiffness)
+    moved = center - weights @ slopes / stiffness
+    predicted = jnp.max(offsets + slopes @ moved)
+    return moved, BundleState(
+      slopes=slopes,
+      offsets=offsets,
+      center=center,
+      center_value=center_value,
+      predicted=predicted,
+      stiffness=stiffness,
+      count=state.count + 1,
+    )
+
+  return Solver(init, step)
+
+
+def _weigh_cuts(slopes, offsets, center, stiffness):
+  """`[M]` weights on the simplex: the dual of the proximal cutting-plane step."""
+  used = offsets > -jnp.inf
+  height = jnp.where(used, offsets + slopes @ center, 0.0)
+  gram = slopes @ slopes.T / stiffness
+  rate = 1.0 / jnp.maximum(jnp.trace(gram), 1e-30)
+
+  def ascend(_, carry):
+    weights, ahead, n = carry
+    moved = ahead + rate * (height - gram @ ahead)
+    moved = jnp.where(used, moved, -1e30)
+    moved = _onto_simplex(moved)
+    momentum = n / (n + 3.0)
+    return moved, moved + momentum * (moved - weights), n + 1.0
+
+  start = used.astype(jnp.float32) / jnp.maximum(
+    jnp.sum(used, dtype=jnp.float32), 1.0
+  )
+  weights, _, _ = jax.lax.fori_loop(
+    0, 300, ascend, (start, start, jnp.float32(0))
+  )
+  return weights
+
+
+def _onto_simplex(x):
+  # It promotes integers implicitly, which strict mode refuses.
+  with jax.numpy_dtype_promotion("standard"):
+    return optax.projections.projection_simplex(x)
+
+
+def _no_state(problem, expert_bias):
+  del problem, expert_bias
+  return ()
+
+
+def _check_positive(name, value):
+  if not 0 < value < float("inf"):
+    raise ValueError(f"`{name}` must be positive and finite, got {value}.")

@@ -1,0 +1,122 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""How far the bias of every expert is from the tokens' cutoffs, counted.
+
+Token i chooses expert e while `expert_bias[e]` is above its price,
+`cutoff[i] - score[i, e]`. The distance `price - bias` is negative where the expert
+is chosen and positive where it is not, and the quantile of it that leaves T K / E
+tokens below is how far the bias has to move. Sixteen bins per expert, eight on
+either side, each eight times as wide as the one before, hold distances of all
+sizes: where the bias is nearly right they are fine, whatever the score function.
+
+What all devices and micro-batches counted adds up.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute import dispatch
+
+_SIDE = 8
+_OCTAVES = 3
+_FIRST = -16
+
+BINS = 2 * _SIDE
+"""Bins per expert, by distance: those of chosen tokens first."""
+
+_UPPER = 2.0 ** (_FIRST + _OCTAVES * np.arange(_SIDE))
+EDGES = np.concatenate([-_UPPER[::-1], [0.0], _UPPER]).astype(np.float32)
+"""`[BINS + 1]`: bin i holds `EDGES[i] <= distance < EDGES[i + 1]`.
+
+The first and the last also hold what is beyond them.
+"""
+
+# Rows whose 4-bit fields are summed in one word, and words in one of 8-bit fields.
+_NIBBLES, _BYTES = 8, 16
+
+
+def count(
+  selection: jax.Array,
+  expert_idx: jax.Array,
+  cutoff: jax.Array,
+  token_mask: jax.Array,
+  chosen: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Counts distances, and with them the load.
+
+  Args:
+    selection: `[T, E]` float32, not NaN. Selection scores; -inf where an expert
+      cannot be chosen, which is not counted.
+    expert_idx: `[T, K]` int32. The K largest of them.
+    cutoff: `[T]` float32. The largest of the others.
+    token_mask: `[T]` bool. The tokens to count.
+    chosen: `[T, K]` float32. `selection` at `expert_idx`, if known.
+
+  Returns:
+    The histogram, `[E, BINS]` int32, and the load, `[E]` int32.
+  """
+  if chosen is None:
+    chosen = jnp.take_along_axis(
+      selection, expert_idx, axis=1, mode="promise_in_bounds"
+    )
+  operands = selection, expert_idx, cutoff, token_mask, chosen
+  sharding = jax.typeof(selection).sharding
+  if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+    return _count(*operands)
+  axes = sharding.spec[0]
+
+  def count_shard(*operands):
+    counts = _count(*operands)
+    return counts if axes is None else jax.lax.psum(counts, axes)
+
+  return jax.shard_map(
+    count_shard, in_specs=jax.P(axes), out_specs=(jax.P(), jax.P())
+  )(*operands)
+
+
+def _count(selection, expert_idx, cutoff, token_mask, chosen):
+  num_experts = selection.shape[1]
+  # Below 0 are only the chosen: a row of 8 for each bin, one for the ties at 0.
+  distance = cutoff[:, None] - chosen
+  row = jnp.where(distance < 0, _SIDE - 1 - _bin(-distance), _SIDE)
+  ones = jnp.broadcast_to(token_mask[:, None], row.shape).astype(jnp.int32)
+  zeros, row, expert_idx, ones = dispatch.vary_alike(
+    (jnp.zeros((_SIDE + 1, num_experts), jnp.int32), row, expert_idx, ones)
+  )
+  below = zeros.at[row, expert_idx].add(ones, mode="promise_in_bounds")
+  above = _count_above(
+    jnp.where(token_mask, cutoff, jnp.nan)[:, None] - selection
+  )
+  histogram = jnp.concatenate([below[:_SIDE], above])
+  return histogram.T, jnp.sum(below, axis=0)
+
+
+def _count_above(distance):
+  """`[8, E]` counts of the distances that are 0 or more and finite.
+
+  Eight 4-bit counters fit a word, so that one pass over `[T, E]` adds a word per
+  number instead of comparing it with every edge.
+  """
+  bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
+  finite = (bits >= 0) & (bits < 0x7F800000)
+  words = jnp.where(finite, jnp.int32(1) << (4 * _bin(distance)), 0)
+  t, e = words.shape
+  blocks = -(-t // (_NIBBLES * _BYTES))
+  words = jnp.pad(words, ((0, blocks * _NIBBLES * _BYTES - t), (0, 0)))
+  words = jnp.sum(words.reshape(blocks, _BYTES, _NIBBLES, e), axis=2)
+  fields = jnp.stack([words, words >> 4], axis=0) & 0x0F0F0F0F
+  fields = jnp.sum(fields, axis=2)
+  # Byte i of the even fields is bin 2 i, of the odd ones 2 i + 1.
+  counts = [
+    jnp.sum((fields >> (8 * i)) & 0xFF, axis=1) for i in range(_SIDE // 2)
+  ]
+  return jnp.stack(counts).reshape(_SIDE, e)
+
+
+def _bin(distance):
+  """0 to 7 by the exponent of a float32 that is not negative."""
+  bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
+  octave = (bits >> 23) - (127 + _FIRST - _OCTAVES)
+  octave = jnp.clip(octave, 0, _OCTAVES * _SIDE - 1)
+  # octave // 3, which is exact below 30.
+  return (octave * 11) >> 5
