@@ -67,6 +67,9 @@ class Config:
   )
   rule: str = _flag("proportional", f"Balancing rule: {', '.join(RULES)}.")
   rate: float = _flag(-1.0, "Rate of the rule; negative: the rule's default.")
+  switch_weight: float = _flag(
+    0.0, "Weight of the Switch loss, the mean over layers; 0: without it."
+  )
   learning_rate: float = _flag(3e-3, "Peak of the cosine schedule.")
   warmup: int = _flag(30, "Steps of linear warm-up before that peak.")
   weight_decay: float = _flag(0.05, "Decoupled weight decay.")
@@ -80,6 +83,11 @@ class Config:
   eval_every: int = _flag(150, "Steps between validations.", free=True)
   eval_batches: int = _flag(48, "Batches of a validation, at most.", free=True)
   save_every: int = _flag(150, "Steps between checkpoints.", free=True)
+  save_scores: bool = _flag(
+    False,
+    "Write the routers' scores of the validation to scores.npz at the end.",
+    free=True,
+  )
   resume: bool = _flag(
     True, "Continue the run in --out; false starts it anew.", free=True
   )
@@ -120,7 +128,7 @@ class Config:
       "data_bytes steps batch_size seq_len model_size num_heads expert_size"
       " micro_batches eval_every eval_batches save_every"
     )
-    least_0 = "shared_size warmup weight_decay learning_rate seed"
+    least_0 = "shared_size switch_weight warmup weight_decay learning_rate seed"
     lowest = dict.fromkeys(least_0.split(), 0) | dict.fromkeys(
       least_1.split(), 1
     )

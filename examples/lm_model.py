@@ -15,6 +15,7 @@ from lm_config import Config
 
 import jaxroute
 import jaxroute.linen
+from jaxroute import losses, scores
 
 _VOCABULARY = 256
 
@@ -43,7 +44,14 @@ class Transformer(nn.Module):
     x, _ = Block(c, dense=True, name="dense_layer")(x, None)
     layers = nn.scan(
       Block,
-      variable_axes={"params": 0, "expert_bias": 0, "load": 0, "histogram": 0},
+      variable_axes={
+        "params": 0,
+        "expert_bias": 0,
+        "load": 0,
+        "histogram": 0,
+        "scores": 0,
+        "losses": 0,
+      },
       split_rngs={"params": True},
       length=c.num_layers - 1,
     )
@@ -67,13 +75,18 @@ class Block(nn.Module):
       # As wide as what a token meets in the other layers.
       width = c.top_k * c.expert_size + c.shared_size
       return x + SwiGLU(width, name="mlp")(y), None
-    y = jaxroute.linen.MoE(
+    y, out = jaxroute.linen.MoE(
       c.router,
       hidden_size=c.expert_size,
       shared_hidden_size=c.shared_size,
       partition=self.partition,
       name="moe",
-    )(y)[0]
+    )(y)
+    # Computed only for callers that make these collections mutable.
+    self.sow("scores", "scores", scores.scores(out.logits, c.router))
+    self.sow(
+      "losses", "switch", losses.switch(out.logits, out.routing, c.router)
+    )
     return x + y, None
 
 
@@ -125,25 +138,54 @@ def rotate(x: jax.Array) -> jax.Array:
   return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
 
 
-def make_loss_fn(model: Transformer):
-  """The `loss_fn` of `jaxroute.train_step`: mean cross-entropy in nats."""
+def make_loss_fn(
+  model: Transformer, switch_weight: jax.typing.ArrayLike | None = None
+):
+  """The `loss_fn` of `jaxroute.train_step`: mean cross-entropy in nats.
+
+  Args:
+    model: as it was initialised.
+    switch_weight: if given, the Switch loss, averaged over layers, is added with
+      this weight.
+  """
+  mutable = ["load", "histogram"]
+  if switch_weight is not None:
+    mutable.append("losses")
 
   def loss_fn(params: Any, expert_bias: Any, batch: jax.Array):
-    logits, counted = model.apply(
+    logits, found = model.apply(
       {"params": params, "expert_bias": expert_bias},
       batch[:, :-1],
-      mutable=["load", "histogram"],
+      mutable=mutable,
     )
-    losses = optax.softmax_cross_entropy_with_integer_labels(
-      logits, batch[:, 1:].astype(jnp.int32)
+    loss = jnp.mean(
+      optax.softmax_cross_entropy_with_integer_labels(
+        logits, batch[:, 1:].astype(jnp.int32)
+      )
     )
-    loss = jnp.mean(losses)
-    counts = counted["load"]
-    if "histogram" in counted:
-      counts = counts, counted["histogram"]
-    return loss, (counts, {"bits_per_byte": loss / jnp.log(2.0)})
+    metrics = {"bits_per_byte": loss / jnp.log(2.0)}
+    if switch_weight is not None:
+      (switch,) = jax.tree.leaves(found["losses"])
+      loss += switch_weight * jnp.mean(switch)
+    counts = found["load"]
+    if "histogram" in found:
+      counts = counts, found["histogram"]
+    return loss, (counts, metrics)
 
   return loss_fn
+
+
+def router_scores(
+  model: Transformer, params: Any, expert_bias: Any, batch: jax.Array
+) -> jax.Array:
+  """`[Lyr, T, E]` float32: the unbiased scores of a batch, layer by layer."""
+  _, found = model.apply(
+    {"params": params, "expert_bias": expert_bias},
+    batch[:, :-1],
+    mutable=["scores"],
+  )
+  (scores,) = jax.tree.leaves(found["scores"])
+  return scores
 
 
 def shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:

@@ -21,7 +21,7 @@ import tensorboardX
 import tqdm
 from lm_config import Config
 
-from jaxroute import metrics, plot
+from jaxroute import assignment, dual, metrics, plot
 
 _ARRAYS = ("load", "expert_bias")
 
@@ -150,6 +150,40 @@ def per_layer(collection: Any) -> np.ndarray:
   return np.asarray(collection)
 
 
+def duality_gap(expert_bias: Any, load: Any) -> jax.Array:
+  """`[]` float32: the duality gap per assignment, the mean over layers.
+
+  From the load alone, so for every step; its size says how far biases and loads
+  are from those of an optimum, its sign nothing that a log needs.
+  """
+  gaps = [
+    jnp.abs(assignment.duality_gap(b, x)) / jnp.sum(x, axis=-1)
+    for b, x in zip(
+      jax.tree.leaves(expert_bias), jax.tree.leaves(load), strict=True
+    )
+  ]
+  return jnp.mean(jnp.stack(gaps))
+
+
+def gap(scores: np.ndarray, expert_bias: np.ndarray, top_k: int) -> float:
+  """How far the dual value of the biases is above the best, relative to it.
+
+  Args:
+    scores: `[Lyr, T, E]`, of a batch.
+    expert_bias: `[Lyr, E]`, what it is routed by.
+    top_k: K.
+
+  Returns:
+    The mean over layers; 0 if every layer's routes are the best balanced ones.
+  """
+  gaps = []
+  for layer, bias in zip(scores, expert_bias, strict=True):
+    best = dual.solve(layer, top_k, expert_bias=bias)
+    # The first iteration is at the bias itself.
+    gaps.append(float(best.dual_values[0] / best.dual_value) - 1)
+  return float(np.mean(gaps))
+
+
 def summarize(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
   """The numbers of the table at the end.
 
@@ -169,6 +203,7 @@ def summarize(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
     "steps": train[-1]["step"],
     "validation_bits_per_byte": last["bits_per_byte"],
     "max_vio_global": last["max_vio_global"],
+    "gap": last["gap"],
     "max_vio_batch_mean": statistics.fmean(late),
     "max_vio_batch_worst": max(late),
     "dead_experts": last["dead_experts"],
@@ -186,6 +221,7 @@ def table(summary: dict[str, Any]) -> str:
     ("MaxVio_global, validation", f"{s['max_vio_global']:.3f}"),
     ("MaxVio_batch, last quarter, mean", f"{s['max_vio_batch_mean']:.3f}"),
     ("MaxVio_batch, last quarter, worst", f"{s['max_vio_batch_worst']:.3f}"),
+    ("gap to the best balanced routes", f"{100 * s['gap']:.2f} %"),
     ("dead experts, validation", f"{s['dead_experts']}"),
     ("skipped steps", f"{s['skipped_steps']} of {s['steps']}"),
     ("step time, median", f"{s['step_seconds'] * 1e3:.0f} ms"),

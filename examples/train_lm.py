@@ -62,7 +62,7 @@ class Trainer:
       partition = jaxroute.Partition(token_axes=("data",), expert_axis="expert")
     self._model = lm_model.Transformer(config, partition)
     self._rule, self._optimizer = config.make_rule(), config.make_optimizer()
-    loss_fn = lm_model.make_loss_fn(self._model)
+    loss_fn = lm_model.make_loss_fn(self._model, config.switch_weight or None)
     self._train_step = functools.partial(
       jaxroute.train_step,
       loss_fn=loss_fn,
@@ -74,6 +74,9 @@ class Trainer:
     self.step = jax.jit(self._step, donate_argnums=0, out_shardings=out)
     self.evaluate = jax.jit(
       functools.partial(jaxroute.eval_step, loss_fn=loss_fn)
+    )
+    self._scores = jax.jit(
+      functools.partial(lm_model.router_scores, self._model)
     )
 
   def init(self) -> jaxroute.TrainState:
@@ -87,6 +90,12 @@ class Trainer:
       return jnp.asarray(batch)
     return jax.device_put(batch, jax.NamedSharding(self._mesh, jax.P("data")))
 
+  def scores(self, state: jaxroute.TrainState, batch: jax.Array) -> np.ndarray:
+    """`[Lyr, T, E]` float32: what the routers of a batch chose by, less the bias."""
+    return jax.device_get(
+      self._scores(state.params, state.router.expert_bias, batch)
+    )
+
   def _init(self):
     c = self._config
     variables = self._model.init(
@@ -98,8 +107,13 @@ class Trainer:
     )
 
   def _step(self, state, batch):
+    before = state.router.expert_bias
     state, report = self._train_step(state, batch)
-    return state, report | {"expert_bias": state.router.expert_bias}
+    gap = lm_report.duality_gap(before, report["load"])
+    return state, report | {
+      "duality_gap": gap,
+      "expert_bias": state.router.expert_bias,
+    }
 
   def _shardings(self, mesh):
     return lm_model.shardings(jax.eval_shape(self._init), mesh)
@@ -154,13 +168,26 @@ def _loop(config, corpus, trainer, state, checkpoints, log, stop) -> None:
       if is_last or step % config.eval_every == 0:
         log.settle()
         reports = [trainer.evaluate(state, b) for b in map(place, validation)]
-        log.add(lm_report.validation_row(step, jax.device_get(reports)))
+        row = lm_report.validation_row(step, jax.device_get(reports))
+        scores = trainer.scores(state, place(validation[0]))
+        bias = lm_report.per_layer(jax.device_get(state.router.expert_bias))
+        row["gap"] = lm_report.gap(scores, bias, config.top_k)
+        log.add(row)
       if is_last or step % config.save_every == 0 or stop.number:
         log.sync()
         checkpoints.save(step, state)
         log.restart_clock()
     if stop.number and not is_last:
       raise Interrupted(stop.number, step, out)
+  if config.save_scores:
+    scores = [trainer.scores(state, b) for b in map(place, validation)]
+    with lm_checkpoint.saving("writing scores", out):
+      np.savez(
+        out / "scores.npz",
+        scores=np.concatenate(scores, axis=1),
+        expert_bias=lm_report.per_layer(state.router.expert_bias),
+        top_k=config.top_k,
+      )
 
 
 @contextlib.contextmanager

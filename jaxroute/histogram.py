@@ -31,6 +31,8 @@ EDGES = np.concatenate([-_UPPER[::-1], [0.0], _UPPER]).astype(np.float32)
 The first and the last also hold what is beyond them.
 """
 
+_LARGEST = float(np.finfo(np.float32).max)
+
 # Rows whose 4-bit fields are summed in one word, and words in one of 8-bit fields.
 _NIBBLES, _BYTES = 8, 16
 
@@ -40,9 +42,8 @@ def count(
   expert_idx: jax.Array,
   cutoff: jax.Array,
   token_mask: jax.Array,
-  chosen: jax.Array | None = None,
-) -> tuple[jax.Array, jax.Array]:
-  """Counts distances, and with them the load.
+) -> jax.Array:
+  """Counts distances.
 
   Args:
     selection: `[T, E]` float32, not NaN. Selection scores; -inf where an expert
@@ -50,16 +51,11 @@ def count(
     expert_idx: `[T, K]` int32. The K largest of them.
     cutoff: `[T]` float32. The largest of the others.
     token_mask: `[T]` bool. The tokens to count.
-    chosen: `[T, K]` float32. `selection` at `expert_idx`, if known.
 
   Returns:
-    The histogram, `[E, BINS]` int32, and the load, `[E]` int32.
+    `[E, BINS]` int32.
   """
-  if chosen is None:
-    chosen = jnp.take_along_axis(
-      selection, expert_idx, axis=1, mode="promise_in_bounds"
-    )
-  operands = selection, expert_idx, cutoff, token_mask, chosen
+  operands = selection, expert_idx, cutoff, token_mask
   sharding = jax.typeof(selection).sharding
   if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
     return _count(*operands)
@@ -69,37 +65,56 @@ def count(
     counts = _count(*operands)
     return counts if axes is None else jax.lax.psum(counts, axes)
 
-  return jax.shard_map(
-    count_shard, in_specs=jax.P(axes), out_specs=(jax.P(), jax.P())
-  )(*operands)
+  return jax.shard_map(count_shard, in_specs=jax.P(axes), out_specs=jax.P())(
+    *operands
+  )
 
 
-def _count(selection, expert_idx, cutoff, token_mask, chosen):
-  num_experts = selection.shape[1]
-  # Below 0 are only the chosen: a row of 8 for each bin, one for the ties at 0.
+def _count(selection, expert_idx, cutoff, token_mask):
+  cutoff = jnp.where(token_mask, cutoff, jnp.nan)
+  # Below 0 are only the chosen: few to gather and scatter, which a CPU does fast.
+  below = jax.lax.platform_dependent(
+    selection,
+    expert_idx,
+    cutoff,
+    cpu=_count_chosen,
+    default=_count_below,
+  )
+  above = _count_side(cutoff[:, None] - selection)
+  return jnp.concatenate([below, above]).T
+
+
+def _count_chosen(selection, expert_idx, cutoff):
+  chosen = jnp.take_along_axis(
+    selection, expert_idx, axis=1, mode="promise_in_bounds"
+  )
   distance = cutoff[:, None] - chosen
-  row = jnp.where(distance < 0, _SIDE - 1 - _bin(-distance), _SIDE)
-  ones = jnp.broadcast_to(token_mask[:, None], row.shape).astype(jnp.int32)
   zeros, row, expert_idx, ones = dispatch.vary_alike(
-    (jnp.zeros((_SIDE + 1, num_experts), jnp.int32), row, expert_idx, ones)
+    (
+      jnp.zeros((_SIDE, selection.shape[1]), jnp.int32),
+      _SIDE - 1 - _bin(-distance),
+      expert_idx,
+      (distance < 0).astype(jnp.int32),
+    )
   )
-  below = zeros.at[row, expert_idx].add(ones, mode="promise_in_bounds")
-  above = _count_above(
-    jnp.where(token_mask, cutoff, jnp.nan)[:, None] - selection
-  )
-  histogram = jnp.concatenate([below[:_SIDE], above])
-  return histogram.T, jnp.sum(below, axis=0)
+  return zeros.at[row, expert_idx].add(ones, mode="promise_in_bounds")
 
 
-def _count_above(distance):
-  """`[8, E]` counts of the distances that are 0 or more and finite.
+def _count_below(selection, expert_idx, cutoff):
+  del expert_idx
+  distance = jnp.maximum(cutoff[:, None] - selection, -_LARGEST)
+  return _count_side(-distance)[::-1]
+
+
+def _count_side(distance):
+  """`[8, E]` counts of the distances that are finite, and not -0 or below.
 
   Eight 4-bit counters fit a word, so that one pass over `[T, E]` adds a word per
   number instead of comparing it with every edge.
   """
   bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
-  finite = (bits >= 0) & (bits < 0x7F800000)
-  words = jnp.where(finite, jnp.int32(1) << (4 * _bin(distance)), 0)
+  counted = (bits >= 0) & (bits < 0x7F800000)
+  words = jnp.where(counted, jnp.int32(1) << (4 * _bin(distance)), 0)
   t, e = words.shape
   blocks = -(-t // (_NIBBLES * _BYTES))
   words = jnp.pad(words, ((0, blocks * _NIBBLES * _BYTES - t), (0, 0)))

@@ -142,7 +142,7 @@ def curves(
   fig = figure.Figure(figsize=(8, 4.2), layout="constrained")
   panel = fig.subplots()
   for (label, (x, y)), color in zip(
-    series.items(), _colors(len(series)), strict=True
+    series.items(), _palette(len(series)), strict=True
   ):
     if np.shape(x) != np.shape(y) or np.ndim(x) != 1:
       raise ValueError(
@@ -160,6 +160,58 @@ def curves(
   return fig
 
 
+def trade_off(
+  points: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  *,
+  xlabel: str,
+  ylabel: str,
+) -> figure.Figure:
+  """Loss against imbalance, a colour for every method.
+
+  Args:
+    points: label to the imbalances and the losses of the runs of a method. Small
+      marks are runs, the large one is their mean.
+    xlabel: what the imbalances are; on a logarithmic axis.
+    ylabel: what the losses are, with the unit.
+
+  Returns:
+    A figure.
+
+  Raises:
+    ValueError: if imbalances and losses differ in length, or there is none.
+  """
+  fig = figure.Figure(figsize=(8, 4.8), layout="constrained")
+  panel = fig.subplots()
+  for i, ((label, (x, y)), color) in enumerate(
+    zip(points.items(), _palette(len(points)), strict=True)
+  ):
+    if np.shape(x) != np.shape(y) or np.ndim(x) != 1 or not len(x):
+      raise ValueError(
+        f"`points`[{label!r}] must be two vectors of one length, got"
+        f" {np.shape(x)} and {np.shape(y)}."
+      )
+    marker = "osD^vP*X<>"[i % 10]
+    panel.plot(x, y, marker, color=color, markersize=4, alpha=0.5)
+    panel.plot(
+      np.mean(x), np.mean(y), marker, color=color, markersize=9, label=label
+    )
+  panel.set_xscale("log", subs=[2, 5])
+  panel.xaxis.set_major_formatter("{x:g}")
+  panel.xaxis.set_minor_formatter("{x:g}")
+  panel.set(xlabel=xlabel, ylabel=ylabel)
+  panel.grid(alpha=0.3, which="both")
+  _legend(panel, len(points))
+  return fig
+
+
+def _legend(panel: axes.Axes, count: int) -> None:
+  """Beside the panel if it is long."""
+  if count > 5:
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
+  else:
+    panel.legend(frameon=False)
+
+
 def _finish(panel: axes.Axes, xlabel: str, ylabel: str, log_scale: bool):
   if log_scale:
     panel.set_yscale("log", subs=[2, 5])
@@ -167,7 +219,7 @@ def _finish(panel: axes.Axes, xlabel: str, ylabel: str, log_scale: bool):
     panel.yaxis.set_minor_formatter("{x:g}")
   panel.set(xlabel=xlabel, ylabel=ylabel)
   panel.grid(alpha=0.3, which="both")
-  panel.legend(frameon=False)
+  _legend(panel, len(panel.get_legend_handles_labels()[1]))
 
 
 def _check(name: str, steps: np.ndarray, values: np.ndarray) -> None:
@@ -185,6 +237,11 @@ def _edges(steps: np.ndarray) -> np.ndarray:
   middle = (steps[:-1] + steps[1:]) / 2
   first, last = 2 * steps[0] - middle[0], 2 * steps[-1] - middle[-1]
   return np.concatenate([[first], middle, [last]])
+
+
+def _palette(count: int) -> np.ndarray:
+  """Colours that are told apart; `_colors` are in an order."""
+  return colormaps["tab10"](np.arange(count) % 10)
 
 
 def _colors(count: int) -> np.ndarray:

@@ -125,20 +125,16 @@ def check_inputs(logits, expert_bias, config, token_mask) -> None:
 
 def _route_xla(logits, expert_bias, config, token_mask):
   keys = _selection_keys(logits, expert_bias, config)
-  expert_idx, top, cutoff = _select(keys, config)
+  expert_idx, cutoff = _select(keys, config)
   expert_idx = remat.name("expert_idx", expert_idx)
   weights, token_mask = _weigh(logits, expert_idx, config, token_mask)
   counts = None
   if config.histogram:
-    counts, load = histogram.count(
-      _from_keys(keys), expert_idx, cutoff, token_mask, top
-    )
-  else:
-    load = _count(expert_idx, token_mask, config.num_experts)
+    counts = histogram.count(_from_keys(keys), expert_idx, cutoff, token_mask)
   return types.Routing(
     expert_idx=expert_idx,
     weights=remat.name("weights", weights),
-    load=load,
+    load=_count(expert_idx, token_mask, config.num_experts),
     cutoff=cutoff,
     token_mask=token_mask,
     histogram=counts,
@@ -188,7 +184,7 @@ def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
   counts = None
   if config.histogram:
     keys = _selection_keys(logits, expert_bias, config)
-    counts, _ = histogram.count(_from_keys(keys), idx, cutoff, token_mask)
+    counts = histogram.count(_from_keys(keys), idx, cutoff, token_mask)
   return types.Routing(
     expert_idx=idx,
     weights=weights,
@@ -256,15 +252,14 @@ def _selection_keys(logits, expert_bias, config):
 
 
 def _select(keys, config):
-  """The K best experts, their selection scores, and the (K+1)-th score."""
+  """The K best experts, and the (K+1)-th score."""
   k = config.top_k
   top, idx = _largest(keys, min(k + 1, config.num_experts))
-  top = _from_keys(top)
   if k < config.num_experts:
-    cutoff = top[:, k]
+    cutoff = _from_keys(top[:, k])
   else:
-    cutoff = jnp.full_like(top[:, 0], -jnp.inf)
-  return idx[:, :k], top[:, :k], cutoff
+    cutoff = jnp.full_like(_from_keys(top[:, 0]), -jnp.inf)
+  return idx[:, :k], cutoff
 
 
 def _keep_best_groups(keys, config):

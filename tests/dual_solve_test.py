@@ -101,13 +101,25 @@ def test_sinkhorn_has_the_sums_of_its_plan():
 
 
 def test_alternation_is_the_exact_quantile_step():
-  first = dual.solve(_scores(), K, tolerance=0.0, max_iterations=2)
+  first = dual.solve(
+    _scores(),
+    K,
+    solvers.alternating_quantiles(),
+    tolerance=0.0,
+    max_iterations=2,
+  )
   after = dual.exact_quantile(_scores(), jnp.zeros(E), K)
   np.testing.assert_allclose(
     first.dual_values[1],
     oracle.dual_value(_scores(), np.asarray(after), K),
     rtol=1e-6,
   )
+
+
+def test_equal_solvers_are_one_to_jit():
+  assert solvers.bundle(8) is solvers.bundle(8)
+  rule = dual.sign(0.1)
+  assert solvers.subgradient(rule) is solvers.subgradient(rule)
 
 
 def test_truncation_by_hand():
@@ -193,7 +205,7 @@ def test_padding_is_invisible():
 def test_it_stops_when_a_balanced_assignment_proves_it(optimum):
   solution = dual.solve(_scores(), K, tolerance=2e-3)
   assert solution.converged
-  assert solution.iterations in (1, 2, 4, 8, 16)
+  assert solution.iterations in (2, 4, 8, 16, 32)
   gap = solution.gap[: int(solution.iterations)]
   assert gap.min() <= 2e-3 < gap[0]
   assert solution.primal_value <= optimum.value <= solution.dual_value

@@ -91,6 +91,19 @@ def test_collections_shapes_and_dtypes():
   }
 
 
+def test_a_histogram_is_a_third_collection():
+  config = dataclasses.replace(CONFIG, histogram=True)
+  model = jaxroute.linen.MoE(config, F)
+  variables = _init(model)
+  state = jaxroute.linen.init_router_state(variables, dual.quantile())
+  assert state.histogram["router"]["histogram"].shape == (E, 16)
+  (_, out), counted = model.apply(variables, _x(), mutable=["histogram"])
+  assert set(counted) == {"histogram"}
+  np.testing.assert_array_equal(
+    counted["histogram"]["router"]["histogram"], out.routing.histogram
+  )
+
+
 @pytest.mark.parametrize("shared", [0, 4])
 def test_the_layer_against_the_oracle(shared):
   model = jaxroute.linen.MoE(CONFIG, F, shared_hidden_size=shared)

@@ -114,6 +114,24 @@ def test_curves_mark_the_points_of_short_lines(tmp_path):
   assert panel.get_yscale() == "linear"
 
 
+def test_trade_off_marks_runs_and_their_mean(tmp_path):
+  points = {
+    "none": (np.array([1.0, 3.0]), np.array([2.0, 2.2])),
+    "sign": (np.array([0.1, 0.2]), np.array([2.0, 2.1])),
+  }
+  figure = plot.trade_off(points, xlabel="MaxVio", ylabel="loss")
+  _is_legible(figure, tmp_path)
+  (panel,) = figure.axes
+  assert panel.get_xscale() == "log"
+  labels = [t.get_text() for t in panel.get_legend().get_texts()]
+  assert labels == ["none", "sign"]
+  runs, mean = panel.lines[:2]
+  np.testing.assert_array_equal(runs.get_xdata(), [1.0, 3.0])
+  np.testing.assert_allclose([mean.get_xdata(), mean.get_ydata()], [[2], [2.1]])
+  with pytest.raises(ValueError, match="'x'.*one length"):
+    plot.trade_off({"x": (np.zeros(2), np.zeros(3))}, xlabel="", ylabel="")
+
+
 @pytest.mark.parametrize("make", [plot.load_heatmap, plot.max_vio_curves])
 def test_a_single_step_and_no_load_can_be_drawn(make, tmp_path):
   _is_legible(make(STEPS[:1], np.zeros((1, 1, E), int)), tmp_path)

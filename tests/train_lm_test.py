@@ -16,10 +16,13 @@ import lm_config
 import lm_data
 import lm_report
 import numpy as np
+import oracle
 import orbax.checkpoint as ocp
 import pytest
 import train_lm
 from jax.experimental.compilation_cache import compilation_cache
+
+from jaxroute import assignment
 
 # Of optax's Adam.
 pytestmark = pytest.mark.implicit_promotion
@@ -171,6 +174,42 @@ def test_the_summary_is_what_the_rows_say(unbroken):
   table = lm_report.table(summary)
   assert f"{summary['max_vio_global']:.3f}" in table
   assert len({len(line) for line in table.splitlines()}) == 1
+
+
+def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(
+  config, unbroken, tmp_path
+):
+  again = dataclasses.replace(config, save_scores=True, out=str(tmp_path / "a"))
+  summary = train_lm.train(again)
+  with np.load(tmp_path / "a" / "scores.npz") as file:
+    scores, bias = file["scores"], file["expert_bias"]
+    assert file["top_k"] == config.top_k
+  assert scores.shape == (2, 4 * 4 * 32, 8) and bias.shape == (2, 8)
+  first = scores[:, : 4 * 32]
+  gaps = []
+  for layer, b in zip(first, bias, strict=True):
+    best = assignment.solve(layer, config.top_k).value
+    gaps.append(oracle.dual_value(layer, b, config.top_k) / best - 1)
+  assert summary["gap"] == pytest.approx(np.mean(gaps), abs=2e-4)
+  rows = [r for r in _rows(unbroken) if r["kind"] == "train"]
+  # The first bias is 0, so there is none to differ from the load.
+  assert rows[0]["duality_gap"] == 0.0 < rows[-1]["duality_gap"]
+  np.testing.assert_array_equal(rows[-1]["expert_bias"], bias)
+
+
+def test_the_switch_loss_balances_and_is_not_in_the_metric(config, tmp_path):
+  longer = dataclasses.replace(
+    config, steps=60, eval_every=60, batch_size=8, rule="none"
+  )
+  violation = []
+  for weight in (0.0, 1.0):
+    out = str(tmp_path / str(weight))
+    train_lm.train(dataclasses.replace(longer, switch_weight=weight, out=out))
+    rows = [r for r in _rows(out) if r["kind"] == "train"]
+    violation.append(np.mean([r["max_vio"] for r in rows[-10:]]))
+  assert violation[0] > 2 * violation[1]
+  # At first the two models are one, but for the loss that is added.
+  assert rows[0]["loss"] > rows[0]["bits_per_byte"] * np.log(2) + 0.9
 
 
 def test_killed_in_the_middle_it_continues_bit_for_bit(config, unbroken):
@@ -361,11 +400,11 @@ def test_micro_batches_change_no_load(config, unbroken):
 def test_the_rule_balances(config):
   longer = dataclasses.replace(config, steps=60, eval_every=60, batch_size=8)
   violation = {}
-  for rule in ("none", "sign"):
+  for rule in ("none", "sign", "quantile"):
     out = str(pathlib.Path(config.out, rule))
     summary = train_lm.train(dataclasses.replace(longer, rule=rule, out=out))
     violation[rule] = summary["max_vio_global"]
-  assert violation["none"] > 2 * violation["sign"]
+  assert violation["none"] > 2 * max(violation["sign"], violation["quantile"])
 
 
 def test_batches_are_a_function_of_seed_and_step(config):

@@ -1,11 +1,13 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Methods for the dual of one batch, iteration by iteration; see `dual.solve`.
 
+Two calls with equal arguments return the same solver, which `jax.jit` then knows.
 All minimise, or stand in for, `g(b) = sum_i (K largest of scores[i] + b) - L sum b`
 with `L = T K / E`. A method is a pair of functions, like an optax transformation,
 but for it sees the scores and not only the violation.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -47,6 +49,7 @@ class Solver(NamedTuple):
   ]
 
 
+@functools.cache
 def alternating_quantiles() -> Solver:
   """Quantile balancing over and over: exact coordinate minimisation, no step size.
 
@@ -62,6 +65,7 @@ def alternating_quantiles() -> Solver:
   return Solver(_no_state, step)
 
 
+@functools.cache
 def truncated_alternation() -> Solver:
   """Alternation with the prices of tokens and experts held at 0 or more (BIP).
 
@@ -82,6 +86,7 @@ def truncated_alternation() -> Solver:
   return Solver(_no_state, step)
 
 
+@functools.cache
 def subgradient(rule: optax.GradientTransformation) -> Solver:
   """A balancing rule as a solver: one load per iteration, as in training.
 
@@ -105,6 +110,7 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
   return Solver(init, step)
 
 
+@functools.cache
 def sinkhorn(temperature: float) -> Solver:
   """Alternating scaling of `exp(scores / temperature)` to the two sums (S-BASE).
 
@@ -140,6 +146,7 @@ def sinkhorn(temperature: float) -> Solver:
   return Solver(_no_state, step)
 
 
+@functools.cache
 def sparse_transport(
   rule: optax.GradientTransformation, regularization: float
 ) -> Solver:
@@ -207,6 +214,7 @@ class BundleState(NamedTuple):
   count: jax.Array
 
 
+@functools.cache
 def bundle(size: int = 32) -> Solver:
   """Proximal bundle method: the dual is the maximum of its cutting planes.
 
