@@ -34,7 +34,7 @@ _STEPS = flags.DEFINE_integer(
 _ARMS = flags.DEFINE_list("arms", [], "Names of the arms to run; none: all.")
 
 # Name to the flags of train_lm.py that make the arm. Rates suit sigmoid scores.
-ARMS = {
+ARMS: dict[str, dict[str, Any]] = {
   "none": {"rule": "none"},
   "switch loss, 1e-3": {"rule": "none", "switch_weight": 1e-3},
   "switch loss, 1e-2": {"rule": "none", "switch_weight": 1e-2},
@@ -146,7 +146,7 @@ def write_figures(
   results: dict[str, list[dict[str, Any]]], out: pathlib.Path
 ) -> None:
   """Writes trade_off.png and max_vio.png."""
-  points, series = {}, {}
+  points, series, window = {}, {}, 1
   for arm, runs in results.items():
     points[arm] = tuple(
       np.array([r[name] for r in runs])
@@ -155,12 +155,12 @@ def write_figures(
     steps = np.array([row["step"] for row in runs[0]["rows"]])
     max_vio = np.mean([[w["max_vio"] for w in r["rows"]] for r in runs], axis=0)
     series[arm] = steps, max_vio
+  window = max(1, len(runs[0]["rows"]) // 15)
   plot.trade_off(
     points,
     xlabel="MaxVio_global of the validation, mean over layers",
     ylabel="validation bits per byte",
   ).savefig(out / "trade_off.png", dpi=110)
-  window = max(1, len(steps) // 15)
   plot.curves(
     series,
     xlabel="training step",

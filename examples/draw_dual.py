@@ -29,7 +29,7 @@ def descend(
 ) -> list[float]:
   """The second expert's bias less the first's, step by step; None: quantile."""
   bias = jnp.zeros(2)
-  state = None if rule is None else rule.init(bias)
+  state = rule.init(bias) if rule else ()
   offsets = []
   for _ in range(STEPS):
     offsets.append(float(bias[1] - bias[0]))
