@@ -18,8 +18,9 @@ pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
 T, D, F, E = 1024, 256, 128, 64
 CONFIG = jaxroute.RouterConfig(
-  num_experts=E, top_k=6, num_groups=8, group_top_k=4
+  num_experts=E, top_k=6, num_groups=8, group_top_k=4, histogram=True
 )
+RULE = dual.quantile(0.8)
 PARTITION = jaxroute.Partition(
   token_axes=("data", "expert"), expert_axis="expert"
 )
@@ -27,7 +28,6 @@ PARTITION = jaxroute.Partition(
 
 def _step(implementation, x, kernel, params, state):
   """Forward, backward and the dual step of one expert-parallel layer."""
-  rule = dual.sign(1e-3)
 
   def loss(kernel, params):
     routing, _ = layer.router(
@@ -41,7 +41,7 @@ def _step(implementation, x, kernel, params, state):
     return jnp.sum(y.astype(jnp.float32) ** 2), routing
 
   grads, routing = jax.grad(loss, argnums=(0, 1), has_aux=True)(kernel, params)
-  return grads, jaxroute.update(jaxroute.accumulate(state, routing), rule)
+  return grads, jaxroute.update(jaxroute.accumulate(state, routing), RULE)
 
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
@@ -67,7 +67,9 @@ def test_the_expert_parallel_layer_compiles(topology, implementation):
   )
   state = jax.tree.map(
     lambda v: like(v.shape, v.dtype),
-    jax.eval_shape(lambda: jaxroute.init_router_state(dual.sign(1e-3), E, 1)),
+    jax.eval_shape(
+      lambda: jaxroute.init_router_state(RULE, E, 1, histogram=True)
+    ),
   )
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = (

@@ -110,11 +110,11 @@ def solve(
 def _solve(
   scores, expert_bias, token_mask, tolerance, top_k, solver, max_iterations
 ):
-  # A NaN score is never chosen before another; one that is makes all values NaN.
   config = types.RouterConfig(
     num_experts=scores.shape[-1], top_k=top_k, score_after_top_k=True
   )
   routing.check_inputs(scores, expert_bias, config, token_mask)
+  # Routing passes a NaN by; here it has to show.
   is_nan = jnp.isnan(scores)
   if token_mask is not None:
     is_nan &= token_mask[:, None]
