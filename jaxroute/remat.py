@@ -7,6 +7,8 @@ order there can change a close choice: the gradient is then not that of the
 forward pass. `save_routing` keeps the routes, 20 bytes per assignment.
 """
 
+from typing import Any
+
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
@@ -20,13 +22,25 @@ _KEPT = (
   "weights",
 )
 
-save_routing = jax.checkpoint_policies.save_only_these_names(
+_policy = jax.checkpoint_policies.save_only_these_names(
   *(_PREFIX + name for name in _KEPT)
 )
-"""Policy of `jax.checkpoint` that keeps routes, their logits and permutations.
 
-Join it to another by `jax.checkpoint_policies.save_from_both_policies`.
-"""
+
+def save_routing(prim: Any, *args: Any, **params: Any) -> Any:
+  """Policy of `jax.checkpoint` that keeps routes, their logits and permutations.
+
+  Join it to another by `jax.checkpoint_policies.save_from_both_policies`.
+
+  Args:
+    prim: and the others are what `jax.checkpoint` asks a policy with.
+    *args: of the primitive.
+    **params: of the primitive.
+
+  Returns:
+    Whether to keep what the primitive computes.
+  """
+  return _policy(prim, *args, **params)
 
 
 def name(kept: str, x: jax.Array) -> jax.Array:

@@ -183,8 +183,11 @@ def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
   token_mask = valid if token_mask is None else token_mask & valid
   counts = None
   if config.histogram:
-    keys = _selection_keys(logits, expert_bias, config)
-    counts = histogram.count(_from_keys(keys), idx, cutoff, token_mask)
+    if config.group_top_k < config.num_groups:
+      selection = _from_keys(_selection_keys(logits, expert_bias, config))
+    else:
+      selection = scores_lib.selection_scores(logits, expert_bias, config)
+    counts = histogram.count(selection, idx, cutoff, token_mask)
   return types.Routing(
     expert_idx=idx,
     weights=weights,
