@@ -91,7 +91,7 @@ def test_sinkhorn_has_the_sums_of_its_plan():
   scores, temperature = _scores(64, 8), 0.5
   solver = solvers.sinkhorn(temperature)
   config = jaxroute.RouterConfig(num_experts=8, top_k=1, score_after_top_k=True)
-  problem = solvers.Problem(jnp.asarray(scores), 1, jnp.float32(1))
+  problem = solvers.Problem(jnp.asarray(scores), jnp.float32(1))
   bias, state = jnp.zeros(8), ()
   for _ in range(200):
     routes = jaxroute.route(scores, bias, config)
@@ -126,7 +126,7 @@ def test_truncation_by_hand():
   # q is the (T K / E + 1)-th largest of s - p, and p of s - q, both at least 0.
   scores = jnp.asarray(_scores(64, 8) - 0.6)
   config = jaxroute.RouterConfig(num_experts=8, top_k=2, score_after_top_k=True)
-  problem = solvers.Problem(scores, 2, jnp.float32(1))
+  problem = solvers.Problem(scores, jnp.float32(1))
   step = solvers.truncated_alternation().step
   s, q, bias = np.asarray(scores), np.zeros(8, np.float32), jnp.zeros(8)
   for _ in range(3):

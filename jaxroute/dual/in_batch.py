@@ -120,7 +120,7 @@ def _solve(
     is_nan &= token_mask[:, None]
   broken = jnp.any(is_nan)
   scores = jnp.where(jnp.isnan(scores), 0.0, scores)
-  problem = solvers.Problem(scores, top_k, _scale(scores, token_mask))
+  problem = solvers.Problem(scores, _scale(scores, token_mask))
 
   def iterate(carry):
     bias, state, best, best_value, primal, values, n, _ = carry
@@ -133,16 +133,16 @@ def _solve(
     n += 1
     due = ((n & (n - 1)) == 0) | (n == max_iterations)
     primal = jax.lax.cond(
-      due, lambda: jnp.maximum(primal, lower_bound(best)), lambda: primal
+      due,
+      lambda: jnp.maximum(primal, best_value - loss_of_balance(best)),
+      lambda: primal,
     )
     done = due & (_relative(best_value, primal) <= tolerance)
     bias, state = solver.step(problem, state, bias, routes, value)
     return bias, state, best, best_value, primal, values, n, done
 
-  def lower_bound(bias):
-    routes = routing.route(scores, bias, config, token_mask)
-    _, loss = assignment.repair(scores, bias, top_k, token_mask)
-    return _dual_value(scores, bias, routes) - loss
+  def loss_of_balance(bias):
+    return assignment.repair(scores, bias, top_k, token_mask)[1]
 
   def goes_on(carry):
     *_, n, done = carry

@@ -24,13 +24,11 @@ class Problem(NamedTuple):
 
   Attributes:
     scores: `[T, E]` float32; -inf forbids an expert.
-    top_k: K.
     scale: `[]` float32. Mean over the tokens of the standard deviation of their
       scores: what a step of 1 means.
   """
 
   scores: jax.Array
-  top_k: int
   scale: jax.Array
 
 
@@ -38,9 +36,9 @@ class Solver(NamedTuple):
   """A method for the dual.
 
   Attributes:
-    init: `(problem, expert_bias) -> state`.
+    init: `(problem, expert_bias) -> state`; `expert_bias` is `[E]` float32.
     step: `(problem, state, expert_bias, routing, value) -> (expert_bias, state)`:
-      the next bias from the routes of this one and its dual value.
+      the next bias from the routes of this one and its dual value, `[]` float32.
   """
 
   init: Callable[[Problem, jax.Array], Any]
