@@ -33,6 +33,7 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
+from unittest import mock
 
 from absl import app, flags
 
@@ -115,6 +116,7 @@ def compile_for(generation: str, case: str, candidate: str):
   from jax.experimental import topologies
 
   import jaxroute
+  from jaxroute.kernels import route_tpu
 
   t, e, k, fields = CASES[case]
   config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
@@ -137,7 +139,9 @@ def compile_for(generation: str, case: str, candidate: str):
     return out, aux, pull(d_weights)
 
   def sort(expert_idx):
-    return jaxroute.dispatch.sort_by_expert(expert_idx, e)
+    # As where JAX runs on the TPU: without one it would not take the kernel.
+    with mock.patch.object(route_tpu, "runs_here", lambda: True):
+      return jaxroute.dispatch.sort_by_expert(expert_idx, e)
 
   def argsort(expert_idx):
     permutation = jnp.argsort(expert_idx.reshape(-1), stable=True)

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxroute import remat, types
+from jaxroute.kernels import route_tpu, sort_tpu
 
 # Of a counting sort; the pairwise comparison of longer ones does not fuse on CPU.
 _BLOCK = 32
@@ -103,14 +104,17 @@ def sort_by_expert(
   key = expert_idx.astype(jnp.int32)
   if token_mask is not None:
     key = jnp.where(token_mask[:, None], key, num_experts)
-  key = key.reshape(-1)
-  load = jnp.zeros(num_experts + 1, jnp.int32).at[key].add(1)
-  permutation, inverse = jax.lax.platform_dependent(
-    key,
-    load,
-    cpu=functools.partial(_counting_sort, capacity=capacity),
-    default=functools.partial(_packed_sort, capacity=capacity),
-  )
+  if _tpu_kernel_fits(key):
+    load, permutation, inverse = _sort_tpu(key, num_experts, capacity)
+  else:
+    key = key.reshape(-1)
+    load = jnp.zeros(num_experts + 1, jnp.int32).at[key].add(1)
+    permutation, inverse = jax.lax.platform_dependent(
+      key,
+      load,
+      cpu=functools.partial(_counting_sort, capacity=capacity),
+      default=functools.partial(_packed_sort, capacity=capacity),
+    )
   group_sizes = load[:num_experts]
   if capacity is not None:
     group_sizes = jnp.minimum(group_sizes, capacity)
@@ -119,6 +123,39 @@ def sort_by_expert(
     inverse_permutation=remat.name("inverse_permutation", inverse),
     group_sizes=remat.name("group_sizes", group_sizes),
   )
+
+
+def _tpu_kernel_fits(key):
+  """Whether to count by the kernel: on one TPU, which XLA does not partition."""
+  t, k = key.shape
+  if not route_tpu.runs_here() or t * k >= sort_tpu.MAX_ASSIGNMENTS or k > 128:
+    return False
+  mesh = jax.sharding.get_abstract_mesh()
+  if mesh.empty:
+    return jax.device_count() == 1
+  return mesh.are_all_axes_manual or mesh.size == 1
+
+
+def _sort_tpu(key, num_experts, capacity, interpret=False):
+  """Load, permutation and inverse of `[T, K]` keys.
+
+  The inverse is counted. The permutation is sorted all the same: to invert the
+  inverse is a scatter, which takes a TPU longer than to sort words.
+  """
+  count = functools.partial(
+    sort_tpu.count, num_experts=num_experts, interpret=interpret
+  )
+  rows = functools.partial(sort_tpu.rows, interpret=interpret)
+  if capacity is not None:
+    zeros = jnp.zeros(num_experts + 1, jnp.int32)
+    rank = rows(*vary_alike((key, zeros)))
+    key = jnp.where(rank < capacity, key, num_experts)
+  load = count(key)
+  inverse = rows(key, jnp.cumsum(load) - load).reshape(-1)
+  n = key.size
+  order = jnp.arange(n, dtype=jnp.int32)
+  _, permutation = _sort_pairs(key.reshape(-1), order, num_experts + 1, n)
+  return load, permutation, inverse
 
 
 def _packed_sort(key, load, capacity):

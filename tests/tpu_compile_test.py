@@ -13,6 +13,7 @@ from jax.experimental import topologies
 
 import jaxroute
 from jaxroute import dual, experts, layer
+from jaxroute.kernels import route_tpu
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
@@ -46,7 +47,12 @@ def _step(implementation, x, kernel, params, state):
 
 @pytest.mark.parametrize("implementation", ["xla", "tpu"])
 @pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_the_expert_parallel_layer_compiles(topology, implementation):
+def test_the_expert_parallel_layer_compiles(
+  topology, implementation, monkeypatch
+):
+  # As where JAX runs on these TPUs: experts are then sorted by a kernel too.
+  on_tpu = implementation == "tpu"
+  monkeypatch.setattr(route_tpu, "runs_here", lambda: on_tpu)
   devices = topologies.get_topology_desc(
     platform="tpu", topology_name=topology
   ).devices
@@ -83,6 +89,7 @@ def test_the_expert_parallel_layer_compiles(topology, implementation):
       .lower(lowering_platforms=("tpu",))
       .compile()
     )
+  assert ("jaxroute_rows" in compiled.as_text()) == on_tpu
   memory = compiled.memory_analysis()
   # The parameters' shard and its gradient are there, the whole array is not.
   shard = 3 * E * D * F * 4 // 2
