@@ -206,37 +206,49 @@ def _tpu_kernel(config, interpret, logits, expert_bias, token_mask):
 
 
 def _tpu_kernel_fwd(config, interpret, logits, expert_bias, token_mask):
-  """Keeps the chosen logits, or all where a score depends on all of them."""
+  """Keeps the chosen logits; or scores, and all logits they depend on."""
   row_softmax = _is_row_softmax(config)
-  expert_idx, weights, load, cutoff, *chosen = route_tpu.route(
+  expert_idx, weights, load, cutoff, chosen = route_tpu.route(
     logits,
     expert_bias,
     token_mask,
     config=config,
-    with_chosen=not row_softmax,
+    with_chosen=True,
     interpret=interpret,
   )
   expert_idx = remat.name("expert_idx", expert_idx)
   weights = remat.name("weights", weights)
-  kept = logits if row_softmax else remat.name("chosen_logits", chosen[0])
-  like = logits[:0]
-  residuals = kept, like, expert_idx, expert_bias, token_mask
+  chosen = remat.name("chosen_logits", chosen)
+  needed = logits if row_softmax else logits[:0]
+  residuals = chosen, needed, expert_idx, expert_bias, token_mask
   return (expert_idx, weights, load, cutoff), residuals
 
 
 def _tpu_kernel_bwd(config, interpret, residuals, d_out):
-  kept, like, expert_idx, expert_bias, token_mask = residuals
+  chosen, logits, expert_idx, expert_bias, token_mask = residuals
   row_softmax = _is_row_softmax(config)
-
-  def weights(kept):
-    choose = _chosen_already
-    if row_softmax:
-      choose = functools.partial(_choose_and_place, interpret)
-    return _weigh(kept, expert_idx, config, token_mask, choose)[0]
-
-  (d_logits,) = jax.vjp(weights, kept)[1](d_out[1])
-  if not row_softmax:
-    d_logits = _place(interpret, expert_idx, d_logits, like)
+  chosen = _mask(chosen, token_mask)
+  weigh = _weigh_scores if row_softmax else _weigh_chosen
+  _, pull = jax.vjp(lambda x: weigh(config, token_mask, x)[0], chosen)
+  (d_chosen,) = pull(d_out[1])
+  if row_softmax:
+    d_logits = place_tpu.softmax_gradient(
+      logits,
+      expert_idx,
+      chosen,
+      d_chosen,
+      multiplier=config.logit_multiplier,
+      soft_cap=config.logit_soft_cap,
+      interpret=bool(interpret),
+    )
+  else:
+    d_logits = place_tpu.place(
+      expert_idx,
+      d_chosen,
+      num_experts=config.num_experts,
+      dtype=logits.dtype,
+      interpret=bool(interpret),
+    )
   d_bias = None if expert_bias is None else jnp.zeros_like(expert_bias)
   return d_logits, d_bias, None
 
@@ -350,62 +362,39 @@ def _iota(n, ndim):
   return jnp.arange(n, dtype=jnp.int32).reshape((1,) * (ndim - 1) + (n,))
 
 
-def _choose(x, expert_idx):
-  return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
-
-
-def _chosen_already(x, expert_idx):
-  del expert_idx
-  return x
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _choose_and_place(interpret, x, expert_idx):
-  """`_choose`, with a kernel for its gradient: TPUs are slow to scatter."""
-  del interpret
-  return _choose(x, expert_idx)
-
-
-def _choose_and_place_fwd(interpret, x, expert_idx):
-  del interpret
-  return _choose(x, expert_idx), (expert_idx, x[:0])
-
-
-def _choose_and_place_bwd(interpret, residuals, d_out):
-  expert_idx, like = residuals
-  return _place(interpret, expert_idx, d_out, like), None
-
-
-_choose_and_place.defvjp(_choose_and_place_fwd, _choose_and_place_bwd)
-
-
-def _place(interpret, expert_idx, values, like):
-  return place_tpu.place(
-    expert_idx,
-    values,
-    num_experts=like.shape[1],
-    dtype=like.dtype,
-    interpret=bool(interpret),
-  )
-
-
 def _is_row_softmax(config):
   """Whether a score depends on the logits of all experts."""
   return config.score_fn == "softmax" and not config.score_after_top_k
 
 
-def _weigh(logits, expert_idx, config, token_mask, choose=_choose):
+def _weigh(logits, expert_idx, config, token_mask):
   """Weights of the chosen experts, and the mask less the NaN tokens."""
-  if token_mask is not None:
-    # Before the scores, not after: 0 * NaN in the backward pass is NaN.
-    logits = jnp.where(token_mask[:, None], logits, 0.0)
-  if _is_row_softmax(config):
-    logits = scores_lib.prepare_logits(logits, config)
-    weights = choose(scores_lib.score(logits, config.score_fn), expert_idx)
-  else:
-    chosen = remat.name("chosen_logits", choose(logits, expert_idx))
-    chosen = scores_lib.prepare_logits(chosen, config)
-    weights = scores_lib.score(chosen, config.score_fn)
+
+  def choose(x):
+    return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
+
+  if not _is_row_softmax(config):
+    chosen = remat.name("chosen_logits", choose(logits))
+    return _weigh_chosen(config, token_mask, chosen)
+  logits = scores_lib.prepare_logits(_mask(logits, token_mask), config)
+  chosen = choose(scores_lib.score(logits, config.score_fn))
+  return _weigh_scores(config, token_mask, chosen)
+
+
+def _mask(x, token_mask):
+  """1 for padding: before it is weighed, for its gradient would be 0 * NaN."""
+  return x if token_mask is None else jnp.where(token_mask[:, None], x, 1.0)
+
+
+def _weigh_chosen(config, token_mask, logits):
+  """As `_weigh`, from the logits of the chosen experts."""
+  logits = scores_lib.prepare_logits(_mask(logits, token_mask), config)
+  scores = scores_lib.score(logits, config.score_fn)
+  return _weigh_scores(config, token_mask, scores)
+
+
+def _weigh_scores(config, token_mask, weights):
+  """As `_weigh`, from the scores of the chosen experts."""
   if config.normalize_weights:
     # By a power of two, so exactly: the backward pass squares the divisor, and
     # the square of a `norm_eps` of 1e-20 would be zero.

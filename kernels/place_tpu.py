@@ -5,7 +5,10 @@ The gradient of the routing weights reaches the chosen logits only. XLA's scatte
 takes one number after another, and its comparisons are in a layout with K on
 lanes; here 128 tokens are on lanes and the experts on sublanes, where an index
 is compared with 1024 elements at once. Tiles of 128 experts are transposed on
-their way out, unless rows are so narrow that XLA stores the experts first.
+their way in and out, unless rows are so narrow that XLA stores the experts first.
+
+Under a softmax over all experts the gradient reaches every logit. It is worked out
+where the numbers are placed: one pass over the logits, whose softmax is taken anew.
 """
 
 import functools
@@ -43,51 +46,157 @@ def place(
   Returns:
     `[T, E]`. No gradient is defined.
   """
-  t, k = values.shape
+  t, _ = values.shape
   if t == 0:
     return jnp.zeros((0, num_experts), dtype)
+  like = jax.ShapeDtypeStruct((t, num_experts), dtype)
+  return _call(_place_kernel, [expert_idx.T, values.T], like, interpret)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("multiplier", "soft_cap", "interpret")
+)
+def softmax_gradient(
+  logits: jax.Array,
+  expert_idx: jax.Array,
+  scores: jax.Array,
+  d_scores: jax.Array,
+  *,
+  multiplier: float,
+  soft_cap: float | None,
+  interpret: bool = False,
+) -> jax.Array:
+  """The gradient to the logits of K scores out of their softmax.
+
+  With s the softmax of all experts and d the gradient to s, 0 where none was
+  chosen, that is `s * (d - sum(s * d))`, times the slope of multiplier and cap.
+
+  Args:
+    logits: `[T, E]` floating point. Those that are NaN or -inf get 0.
+    expert_idx: `[T, K]` int32, distinct within a token.
+    scores: `[T, K]` float32. Softmax of the logits at `expert_idx`.
+    d_scores: `[T, K]` float32. The gradient to `scores`.
+    multiplier: of the logits, before the softmax; static.
+    soft_cap: as in `jaxroute.RouterConfig`; static.
+    interpret: whether to run in the interpreter.
+
+  Returns:
+    `[T, E]`, the dtype of `logits`.
+  """
+  t, _ = logits.shape
+  if t == 0:
+    return logits
+  mean = jnp.sum(scores * d_scores, axis=1)[None]
+  kernel = functools.partial(_softmax_kernel, multiplier, soft_cap)
+  operands = [expert_idx.T, d_scores.T, mean, logits]
+  return _call(kernel, operands, logits, interpret)
+
+
+def _call(kernel, operands, like, interpret):
+  """Calls a kernel for `like` `[T, E]`, with `[n, T]` or such operands."""
+  t, e = like.shape
   block = min(_BLOCK, pl.cdiv(t, _LANES) * _LANES)
-  transposed = num_experts % _LANES != 0
-  chosen = pl.BlockSpec((k, block), lambda i: (0, i))
-  if transposed:
-    shape, spec = (
-      (num_experts, t),
-      pl.BlockSpec((num_experts, block), lambda i: (0, i)),
-    )
-  else:
-    shape, spec = (
-      (t, num_experts),
-      pl.BlockSpec((block, num_experts), lambda i: (i, 0)),
-    )
+  transposed = e % _LANES != 0
+
+  def spec(shape):
+    if shape == (t, e) and not transposed:
+      return pl.BlockSpec((block, e), lambda i: (i, 0))
+    rows = e if shape == (t, e) else shape[0]
+    return pl.BlockSpec((rows, block), lambda i: (0, i))
+
+  specs = [spec(x.shape) for x in operands]
+  operands = [x.T if transposed and x.shape == (t, e) else x for x in operands]
   out = pl.pallas_call(
-    functools.partial(_kernel, transposed),
+    functools.partial(kernel, transposed),
     grid=(pl.cdiv(t, block),),
-    in_specs=[chosen, chosen],
-    out_specs=spec,
+    in_specs=specs,
+    out_specs=spec((t, e)),
     out_shape=jax.ShapeDtypeStruct(
-      shape, dtype, manual_axis_type=jax.typeof(values).manual_axis_type
+      (e, t) if transposed else (t, e),
+      like.dtype,
+      manual_axis_type=jax.typeof(operands[1]).manual_axis_type,
     ),
     interpret=interpret,
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
     name="jaxroute_place",
-  )(expert_idx.T, values.T)
+  )(*operands)
   return out.T if transposed else out
 
 
-def _kernel(transposed, idx_ref, values_ref, out_ref):
-  k, block = idx_ref.shape
-  num_experts = out_ref.shape[0 if transposed else 1]
-  for start in range(0, block, _LANES):
-    tokens = pl.ds(start, _LANES)
-    for first in range(0, num_experts, _LANES):
-      n = min(_LANES, num_experts - first)
-      expert = first + lax.broadcasted_iota(jnp.int32, (n, _LANES), 0)
-      tile = jnp.zeros((n, _LANES), jnp.float32)
-      for i in range(k):
-        here = idx_ref[pl.ds(i, 1), tokens] == expert
-        tile = jnp.where(here, values_ref[pl.ds(i, 1), tokens], tile)
-      tile = tile.astype(out_ref.dtype)
-      if transposed:
-        out_ref[pl.ds(first, n), tokens] = tile
-      else:
-        out_ref[tokens, pl.ds(first, n)] = tile.T
+def _place_kernel(transposed, idx_ref, values_ref, out_ref):
+  for tokens in _columns(idx_ref):
+    for experts in _tiles(transposed, out_ref):
+      tile = _placed(experts, tokens, idx_ref, values_ref)
+      _store(transposed, out_ref, experts, tokens, tile)
+
+
+def _softmax_kernel(
+  multiplier,
+  soft_cap,
+  transposed,
+  idx_ref,
+  d_ref,
+  mean_ref,
+  logits_ref,
+  out_ref,
+):
+  def prepared(experts, tokens):
+    """Logits, and their slope; -inf for those that have no softmax."""
+    if transposed:
+      x = logits_ref[experts, tokens].astype(jnp.float32)
+    else:
+      x = logits_ref[tokens, experts].astype(jnp.float32).T
+    x = jnp.where(x < jnp.inf, x * multiplier, -jnp.inf)
+    if soft_cap is None:
+      return x, multiplier
+    bent = jnp.tanh(x / soft_cap)
+    slope = multiplier * (1.0 - bent * bent)
+    return jnp.where(x == -jnp.inf, x, soft_cap * bent), slope
+
+  for tokens in _columns(idx_ref):
+    tiles = _tiles(transposed, out_ref)
+    logits, slopes = zip(*(prepared(n, tokens) for n in tiles), strict=True)
+    peak = _total(jnp.maximum, jnp.max, logits)
+    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
+    scores = [jnp.exp(x - peak) for x in logits]
+    total = _total(jnp.add, jnp.sum, scores)
+    inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)
+    for experts, score, slope in zip(tiles, scores, slopes, strict=True):
+      d = _placed(experts, tokens, idx_ref, d_ref) - mean_ref[:, tokens]
+      tile = slope * (score * inverse) * d
+      _store(transposed, out_ref, experts, tokens, tile)
+
+
+def _total(join, reduce, tiles):
+  return functools.reduce(
+    join, [reduce(x, axis=0, keepdims=True) for x in tiles]
+  )
+
+
+def _columns(idx_ref):
+  return [pl.ds(i, _LANES) for i in range(0, idx_ref.shape[1], _LANES)]
+
+
+def _tiles(transposed, out_ref):
+  """128 experts at a time."""
+  e = out_ref.shape[0 if transposed else 1]
+  return [pl.ds(i, min(_LANES, e - i)) for i in range(0, e, _LANES)]
+
+
+def _placed(experts, tokens, idx_ref, values_ref):
+  """The values of 128 tokens in the rows of some experts, 0 elsewhere."""
+  shape = experts.size, _LANES
+  expert = experts.start + lax.broadcasted_iota(jnp.int32, shape, 0)
+  tile = jnp.zeros(shape, jnp.float32)
+  for i in range(idx_ref.shape[0]):
+    here = idx_ref[pl.ds(i, 1), tokens] == expert
+    tile = jnp.where(here, values_ref[pl.ds(i, 1), tokens], tile)
+  return tile
+
+
+def _store(transposed, out_ref, experts, tokens, tile):
+  tile = tile.astype(out_ref.dtype)
+  if transposed:
+    out_ref[experts, tokens] = tile
+  else:
+    out_ref[tokens, experts] = tile.T

@@ -260,14 +260,15 @@ def route(
     expert_bias: `[E]` float32, or None.
     token_mask: `[T]` bool, or None.
     config: a `jaxroute.RouterConfig` that is not `unsupported`; static.
-    with_chosen: whether to return the logits of the chosen experts; static.
+    with_chosen: whether to return what the weights were made from; static.
     interpret: what `pallas_call` takes: False, True, or parameters of the TPU
       simulator.
 
   Returns:
     `expert_idx` `[T, K]` int32, `weights` `[T, K]` float32, `load` `[E]` int32,
-    `cutoff` `[T]` float32 and, if asked for, the chosen logits `[T, K]` float32.
-    No gradient is defined.
+    `cutoff` `[T]` float32 and, if asked for, the logits of the chosen experts,
+    `[T, K]` float32, or their scores if those depend on all logits. No gradient
+    is defined.
   """
   t, e = logits.shape
   k = config.top_k
@@ -860,6 +861,8 @@ def _weigh(plan, step, chosen, kept, mask_ref, buf):
     selection.append(x)
     scores.append(score)
 
+  if plan.row_softmax:
+    picked = list(scores)
   sorted_ = [selection, idx, scores] + ([picked] if plan.with_chosen else [])
   for i, j in networks.exchanges(config.top_k):
     later = (selection[i] == selection[j]) & (idx[i] > idx[j])

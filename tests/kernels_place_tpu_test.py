@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The kernel that puts K numbers into a row of E, interpreted."""
+"""The kernels that put K numbers into a row of E, interpreted."""
 
 import functools
 
@@ -11,6 +11,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
+import jaxroute
+from jaxroute import scores
 from jaxroute.kernels import place_tpu
 
 
@@ -54,3 +56,53 @@ def test_the_simulator_finds_no_race():
   placed = jax.jit(functools.partial(simulated, interpret=params))(idx, values)
   assert not interpret_pallas_call.races.races_found
   np.testing.assert_array_equal(placed, expected)
+
+
+@pytest.mark.parametrize("soft_cap", (None, 3.0))
+@pytest.mark.parametrize("shape", ((1, 4, 4), (33, 65, 3), (1100, 128, 2)))
+def test_the_gradient_of_a_softmax_is_that_of_xla(shape, soft_cap):
+  t, e, k = shape
+  idx, d_scores, _ = _example(t, e, k)
+  x = cases.logits("random", t, e)
+  # Masked experts, which none chose if there are others.
+  x[:, idx[0, -1] if k == e else np.argmin(x.sum(0))] = -np.inf
+  config = jaxroute.RouterConfig(
+    num_experts=e,
+    top_k=k,
+    score_fn="softmax",
+    logit_multiplier=0.7,
+    logit_soft_cap=soft_cap,
+  )
+
+  def chosen(x):
+    return jnp.take_along_axis(scores.scores(x, config), idx, axis=1)
+
+  values, pull = jax.vjp(chosen, x)
+  expected = pull(d_scores)[0]
+  actual = _softmax_gradient(x, idx, values, d_scores, 0.7, soft_cap)
+  np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_the_gradient_of_a_softmax_passes_by_what_is_not_a_number():
+  idx, d_scores, _ = _example(9, 16, 2)
+  d_scores[3] = 0.0  # a token that is padding
+  x, values = cases.logits("random", 9, 16), np.full((9, 2), 0.1, np.float32)
+  x[3], x[4, (idx[4, 0] + 1) % 16] = np.nan, np.nan
+  x[3, 0] = np.inf
+  x = jnp.asarray(x, jnp.bfloat16)
+  actual = _softmax_gradient(x, idx, values, d_scores, 1.0, None)
+  assert actual.dtype == jnp.bfloat16
+  assert np.all(np.isfinite(actual.astype(jnp.float32)))
+  np.testing.assert_array_equal(actual[3].astype(jnp.float32), 0)
+
+
+def _softmax_gradient(x, idx, values, d_scores, multiplier, soft_cap):
+  return place_tpu.softmax_gradient(
+    x,
+    idx,
+    values,
+    d_scores,
+    multiplier=multiplier,
+    soft_cap=soft_cap,
+    interpret=True,
+  )
