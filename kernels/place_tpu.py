@@ -20,7 +20,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 _LANES = 128
-_BLOCK = 8 * _LANES
+# Numbers in a block of [tokens, experts]: two in, two out, of VMEM's 16 MiB.
+_BLOCK = 4096 * _LANES
 
 
 @functools.partial(
@@ -88,38 +89,36 @@ def softmax_gradient(
     return logits
   mean = jnp.sum(scores * d_scores, axis=1)[None]
   kernel = functools.partial(_softmax_kernel, multiplier, soft_cap)
-  operands = [expert_idx.T, d_scores.T, mean, logits]
-  return _call(kernel, operands, logits, interpret)
+  operands = [expert_idx.T, d_scores.T, mean]
+  return _call(kernel, operands, logits, interpret, [logits])
 
 
-def _call(kernel, operands, like, interpret):
-  """Calls a kernel for `like` `[T, E]`, with `[n, T]` or such operands."""
+def _call(kernel, operands, like, interpret, logits=()):
+  """Calls a kernel for `like` `[T, E]`, with `[n, T]` operands and logits."""
   t, e = like.shape
-  block = min(_BLOCK, pl.cdiv(t, _LANES) * _LANES)
+  columns = min(8, max(1, _BLOCK // _LANES // e), pl.cdiv(t, _LANES))
+  block = columns * _LANES
   transposed = e % _LANES != 0
-
-  def spec(shape):
-    if shape == (t, e) and not transposed:
-      return pl.BlockSpec((block, e), lambda i: (i, 0))
-    rows = e if shape == (t, e) else shape[0]
-    return pl.BlockSpec((rows, block), lambda i: (0, i))
-
-  specs = [spec(x.shape) for x in operands]
-  operands = [x.T if transposed and x.shape == (t, e) else x for x in operands]
+  if transposed:
+    logits = [x.T for x in logits]
+    shape, whole = (e, t), pl.BlockSpec((e, block), lambda i: (0, i))
+  else:
+    shape, whole = (t, e), pl.BlockSpec((block, e), lambda i: (i, 0))
+  rows = [pl.BlockSpec((x.shape[0], block), lambda i: (0, i)) for x in operands]
   out = pl.pallas_call(
     functools.partial(kernel, transposed),
     grid=(pl.cdiv(t, block),),
-    in_specs=specs,
-    out_specs=spec((t, e)),
+    in_specs=rows + [whole for _ in logits],
+    out_specs=whole,
     out_shape=jax.ShapeDtypeStruct(
-      (e, t) if transposed else (t, e),
+      shape,
       like.dtype,
       manual_axis_type=jax.typeof(operands[1]).manual_axis_type,
     ),
     interpret=interpret,
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
     name="jaxroute_place",
-  )(*operands)
+  )(*operands, *logits)
   return out.T if transposed else out
 
 

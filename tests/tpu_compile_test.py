@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 import jaxroute
 from jaxroute import dual, experts, layer
-from jaxroute.kernels import route_tpu
+from jaxroute.kernels import place_tpu, route_tpu
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
@@ -45,14 +45,19 @@ def _step(implementation, x, kernel, params, state):
   return grads, jaxroute.update(jaxroute.accumulate(state, routing), RULE)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_the_expert_parallel_layer_compiles(
-  topology, implementation, monkeypatch
-):
-  # As where JAX runs on these TPUs: experts are then sorted by a kernel too.
+@pytest.fixture
+def on_tpu(implementation, monkeypatch):
+  """As where JAX runs on a TPU, where experts are sorted by a kernel too."""
   on_tpu = implementation == "tpu"
   monkeypatch.setattr(route_tpu, "runs_here", lambda: on_tpu)
+  jax.clear_caches()
+  yield on_tpu
+  jax.clear_caches()
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
+def test_the_expert_parallel_layer_compiles(topology, implementation, on_tpu):
   devices = topologies.get_topology_desc(
     platform="tpu", topology_name=topology
   ).devices
@@ -141,6 +146,29 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
   assert lowered.as_text().count("@tpu_custom_call") == 2
   assert "stablehlo.scatter" not in lowered.as_text()
   lowered.compile()
+
+
+def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name="v5e:2x2"
+  ).devices
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+  whole = jax.NamedSharding(mesh, jax.P())
+
+  def like(shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+  gradient = jax.jit(
+    functools.partial(place_tpu.softmax_gradient, multiplier=1.0, soft_cap=30.0)
+  )
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = gradient.trace(
+      like((T, 1024), jnp.float32),
+      like((T, 16), jnp.int32),
+      like((T, 16), jnp.float32),
+      like((T, 16), jnp.float32),
+    )
+    traced.lower(lowering_platforms=("tpu",)).compile()
 
 
 def test_no_cycle_count_has_risen():
