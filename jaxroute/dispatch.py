@@ -128,7 +128,8 @@ def sort_by_expert(
 def _tpu_kernel_fits(key):
   """Whether to count by the kernel: on one TPU, which XLA does not partition."""
   t, k = key.shape
-  if not route_tpu.runs_here() or t * k >= sort_tpu.MAX_ASSIGNMENTS or k > 128:
+  exact = t * k < sort_tpu.MAX_ASSIGNMENTS and k <= sort_tpu.MAX_TOP_K
+  if not exact or not route_tpu.runs_here():
     return False
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:

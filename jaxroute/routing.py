@@ -374,7 +374,7 @@ def _weigh(logits, expert_idx, config, token_mask):
     return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
 
   if not _is_row_softmax(config):
-    chosen = remat.name("chosen_logits", choose(logits))
+    chosen = _mask(remat.name("chosen_logits", choose(logits)), token_mask)
     return _weigh_chosen(config, token_mask, chosen)
   logits = scores_lib.prepare_logits(_mask(logits, token_mask), config)
   chosen = choose(scores_lib.score(logits, config.score_fn))
@@ -388,7 +388,7 @@ def _mask(x, token_mask):
 
 def _weigh_chosen(config, token_mask, logits):
   """As `_weigh`, from the logits of the chosen experts."""
-  logits = scores_lib.prepare_logits(_mask(logits, token_mask), config)
+  logits = scores_lib.prepare_logits(logits, config)
   scores = scores_lib.score(logits, config.score_fn)
   return _weigh_scores(config, token_mask, scores)
 

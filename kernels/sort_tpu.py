@@ -29,6 +29,9 @@ from jax.experimental.pallas import tpu as pltpu
 MAX_ASSIGNMENTS = 2**24
 """T * K has to be smaller."""
 
+MAX_TOP_K = 128
+"""K: a token's assignments to no expert, doubled, are exact in bfloat16 to 256."""
+
 _LANES = 128
 _SUBLANES = 8
 # Tokens of one product, and products of one block.
