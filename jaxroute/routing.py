@@ -158,9 +158,10 @@ def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
     return _tpu_kernel(config, interpret, *dispatch.vary_alike(operands))
 
   def call_shard(*operands):
-    idx, weights, load, cutoff = call(*operands)
-    load = load if axes is None else jax.lax.psum(load, axes)
-    return idx, weights, load, cutoff
+    idx, weights, load, cutoff, counts = call(*operands)
+    if axes is not None:
+      load, counts = jax.lax.psum((load, counts), axes)
+    return idx, weights, load, cutoff, counts
 
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
@@ -172,22 +173,15 @@ def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
     out = jax.shard_map(
       call_shard,
       in_specs=(tokens, whole, tokens),
-      out_specs=(tokens, tokens, whole, tokens),
+      out_specs=(tokens, tokens, whole, tokens, whole),
       # The interpreter mixes varying and other values itself.
       check_vma=not interpret,
     )(*operands)
   else:
     out = call(*operands)
-  idx, weights, load, cutoff = out
+  idx, weights, load, cutoff, counts = out
   valid = ~jnp.any(jnp.isnan(weights), axis=1)
   token_mask = valid if token_mask is None else token_mask & valid
-  counts = None
-  if config.histogram:
-    if config.group_top_k < config.num_groups:
-      selection = _from_keys(_selection_keys(logits, expert_bias, config))
-    else:
-      selection = scores_lib.selection_scores(logits, expert_bias, config)
-    counts = histogram.count(selection, idx, cutoff, token_mask)
   return types.Routing(
     expert_idx=idx,
     weights=weights,
@@ -208,7 +202,7 @@ def _tpu_kernel(config, interpret, logits, expert_bias, token_mask):
 def _tpu_kernel_fwd(config, interpret, logits, expert_bias, token_mask):
   """Keeps the chosen logits; or scores, and all logits they depend on."""
   row_softmax = _is_row_softmax(config)
-  expert_idx, weights, load, cutoff, chosen = route_tpu.route(
+  expert_idx, weights, *counted, chosen = route_tpu.route(
     logits,
     expert_bias,
     token_mask,
@@ -221,7 +215,7 @@ def _tpu_kernel_fwd(config, interpret, logits, expert_bias, token_mask):
   chosen = remat.name("chosen_logits", chosen)
   needed = logits if row_softmax else logits[:0]
   residuals = chosen, needed, expert_idx, expert_bias, token_mask
-  return (expert_idx, weights, load, cutoff), residuals
+  return (expert_idx, weights, *counted), residuals
 
 
 def _tpu_kernel_bwd(config, interpret, residuals, d_out):

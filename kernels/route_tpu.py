@@ -32,6 +32,8 @@ odd pitch.
      their order depends on the scores being the same as in step 1.
   7. column: the bits of valid tokens are added to counters of one bit per plane.
      The last block turns the planes into loads.
+  8. If asked for, column: the selection scores once more, for their distances from
+     the cutoff (`histogram_tpu`).
 
 Memory: the block of logits twice (the pipeline's double buffer), once by columns,
 and once more as selection scores: 4 MiB for 256 experts. No step branches on the
@@ -50,7 +52,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxroute.kernels import networks
+from jaxroute.kernels import histogram_tpu, networks
 
 # Older versions of jax have it among what is not TPU's alone.
 _reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
@@ -177,7 +179,7 @@ class _Plan:
     rows = _SUBLANES * self.rows
     by_column, dense = c * _PITCH, _SUBLANES * self.column_pitch
     chosen = self.chosen_rows // _SUBLANES
-    return {
+    buffers = {
       "transposed": ((2, _SUBLANES * self.row_pitch, _LANES), f32),
       "logits": ((c, rows, _LANES), f32),
       "chosen_from": ((c, rows, _LANES), f32),
@@ -198,6 +200,10 @@ class _Plan:
       "valid": ((c, _LANES), i32),
       "planes": ((self.words, self.planes, _SUBLANES, _LANES), i32),
     }
+    if self.config.histogram:
+      words = self.rows, histogram_tpu.WORDS, _SUBLANES, _LANES
+      buffers["distances"] = (words, i32)
+    return buffers
 
 
 def unsupported(config: Any) -> str | None:
@@ -266,16 +272,18 @@ def route(
 
   Returns:
     `expert_idx` `[T, K]` int32, `weights` `[T, K]` float32, `load` `[E]` int32,
-    `cutoff` `[T]` float32 and, if asked for, the logits of the chosen experts,
-    `[T, K]` float32, or their scores if those depend on all logits. No gradient
-    is defined.
+    `cutoff` `[T]` float32, `histogram` `[E, 16]` int32 or None, and, if asked for,
+    the logits of the chosen experts, `[T, K]` float32, or their scores if those
+    depend on all logits. No gradient is defined.
   """
   t, e = logits.shape
   k = config.top_k
   if t == 0:
     empty = jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32)
     others = jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
-    return *empty, *others, *(empty[1:] if with_chosen else ())
+    none = jnp.zeros((e, histogram_tpu.BINS), jnp.int32)
+    counts = none if config.histogram else None
+    return *empty, *others, counts, *(empty[1:] if with_chosen else ())
   plan = _Plan(
     config=config,
     tokens=t,
@@ -308,7 +316,8 @@ def route(
     manual_axis_type=jax.typeof(logits).manual_axis_type,
   )
   buffers = plan.buffers()
-  idx, weights, load, cutoff, *chosen = pl.pallas_call(
+  bins = _SUBLANES * plan.rows, histogram_tpu.BINS
+  idx, weights, load, cutoff, *others = pl.pallas_call(
     functools.partial(_kernel, plan),
     grid=(plan.grid,),
     in_specs=in_specs,
@@ -317,6 +326,7 @@ def route(
       tokens_last,
       experts,
       pl.BlockSpec((1, block), lambda i: (0, i)),
+      *([pl.BlockSpec(bins, lambda i: (0, 0))] if config.histogram else ()),
       *([tokens_last] if with_chosen else ()),
     ],
     out_shape=[
@@ -324,6 +334,7 @@ def route(
       out((k, t), jnp.float32),
       out((e,), jnp.int32),
       out((1, t), jnp.float32),
+      *([out(bins, jnp.int32)] if config.histogram else ()),
       *([out((k, t), jnp.float32)] if with_chosen else ()),
     ],
     scratch_shapes=[pltpu.VMEM(*buffer) for buffer in buffers.values()],
@@ -333,7 +344,9 @@ def route(
     ),
     name="jaxroute_route",
   )(*operands)
-  return idx.T, weights.T, load, cutoff.reshape(t), *(x.T for x in chosen)
+  counts = others.pop(0)[:e] if config.histogram else None
+  chosen = [x.T for x in others]
+  return idx.T, weights.T, load, cutoff.reshape(t), counts, *chosen
 
 
 def _vmem_limit(plan):
@@ -350,6 +363,7 @@ def _kernel(plan, logits_ref, *refs):
   bias_ref = refs.pop(0) if plan.has_bias else None
   mask_ref = refs.pop(0) if plan.has_mask else None
   idx_ref, weights_ref, load_ref, cutoff_ref, *refs = refs
+  histogram_ref = refs.pop(0) if plan.config.histogram else None
   chosen_ref = refs.pop(0) if plan.with_chosen else None
   scratch = refs
   buf = types.SimpleNamespace(**dict(zip(plan.buffers(), scratch, strict=True)))
@@ -360,16 +374,12 @@ def _kernel(plan, logits_ref, *refs):
     buf.planes[...] = jnp.zeros_like(buf.planes)
     if plan.has_bias:
       _spread_bias(plan, bias_ref, buf)
+    if histogram_ref is not None:
+      buf.distances[...] = jnp.zeros_like(buf.distances)
+      histogram_ref[...] = jnp.zeros_like(histogram_ref)
 
-  def each_column(body):
-    if plan.interpret:
-      # A CPU compiles it slowly unrolled, or as part of what surrounds it.
-      count = _pin(plan, jnp.int32(plan.columns))
-      lax.fori_loop(jnp.int32(0), count, lambda c, _: body(c), None)
-    else:
-      for c in range(plan.columns):
-        body(c)
-
+  each_column = functools.partial(_each, plan, plan.columns)
+  each_row = functools.partial(_each, plan, plan.rows)
   each_column(lambda c: _score_column(plan, c, logits_ref, buf))
   kept = _threshold(plan, buf)
   each_column(lambda c: _compare_column(plan, c, buf))
@@ -382,10 +392,34 @@ def _kernel(plan, logits_ref, *refs):
     )
   )
   _count(plan, buf)
+  if histogram_ref is not None:
+    _store_prices(plan, kept, buf)
+    each_row(lambda r: _count_distances(plan, r, buf))
+    flush = step % histogram_tpu.FLUSH == histogram_tpu.FLUSH - 1
+
+    @pl.when(flush | (step == plan.grid - 1))
+    def _flush():
+      each_row(
+        lambda r: histogram_tpu.add_up(
+          buf.distances, r, plan.rows, histogram_ref
+        )
+      )
+      buf.distances[...] = jnp.zeros_like(buf.distances)
 
   @pl.when(step == plan.grid - 1)
   def _finish():
     _write_load(plan, buf, load_ref)
+
+
+def _each(plan, count, body):
+  """Calls `body` with 0 to `count` - 1."""
+  if plan.interpret:
+    # A CPU compiles it slowly unrolled, or as part of what surrounds it.
+    count = _pin(plan, jnp.int32(count))
+    lax.fori_loop(jnp.int32(0), count, lambda i, _: body(i), None)
+  else:
+    for i in range(count):
+      body(i)
 
 
 # Buffers and layouts.
@@ -606,7 +640,8 @@ def _threshold(plan, buf):
     cutoff = jnp.minimum(cutoff, x)
   if len(best) < listed:
     cutoff, threshold = jnp.full_like(cutoff, _NEG_INF), cutoff
-  buf.cutoff[...] = cutoff
+  # Not -0: the sign of a distance is that of a difference from it.
+  buf.cutoff[...] = jnp.where(cutoff == 0.0, 0.0, cutoff)
 
   # No score is above, or not below, NaN. Where the groups that are kept have too
   # few experts, all masked ones tie, those of other groups included.
@@ -616,12 +651,18 @@ def _threshold(plan, buf):
     rows = _dense_rows(segment * _SUBLANES + s, plan)
     not_below = above = threshold
     if kept is not None:
-      keep = kept[i * plan.config.num_groups // (_SUBLANES * plan.segments)]
+      keep = kept[_group(plan, s, segment)]
       not_below = jnp.where(keep, threshold, outside)
       above = jnp.where(keep, threshold, _NAN)
       buf.above[rows, :] = above
     buf.not_below[rows, :] = not_below
   return kept
+
+
+def _group(plan, s, segment):
+  """The group of a segment of the rows of sublane s."""
+  part = s * plan.segments + segment
+  return part * plan.config.num_groups // (_SUBLANES * plan.segments)
 
 
 def _merge_all(lists, k):
@@ -992,3 +1033,30 @@ def _write_load(plan, buf, load_ref):
     mine = _quotient(first + _iota(1), plan.rows) == _iota(0)
     total = jnp.sum(jnp.where(mine, load, 0), axis=0, keepdims=True)
     load_ref[pl.ds(first, n)] = total[0, :n]
+
+
+# The distances.
+
+
+def _store_prices(plan, kept, buf):
+  """Cutoffs in place of the bounds `above`; NaN where nothing is to be counted."""
+  price = jnp.where(buf.valid[...] != 0, buf.cutoff[...], _NAN)
+  for s in range(_SUBLANES):
+    for segment in range(plan.segments):
+      mine = price
+      if kept is not None:
+        mine = jnp.where(kept[_group(plan, s, segment)], price, _NAN)
+      buf.above[_dense_rows(segment * _SUBLANES + s, plan), :] = mine
+
+
+def _count_distances(plan, r, buf):
+  """Adds the block's distances of row r to the bytes of their bins."""
+  experts = pl.ds(r * _SUBLANES, _SUBLANES)
+  row = r // plan.segment_rows * _SUBLANES
+  words = histogram_tpu.count_row(
+    plan.columns,
+    lambda c: buf.chosen_from[c, experts, :],
+    lambda c: _column(buf.above, row, c, plan),
+  )
+  for i, word in enumerate(words):
+    buf.distances[r, i] += word

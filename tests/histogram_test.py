@@ -107,20 +107,49 @@ def test_counts_of_many_tokens_do_not_overflow_their_fields():
   assert h[0, 1] == h[1, 8] == h[2, 15] == 5000
 
 
-@pytest.mark.parametrize("name", ("deepseek_v3", "olmoe"))
-def test_the_kernel_counts_the_same(name):
-  config = dataclasses.replace(cases.family(name), histogram=True)
-  logits, bias = cases.logits("random", 40, 64), conformance.bias(64)
-  mask = np.arange(40) < 31
-  kernel = conformance.jit_interpreted(
-    lambda x: routing._route_tpu(x, bias, config, mask, interpret=True)
+@functools.partial(conformance.jit_interpreted, static_argnames="config")
+def _kernel(logits, bias, config, mask):
+  return routing._route_tpu(logits, bias, config, mask, interpret=True)
+
+
+@pytest.mark.parametrize(
+  ("t", "config"),
+  (
+    (40, cases.family("deepseek_v3")),
+    (1100, jaxroute.RouterConfig(num_experts=21, top_k=3)),
+    (40, jaxroute.RouterConfig(num_experts=8, top_k=8)),
+  ),
+  ids=("groups", "blocks", "all"),
+)
+def test_the_kernel_counts_the_same(t, config):
+  config = dataclasses.replace(config, histogram=True)
+  bias = conformance.bias(config.num_experts)
+  mask = np.random.default_rng(0).random(t) < 0.7
+  for kind in cases.KINDS:
+    logits = cases.logits(kind, t, config.num_experts)
+    actual = _kernel(logits, bias, config, mask)
+    selection = np.asarray(scores.selection_scores(logits, bias, config))
+    expected = oracle.histogram(
+      selection, config, np.asarray(actual.token_mask)
+    )
+    np.testing.assert_array_equal(actual.histogram, expected)
+    assert actual.histogram.dtype == jnp.int32
+
+
+def test_the_kernel_counts_distances_of_all_sizes_in_many_blocks():
+  # More blocks than the fields between two sums have room for.
+  rng, config = np.random.default_rng(0), _on_scores(5, 2)
+  logits = rng.normal(size=(34_000, 5)) * np.exp(
+    rng.normal(size=(34_000, 1)) * 9
   )
-  expected = _route(logits, bias, config, mask).histogram
-  actual = kernel(logits).histogram
-  if name == "olmoe":  # sums of a softmax in another order can cross an edge
-    assert np.abs(actual - expected).sum() <= 4
-  else:
-    np.testing.assert_array_equal(actual, expected)
+  logits[::7, 3], logits[::11, 2], logits[::13] = np.inf, -np.inf, 0.0
+  logits[::17, 1] = -0.0
+  logits = np.float32(logits)
+  expected = _route(logits, None, config).histogram
+  assert (np.asarray(expected) > 0).all()
+  np.testing.assert_array_equal(
+    _kernel(logits, None, config, None).histogram, expected
+  )
 
 
 def _distances(logits, bias, k):
