@@ -258,7 +258,7 @@ def route(
   config: Any,
   with_chosen: bool = False,
   interpret: Any = False,
-) -> tuple[jax.Array, ...]:
+) -> tuple[Any, ...]:
   """Routes tokens; see `jaxroute.route`, which checks the arguments.
 
   Args:
