@@ -179,7 +179,7 @@ class _Plan:
     rows = _SUBLANES * self.rows
     by_column, dense = c * _PITCH, _SUBLANES * self.column_pitch
     chosen = self.chosen_rows // _SUBLANES
-    buffers = {
+    buffers: dict[str, tuple[tuple[int, ...], Any]] = {
       "transposed": ((2, _SUBLANES * self.row_pitch, _LANES), f32),
       "logits": ((c, rows, _LANES), f32),
       "chosen_from": ((c, rows, _LANES), f32),
@@ -202,7 +202,7 @@ class _Plan:
     }
     if self.config.histogram:
       words = self.rows, histogram_tpu.WORDS, _SUBLANES, _LANES
-      buffers["distances"] = (words, i32)
+      return buffers | {"distances": (words, i32)}
     return buffers
 
 
