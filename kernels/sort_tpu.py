@@ -2,9 +2,9 @@
 """Counting sort of expert indices on TPU: the row of every assignment, no sort.
 
 The row of an assignment in expert order is its expert's first row plus its rank
-among that expert's assignments. A rank is a running count, and the MXU counts:
-256 tokens are a 0/1 matrix [experts, tokens], times a triangle of ones. XLA would
-sort, or gather and scatter one number at a time.
+among that expert's assignments. A rank is a running count, and the MXU counts: as
+many tokens as it is wide are a 0/1 matrix [experts, tokens], times a triangle of
+ones. XLA would sort, or gather and scatter one number at a time.
 
 Experts are on sublanes, 128 tokens on lanes. The 0/1 matrix is built from bits:
 one word per token and sublane holds 32 experts, of which a shift and a mask make
@@ -34,8 +34,8 @@ MAX_TOP_K = 128
 
 _LANES = 128
 _SUBLANES = 8
-# Tokens of one product, and products of one block.
-_PAIR, _PAIRS = 256, 8
+# Tokens of one block.
+_BLOCK = 2048
 # Of a register of bfloat16, and of the experts that one bit of all words makes.
 _PACKED = 16
 _WORD = 256
@@ -112,8 +112,10 @@ def _padded(num_experts):
 def _call(kernel, operands, out, num_experts, interpret):
   """Calls a kernel on blocks of tokens; what is not [K, T] is there whole."""
   k, t = operands[0].shape
-  pairs = min(_PAIRS, pl.cdiv(t, _PAIR))
-  block = pairs * _PAIR
+  columns = _columns(interpret)
+  width = columns * _LANES
+  products = min(_BLOCK, pl.cdiv(t, width) * width) // width
+  block = products * width
   chosen = pl.cdiv(k, _SUBLANES) * _SUBLANES, block
   experts = _padded(num_experts) + _PACKED
   buffers = {
@@ -121,8 +123,8 @@ def _call(kernel, operands, out, num_experts, interpret):
     "bit": (chosen, jnp.int32),
     "row": (chosen, jnp.int32),
     "earlier": (chosen, jnp.int32),
-    "mask": ((2, pairs, experts // 2, _LANES), jnp.int32),
-    "own": ((2, pairs, 1, _LANES), jnp.float32),
+    "mask": ((columns, products, experts // 2, _LANES), jnp.int32),
+    "own": ((columns, products, 1, _LANES), jnp.float32),
     "base": ((experts, _LANES), jnp.float32),
   }
 
@@ -158,6 +160,16 @@ def _call(kernel, operands, out, num_experts, interpret):
   )(*operands)
 
 
+def _columns(interpret):
+  """Columns of 128 tokens in a product: 2, or 1 on MXUs 128 wide, before v6e.
+
+  Those would multiply the empty quarter of a larger triangle as well.
+  """
+  if interpret or not pltpu.is_tpu_device():
+    return 2
+  return 2 if pltpu.get_tpu_info().generation >= 6 else 1
+
+
 def _count_kernel(num_experts, tokens, interpret, idx_ref, counts_ref, buf):
   step = pl.program_id(0)
 
@@ -167,12 +179,13 @@ def _count_kernel(num_experts, tokens, interpret, idx_ref, counts_ref, buf):
 
   left = tokens - step * idx_ref.shape[1]
   _fill_mask(num_experts, left, interpret, idx_ref, buf)
-  halves = jnp.full((_PAIR, _LANES), 0.5, jnp.bfloat16)
+  width = buf.mask.shape[0] * _LANES
+  halves = jnp.full((width, _LANES), 0.5, jnp.bfloat16)
 
-  def pair(i):
+  def product(i):
     counts_ref[...] += _product(buf, i, halves)
 
-  _each_pair(buf, interpret, pair)
+  _each_product(buf, interpret, product)
 
 
 def _rows_kernel(
@@ -186,33 +199,37 @@ def _rows_kernel(
 
   left = tokens - step * idx_ref.shape[1]
   _fill_mask(num_experts, left, interpret, idx_ref, buf)
-  token = lax.broadcasted_iota(jnp.int32, (_PAIR, _PAIR), 0)
-  up_to = lax.broadcasted_iota(jnp.int32, (_PAIR, _PAIR), 1)
+  columns = buf.mask.shape[0]
+  width = columns * _LANES
+  token = lax.broadcasted_iota(jnp.int32, (width, width), 0)
+  up_to = lax.broadcasted_iota(jnp.int32, (width, width), 1)
   halves = jnp.where(token <= up_to, 0.5, 0.0).astype(jnp.bfloat16)
 
-  def pair(i):
+  def product(i):
     counts = _product(buf, i, halves)
-    for half in range(2):
-      _gather_rows(i, half, counts, rows_ref, buf)
-    total = counts[:, _PAIR - 1 :]
+    for c in range(columns):
+      _gather_rows(i, c, counts, rows_ref, buf)
+    total = counts[:, width - 1 :]
     buf.base[...] += jnp.broadcast_to(total, buf.base.shape)
 
-  _each_pair(buf, interpret, pair)
+  _each_product(buf, interpret, product)
 
 
-def _each_pair(buf, interpret, body):
-  pairs = buf.mask.shape[1]
+def _each_product(buf, interpret, body):
+  products = buf.mask.shape[1]
   if interpret:
     # A CPU compiles it slowly unrolled.
-    count = lax.optimization_barrier(jnp.int32(pairs))
+    count = lax.optimization_barrier(jnp.int32(products))
     lax.fori_loop(jnp.int32(0), count, lambda i, _: body(i), None)
   else:
-    for i in range(pairs):
+    for i in range(products):
       body(i)
 
 
 def _product(buf, i, counted):
-  mask = jnp.concatenate([buf.mask[0, i], buf.mask[1, i]], axis=1)
+  mask = jnp.concatenate(
+    [buf.mask[c, i] for c in range(buf.mask.shape[0])], axis=1
+  )
   return jnp.dot(
     pltpu.bitcast(mask, jnp.bfloat16),
     counted,
@@ -236,16 +253,21 @@ def _fill_mask(num_experts, left, interpret, idx_ref, buf):
   buf.row[some, :] = jnp.where(nowhere, -1, chosen)
   buf.earlier[some, :] = nowhere.astype(jnp.int32)
 
-  def pair(i):
-    for half in range(2):
-      _fill_column(k, i, half, buf)
+  def product(i):
+    for c in range(buf.mask.shape[0]):
+      _fill_column(k, i, c, buf)
 
-  _each_pair(buf, interpret, pair)
+  _each_product(buf, interpret, product)
 
 
-def _fill_column(k, i, half, buf):
+def _tokens(i, c, buf):
+  """Where column c of product i is in a block."""
+  return pl.ds((i * buf.mask.shape[0] + c) * _LANES, _LANES)
+
+
+def _fill_column(k, i, c, buf):
   """The mask of 128 tokens."""
-  tokens = pl.ds(i * _PAIR + half * _LANES, _LANES)
+  tokens = _tokens(i, c, buf)
   experts = buf.base.shape[0] - _PACKED
   sublane = lax.broadcasted_iota(jnp.int32, (_SUBLANES, _LANES), 0)
   for first in range(0, experts, _WORD):
@@ -259,24 +281,24 @@ def _fill_column(k, i, half, buf):
       shifted = lax.shift_left(word, jnp.full_like(word, max(by, 0)))
       if by < 0:
         shifted = lax.shift_right_logical(word, jnp.full_like(word, -by))
-      buf.mask[half, i, pl.ds(row // 2, _SUBLANES), :] = shifted & _TWOS
+      buf.mask[c, i, pl.ds(row // 2, _SUBLANES), :] = shifted & _TWOS
 
   earlier = jnp.zeros((1, _LANES), jnp.int32)
   for n in range(k):
     nowhere = buf.earlier[pl.ds(n, 1), tokens]
     buf.earlier[pl.ds(n, 1), tokens] = earlier
     earlier += nowhere
-  buf.own[half, i] = earlier.astype(jnp.float32)
+  buf.own[c, i] = earlier.astype(jnp.float32)
   twice = jnp.broadcast_to((2 * earlier).astype(jnp.float32), (_PACKED, _LANES))
-  buf.mask[half, i, pl.ds(experts // 2, _SUBLANES), :] = pltpu.bitcast(
+  buf.mask[c, i, pl.ds(experts // 2, _SUBLANES), :] = pltpu.bitcast(
     twice.astype(jnp.bfloat16), jnp.int32
   )
 
 
-def _gather_rows(i, half, counts, rows_ref, buf):
+def _gather_rows(i, c, counts, rows_ref, buf):
   """The rows of the chosen experts of 128 tokens, out of those of all experts."""
-  k, counts = rows_ref.shape[0], counts[:, half * _LANES :][:, :_LANES]
-  tokens = pl.ds(i * _PAIR + half * _LANES, _LANES)
+  k, counts = rows_ref.shape[0], counts[:, c * _LANES :][:, :_LANES]
+  tokens = _tokens(i, c, buf)
   experts = buf.base.shape[0] - _PACKED
   registers = experts // _SUBLANES
 
@@ -285,7 +307,7 @@ def _gather_rows(i, half, counts, rows_ref, buf):
     rows = pl.ds(start, n)
     return buf.base[rows, :] + counts[start : start + n]
 
-  own = buf.own[half, i]
+  own = buf.own[c, i]
   nowhere = jnp.broadcast_to(ends(experts, 1) - own, (_SUBLANES, _LANES))
   for first in range(0, k, _SUBLANES):
     some = pl.ds(first, _SUBLANES)

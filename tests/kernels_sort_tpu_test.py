@@ -54,6 +54,12 @@ def test_blocks_of_tokens_and_words_of_experts(shape):
   _assert_is_oracle(_choices(t, e, k), e)
 
 
+def test_products_of_older_generations(monkeypatch):
+  monkeypatch.setattr(sort_tpu, "_columns", lambda interpret: 1)
+  # A shape of its own, so that nothing is cached.
+  _assert_is_oracle(_choices(2222, 24, 2), 24)
+
+
 @pytest.mark.parametrize("expert", (0, 7, 8))
 def test_all_tokens_on_one_expert_or_on_none(expert):
   _assert_is_oracle(np.full((300, 1), expert, np.int32), 8)
