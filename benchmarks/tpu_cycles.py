@@ -12,12 +12,13 @@ its ops, from row-major logits in HBM to experts, weights, loads and cutoff.
 `plain` is what one writes with `lax.top_k`, without a gather or scatter, and
 `tokamax` the same with `tokamax.router_topk`, where that is installed. `floor` is
 the time to move the operands and results at the HBM bandwidth below, `valu` the
-kernel's vector operations over the four slots of a bundle. The kernel has no
+kernel's vector operations over the four slots of a bundle, `vmem` the MiB it takes. The kernel has no
 loops and takes no branch on the data, so every operation of its body counts once
 a block. `... grad` is the forward pass and the gradient of the weights to the
 logits, `... histogram` the forward pass with the histogram for `dual.quantile`,
 whose sum over the lanes, once in 31 blocks, the estimate charges by half to each.
-`sort` is `dispatch.sort_by_expert` after it, `argsort` what gives the same
+`project` is the router's projection of bfloat16 tokens of width 2048, by XLA, and
+routing after it; `project fused` is both in one kernel, on v6e and newer. `sort` is `dispatch.sort_by_expert` after it, `argsort` what gives the same
 permutation and its inverse by `jnp.argsort` twice.
 """
 
@@ -64,6 +65,9 @@ TPUS = {
   "v7x": ("tpu7x:2x2x1", 1.9, 7380 / 2),
 }
 
+# Of the tokens that are projected.
+_WIDTH = 2048
+
 _V3 = dict(num_groups=8, group_top_k=4)
 # Name to (T, E, K, the rest of the configuration).
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
@@ -85,7 +89,8 @@ CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
 CANDIDATES = (
   *("plain", "tokamax", "jaxroute"),
   *("plain grad", "jaxroute grad"),
-  *("jaxroute histogram", "argsort", "sort"),
+  *("jaxroute histogram", "project", "project fused"),
+  *("argsort", "sort"),
 )
 
 _ENVIRONMENT = {
@@ -132,6 +137,16 @@ def compile_for(generation: str, case: str, candidate: str):
     counted = dataclasses.replace(config, histogram=True)
     r = jaxroute.route(logits, bias, counted, implementation="tpu")
     return r.expert_idx, r.weights, r.load, r.histogram
+
+  def project(tokens, kernel, bias):
+    logits = jaxroute.routing.project(tokens, kernel)
+    return ours(logits, bias)
+
+  def project_fused(tokens, kernel, bias):
+    r = jaxroute.routing.project_and_route(
+      tokens, kernel, bias, config, implementation="tpu"
+    )
+    return r.expert_idx, r.weights, r.load, r.cutoff
 
   def tokamax(logits, bias):
     from tokamax.ops import router_topk
@@ -182,6 +197,9 @@ def compile_for(generation: str, case: str, candidate: str):
   shapes = [((t, e), jnp.float32), ((e,), jnp.float32)]
   if candidate in ("sort", "argsort"):
     shapes = [((t, k), jnp.int32)]
+  if "project" in candidate:
+    projected = [((t, _WIDTH), jnp.bfloat16), ((_WIDTH, e), jnp.float32)]
+    shapes[:1] = projected
   if "grad" in candidate:
     shapes.append(((t, k), jnp.float32))
   arguments = [jax.ShapeDtypeStruct(*shape, sharding=whole) for shape in shapes]
@@ -192,6 +210,8 @@ def compile_for(generation: str, case: str, candidate: str):
     "plain grad": functools.partial(grad, plain),
     "jaxroute grad": functools.partial(grad, ours),
     "jaxroute histogram": histogram,
+    "project": project,
+    "project fused": project_fused,
     "argsort": argsort,
     "sort": sort,
   }[candidate]
@@ -209,7 +229,9 @@ def _child(generation, case, candidate, folder):
   for name, op in re.findall(r"%(\S+) = (.*)", compiled.as_text()):
     op = re.sub(r"%\S+?(?=[,)])|, metadata=.*|, backend_config=.*", "", op)
     same[op].append(name)
+  used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   result = {
+    "vmem": max(map(int, re.findall(used, compiled.as_text())), default=0),
     "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     "same": [names for names in same.values() if len(names) > 1],
   }
@@ -250,8 +272,8 @@ def estimate(
     bounds: whether to count the kernel's operations, for `valu`.
 
   Returns:
-    `cycles` per token, the sum over all ops; `floor` and, of the kernel, `valu`,
-    the bounds in the module's docstring; empty if the program, or the profiler of the
+    `cycles` per token, the sum over all ops; `floor` and, of the kernel, `valu` and
+    `vmem`, as in the module's docstring; empty if the program, or the profiler of the
     compiler, failed.
   """
   t, e, *_ = CASES[case]
@@ -293,6 +315,7 @@ def estimate(
     if bounds and candidate == "jaxroute":
       # The kernel's blocks of tokens.
       blocks = math.ceil(t / (1024 if e <= 512 else 512))
+      found["vmem"] = round(program["vmem"] / 2**20, 1)
       found["valu"] = round(_valu_operations(folder) / 4 * blocks / t, 3)
     return found
 
@@ -332,7 +355,7 @@ def main(argv: list[str]) -> None:
   if not importlib.util.find_spec("tokamax"):
     candidates = [name for name in candidates if name != "tokamax"]
   rows = table(_GENERATIONS.value, _CASES.value or list(CASES), candidates)
-  bounds = [name for name in ("valu", "floor") if "jaxroute" in candidates]
+  bounds = ["valu", "floor", "vmem"] if "jaxroute" in candidates else []
   print(f"{'':26s}" + "".join(f"{n:>15s}" for n in (*candidates, *bounds)))
   for name, row in rows.items():
     figures = [row[c].get("cycles", math.nan) for c in candidates]

@@ -83,6 +83,7 @@ class Block(nn.Module):
       name="moe",
     )(y)
     # Computed only for callers that make these collections mutable.
+    assert out.logits is not None  # they are, unless the projection is fused
     self.sow("scores", "scores", scores.scores(out.logits, c.router))
     self.sow(
       "losses", "switch", losses.switch(out.logits, out.routing, c.router)

@@ -20,7 +20,8 @@ def router(
   config: types.RouterConfig,
   token_mask: jax.Array | None = None,
   implementation: types.Implementation | None = None,
-) -> tuple[types.Routing, jax.Array]:
+  fuse_projection: bool = False,
+) -> tuple[types.Routing, jax.Array | None]:
   """Projects tokens to float32 logits, whatever their dtype, and routes them.
 
   Args:
@@ -30,9 +31,11 @@ def router(
     config: static router description.
     token_mask: bool, shaped like the leading axes of `x`. False is padding.
     implementation: as in `jaxroute.route`.
+    fuse_projection: whether to leave out the logits, so that one kernel can do
+      both where there is one; see `jaxroute.routing.project_and_route`.
 
   Returns:
-    The `Routing` of the T tokens and their logits, `[T, E]` float32.
+    The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
 
   Raises:
     ValueError: if a shape or dtype does not fit.
@@ -48,21 +51,14 @@ def router(
         f"`token_mask` must have the leading shape of `x`, {x.shape[:-1]}, got"
         f" {token_mask.shape}. True marks real tokens."
       )
-    # A NaN in the padding times a zero cotangent would reach the kernel.
-    x = jnp.where(token_mask[..., None], x, jnp.zeros((), x.dtype))
     token_mask = token_mask.reshape(-1)
   tokens = x.reshape(-1, x.shape[-1])
-  if tokens.dtype not in (jnp.bfloat16, jnp.float16):
-    tokens = tokens.astype(jnp.float32)
-  # Narrow tokens stay so: of bf16 a TPU then takes 3 passes for the same
-  # products, and 6 of float32.
-  logits = jax.lax.dot_general(
-    tokens,
-    kernel.astype(jnp.float32),
-    dimension_numbers=(((1,), (0,)), ((), ())),
-    precision=jax.lax.Precision.HIGHEST,
-    preferred_element_type=jnp.float32,
-  )
+  if fuse_projection:
+    routing = routing_lib.project_and_route(
+      tokens, kernel, expert_bias, config, token_mask, implementation
+    )
+    return routing, None
+  logits = routing_lib.project(tokens, kernel, token_mask)
   routing = routing_lib.route(
     logits, expert_bias, config, token_mask, implementation
   )

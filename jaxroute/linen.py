@@ -41,16 +41,18 @@ class Router(nn.Module):
     config: what to compute.
     kernel_init: initializer of the projection.
     implementation: as in `jaxroute.route`.
+    fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
   """
 
   config: types.RouterConfig
   kernel_init: Initializer = nn.initializers.lecun_normal()
   implementation: types.Implementation | None = None
+  fuse_projection: bool = False
 
   @nn.compact
   def __call__(
     self, x: jax.Array, token_mask: jax.Array | None = None
-  ) -> tuple[types.Routing, jax.Array]:
+  ) -> tuple[types.Routing, jax.Array | None]:
     """Routes tokens.
 
     Args:
@@ -58,7 +60,7 @@ class Router(nn.Module):
       token_mask: bool, shaped like the leading axes. False marks padding.
 
     Returns:
-      The `Routing` of the T tokens and their logits, `[T, E]` float32.
+      The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
     """
     e = self.config.num_experts
     kernel = self.param(
@@ -68,7 +70,13 @@ class Router(nn.Module):
       "expert_bias", "expert_bias", jnp.zeros, (e,), jnp.float32
     )
     routing, logits = layer.router(
-      x, kernel, bias.value, self.config, token_mask, self.implementation
+      x,
+      kernel,
+      bias.value,
+      self.config,
+      token_mask,
+      self.implementation,
+      self.fuse_projection,
     )
     self._count("load", routing.load)
     if routing.histogram is not None:
@@ -105,6 +113,7 @@ class MoE(nn.Module):
     partition: how tokens and experts are laid out on the mesh; None for one
       device, or to leave it to the compiler.
     implementation: as in `jaxroute.route`.
+    fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
   """
 
   config: types.RouterConfig
@@ -118,6 +127,7 @@ class MoE(nn.Module):
   shared_init: Initializer = nn.initializers.lecun_normal()
   partition: types.Partition | None = None
   implementation: types.Implementation | None = None
+  fuse_projection: bool = False
 
   @nn.compact
   def __call__(
@@ -134,7 +144,11 @@ class MoE(nn.Module):
       `[..., D]`, the dtype of the computation, and what the router did.
     """
     routing, logits = Router(
-      self.config, self.kernel_init, self.implementation, name="router"
+      self.config,
+      self.kernel_init,
+      self.implementation,
+      self.fuse_projection,
+      name="router",
     )(x, token_mask)
     e, d, f = self.config.num_experts, x.shape[-1], self.hidden_size
 

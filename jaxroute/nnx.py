@@ -51,6 +51,7 @@ class Router(nnx.Module):
     config: what to compute.
     kernel_init: initializer of the projection.
     implementation: as in `jaxroute.route`.
+    fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
     rngs: source of the parameter key.
   """
 
@@ -61,11 +62,13 @@ class Router(nnx.Module):
     *,
     kernel_init: Initializer = nnx.initializers.lecun_normal(),
     implementation: types.Implementation | None = None,
+    fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
     e = config.num_experts
     self.config = config
     self.implementation = implementation
+    self.fuse_projection = fuse_projection
     # Set by model.train() and model.eval(), as for dropout.
     self.deterministic = False
     self.kernel = nnx.Param(
@@ -78,7 +81,7 @@ class Router(nnx.Module):
 
   def __call__(
     self, x: jax.Array, token_mask: jax.Array | None = None
-  ) -> tuple[types.Routing, jax.Array]:
+  ) -> tuple[types.Routing, jax.Array | None]:
     """Routes tokens.
 
     Args:
@@ -86,7 +89,7 @@ class Router(nnx.Module):
       token_mask: bool, shaped like the leading axes. False marks padding.
 
     Returns:
-      The `Routing` of the T tokens and their logits, `[T, E]` float32.
+      The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
     """
     routing, logits = layer.router(
       x,
@@ -95,6 +98,7 @@ class Router(nnx.Module):
       self.config,
       token_mask,
       self.implementation,
+      self.fuse_projection,
     )
     if not self.deterministic:
       self.load[...] += routing.load
@@ -122,6 +126,7 @@ class MoE(nnx.Module):
     partition: how tokens and experts are laid out on the mesh; None for one
       device, or to leave it to the compiler.
     implementation: as in `jaxroute.route`.
+    fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
     rngs: source of the parameter keys.
   """
 
@@ -140,6 +145,7 @@ class MoE(nnx.Module):
     shared_init: Initializer = nnx.initializers.lecun_normal(),
     partition: types.Partition | None = None,
     implementation: types.Implementation | None = None,
+    fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
     self.config = config
@@ -151,6 +157,7 @@ class MoE(nnx.Module):
       config,
       kernel_init=kernel_init,
       implementation=implementation,
+      fuse_projection=fuse_projection,
       rngs=rngs,
     )
     e, d, f, s = (

@@ -70,26 +70,88 @@ def route(
     DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 12 to 16.
   """
   check_inputs(logits, expert_bias, config, token_mask)
-  if implementation not in (None, "xla", "tpu", "gpu"):
-    raise ValueError(
-      "`implementation` must be None, 'xla', 'tpu' or 'gpu', got"
-      f" {implementation!r}."
-    )
-  if implementation == "gpu":
-    raise NotImplementedError(
-      "there is no 'gpu' routing kernel in this version; use"
-      " `implementation=None` or 'xla', which runs on every platform."
-    )
-  if implementation == "tpu" and (reason := route_tpu.unsupported(config)):
-    raise NotImplementedError(
-      f"{reason}; use `implementation=None` or 'xla', which takes any."
-    )
-  if implementation is None and _tpu_kernel_fits(config):
-    implementation = "tpu"
+  unsupported = route_tpu.unsupported(config)
   with jax.named_scope("jaxroute.route"):
-    if implementation == "tpu":
-      return _route_tpu(logits, expert_bias, config, token_mask)
+    if _takes_tpu_kernel(implementation, unsupported):
+      return _route_tpu(logits, None, expert_bias, config, token_mask)
     return _route_xla(logits, expert_bias, config, token_mask)
+
+
+def project(
+  tokens: jax.Array, kernel: jax.Array, token_mask: jax.Array | None = None
+) -> jax.Array:
+  """Logits in float32, whatever the dtype of the tokens.
+
+  Args:
+    tokens: `[T, D]` floating point.
+    kernel: `[D, E]`. The router projection.
+    token_mask: `[T]` bool. Padding counts as 0, so that no NaN in it, times a
+      zero cotangent, reaches the kernel.
+
+  Returns:
+    `[T, E]` float32.
+  """
+  if token_mask is not None:
+    zero = jnp.zeros((), tokens.dtype)
+    tokens = jnp.where(token_mask[:, None], tokens, zero)
+  if tokens.dtype not in (jnp.bfloat16, jnp.float16):
+    tokens = tokens.astype(jnp.float32)
+  # Narrow tokens stay so: of bf16 a TPU then takes 3 passes for the same
+  # products, and 6 of float32.
+  return jax.lax.dot_general(
+    tokens,
+    kernel.astype(jnp.float32),
+    dimension_numbers=(((1,), (0,)), ((), ())),
+    precision=jax.lax.Precision.HIGHEST,
+    preferred_element_type=jnp.float32,
+  )
+
+
+def project_and_route(
+  tokens: jax.Array,
+  kernel: jax.Array,
+  expert_bias: jax.Array | None,
+  config: types.RouterConfig,
+  token_mask: jax.Array | None = None,
+  implementation: types.Implementation | None = None,
+) -> types.Routing:
+  """`route` of `project`, in one kernel where there is one.
+
+  The kernel does not write logits to memory: it works on those of a block while
+  it projects the next, in float32 as `project` does, but for the order of the
+  sums. It is for TPU v6e and newer, bfloat16 tokens whose width is a multiple of
+  128, projections that fit its memory, and scores other than a softmax over all
+  experts. One block is projected twice, so it is for many thousand tokens.
+
+  Args:
+    tokens: `[T, D]` floating point.
+    kernel: `[D, E]`. The router projection.
+    expert_bias: as in `route`.
+    config: what to compute; static.
+    token_mask: as in `route`.
+    implementation: as in `route`. None takes the kernel if JAX runs on a TPU and
+      it can do this, and otherwise `project` and `route`.
+
+  Returns:
+    A `Routing`. Gradients flow through the weights to `tokens` and `kernel`.
+
+  Raises:
+    ValueError: as `route`.
+    NotImplementedError: if `implementation` cannot do this; "xla" always can.
+  """
+  like = jax.ShapeDtypeStruct((len(tokens), kernel.shape[1]), jnp.float32)
+  check_inputs(like, expert_bias, config, token_mask)
+  unsupported = route_tpu.unsupported_projection(
+    config, tokens.shape[1], tokens.dtype
+  )
+  spec = jax.typeof(tokens).sharding.spec[1:] + jax.typeof(kernel).sharding.spec
+  if any(spec):
+    unsupported = f"D and `kernel` must not be sharded, got {spec}"
+  if _takes_tpu_kernel(implementation, unsupported):
+    with jax.named_scope("jaxroute.route"):
+      return _route_tpu(tokens, kernel, expert_bias, config, token_mask)
+  logits = project(tokens, kernel, token_mask)
+  return route(logits, expert_bias, config, token_mask, implementation)
 
 
 def check_inputs(logits, expert_bias, config, token_mask) -> None:
@@ -141,18 +203,38 @@ def _route_xla(logits, expert_bias, config, token_mask):
   )
 
 
-def _tpu_kernel_fits(config):
-  """Whether the kernel can and may run: a mesh with no axis left to XLA."""
-  if not route_tpu.runs_here() or route_tpu.unsupported(config):
-    return False
+def _takes_tpu_kernel(implementation, unsupported):
+  """Whether the TPU kernel is asked for, or the best there is here."""
+  if implementation not in (None, "xla", "tpu", "gpu"):
+    raise ValueError(
+      "`implementation` must be None, 'xla', 'tpu' or 'gpu', got"
+      f" {implementation!r}."
+    )
+  if implementation == "gpu":
+    raise NotImplementedError(
+      "there is no 'gpu' routing kernel in this version; use"
+      " `implementation=None` or 'xla', which runs on every platform."
+    )
+  if implementation == "tpu" and unsupported:
+    raise NotImplementedError(
+      f"{unsupported}; use `implementation=None` or 'xla', which takes any."
+    )
+  if implementation is not None or unsupported or not route_tpu.runs_here():
+    return implementation == "tpu"
+  # A mesh with no axis left to XLA, which does not partition a kernel.
   mesh = jax.sharding.get_abstract_mesh()
   if mesh.empty:
     return jax.device_count() == 1
   return jax.sharding.AxisType.Auto not in mesh.axis_types
 
 
-def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
-  """As `_route_xla`, by the kernel; under explicit sharding shard by shard."""
+def _route_tpu(
+  inputs, kernel, expert_bias, config, token_mask, interpret=False
+):
+  """By the kernel, from logits or from tokens and the projection's `kernel`.
+
+  Under explicit sharding shard by shard.
+  """
 
   def call(*operands):
     return _tpu_kernel(config, interpret, *dispatch.vary_alike(operands))
@@ -165,14 +247,14 @@ def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
 
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
-  operands = logits, expert_bias, token_mask
-  sharding = jax.typeof(logits).sharding
+  operands = inputs, kernel, expert_bias, token_mask
+  sharding = jax.typeof(inputs).sharding
   if jax.sharding.AxisType.Explicit in sharding.mesh.axis_types:
     axes, whole = sharding.spec[0], jax.P()
     tokens = jax.P(axes)
     out = jax.shard_map(
       call_shard,
-      in_specs=(tokens, whole, tokens),
+      in_specs=(tokens, whole, whole, tokens),
       out_specs=(tokens, tokens, whole, tokens, whole),
       # The interpreter mixes varying and other values itself.
       check_vma=not interpret,
@@ -193,33 +275,37 @@ def _route_tpu(logits, expert_bias, config, token_mask, interpret=False):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _tpu_kernel(config, interpret, logits, expert_bias, token_mask):
-  return route_tpu.route(
-    logits, expert_bias, token_mask, config=config, interpret=interpret
-  )
+def _tpu_kernel(config, interpret, *operands):
+  return _call_tpu_kernel(config, interpret, False, *operands)
 
 
-def _tpu_kernel_fwd(config, interpret, logits, expert_bias, token_mask):
+def _call_tpu_kernel(
+  config, interpret, with_chosen, inputs, kernel, expert_bias, token_mask
+):
+  operands = expert_bias, token_mask
+  options = dict(config=config, with_chosen=with_chosen, interpret=interpret)
+  if kernel is None:
+    return route_tpu.route(inputs, *operands, **options)
+  return route_tpu.project_and_route(inputs, kernel, *operands, **options)
+
+
+def _tpu_kernel_fwd(config, interpret, inputs, *operands):
   """Keeps the chosen logits; or scores, and all logits they depend on."""
-  row_softmax = _is_row_softmax(config)
-  expert_idx, weights, *counted, chosen = route_tpu.route(
-    logits,
-    expert_bias,
-    token_mask,
-    config=config,
-    with_chosen=True,
-    interpret=interpret,
+  kernel, expert_bias, token_mask = operands
+  expert_idx, weights, *counted, chosen = _call_tpu_kernel(
+    config, interpret, True, inputs, *operands
   )
   expert_idx = remat.name("expert_idx", expert_idx)
   weights = remat.name("weights", weights)
   chosen = remat.name("chosen_logits", chosen)
-  needed = logits if row_softmax else logits[:0]
-  residuals = chosen, needed, expert_idx, expert_bias, token_mask
+  if kernel is None and not _is_row_softmax(config):
+    inputs = inputs[:0]  # only their dtype is needed
+  residuals = chosen, inputs, kernel, expert_idx, expert_bias, token_mask
   return (expert_idx, weights, *counted), residuals
 
 
 def _tpu_kernel_bwd(config, interpret, residuals, d_out):
-  chosen, logits, expert_idx, expert_bias, token_mask = residuals
+  chosen, inputs, kernel, expert_idx, expert_bias, token_mask = residuals
   row_softmax = _is_row_softmax(config)
   chosen = _mask(chosen, token_mask)
   weigh = _weigh_scores if row_softmax else _weigh_chosen
@@ -227,7 +313,7 @@ def _tpu_kernel_bwd(config, interpret, residuals, d_out):
   (d_chosen,) = pull(d_out[1])
   if row_softmax:
     d_logits = place_tpu.softmax_gradient(
-      logits,
+      inputs,
       expert_idx,
       chosen,
       d_chosen,
@@ -240,11 +326,14 @@ def _tpu_kernel_bwd(config, interpret, residuals, d_out):
       expert_idx,
       d_chosen,
       num_experts=config.num_experts,
-      dtype=logits.dtype,
+      dtype=jnp.float32 if kernel is not None else inputs.dtype,
       interpret=bool(interpret),
     )
   d_bias = None if expert_bias is None else jnp.zeros_like(expert_bias)
-  return d_logits, d_bias, None
+  if kernel is None:
+    return d_logits, None, d_bias, None
+  _, pull = jax.vjp(lambda x, w: project(x, w, token_mask), inputs, kernel)
+  return *pull(d_logits), d_bias, None
 
 
 _tpu_kernel.defvjp(_tpu_kernel_fwd, _tpu_kernel_bwd)

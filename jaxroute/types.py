@@ -194,13 +194,13 @@ class MoEOutput:
 
   Attributes:
     routing: the routes taken.
-    logits: `[T, E]` float32. What was routed.
+    logits: `[T, E]` float32. What was routed; None if `fuse_projection`.
     group_sizes: `[E]` int32. Rows each expert processed: `routing.load` less
       the drops.
   """
 
   routing: Routing
-  logits: jax.Array
+  logits: jax.Array | None
   group_sizes: jax.Array
 
 

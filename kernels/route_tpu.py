@@ -38,6 +38,12 @@ odd pitch.
 Memory: the block of logits twice (the pipeline's double buffer), once by columns,
 and once more as selection scores: 4 MiB for 256 experts. No step branches on the
 data: ties cost the same as none.
+
+`project_and_route` makes the logits itself, a block ahead of the one that it
+routes, so that the MXU and the vector units work at the same time: logits are
+projected as soon as those of the block before have been read. The first step routes
+zeros, which the second forgets. The tokens are what the MXU holds and the experts
+pass by, so that few of them leave none of its width empty.
 """
 
 import dataclasses
@@ -71,6 +77,10 @@ _SCALE = 2.0**40
 _LARGE = np.float32(2.0**125)
 _NEG_INF = np.float32(-np.inf)
 _NAN = np.float32(np.nan)
+# Numbers of bfloat16 that add up to one of float32.
+_PARTS = 3
+# What is left for them of the smallest VMEM, the 64 MiB of v7x.
+_MAX_PROJECTION = 20 * 2**20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,11 +89,12 @@ class _Plan:
 
   config: Any
   tokens: int
-  has_bias: bool
-  has_mask: bool
-  with_chosen: bool
-  interpret: bool
-  divides_in_software: bool
+  width: int = 0  # D of tokens that are projected here
+  has_bias: bool = True
+  has_mask: bool = True
+  with_chosen: bool = False
+  interpret: bool = False
+  divides_in_software: bool = False
 
   @property
   def num_experts(self) -> int:
@@ -93,7 +104,7 @@ class _Plan:
   def columns(self) -> int:
     """Columns of 128 tokens in a block; fewer for few tokens, or for memory."""
     most = 8 if self.num_experts <= 512 else 4
-    return min(most, pl.cdiv(self.tokens, _LANES))
+    return min(most, max(1, pl.cdiv(self.tokens, _LANES)))
 
   @property
   def block(self) -> int:
@@ -104,9 +115,19 @@ class _Plan:
     return pl.cdiv(self.tokens, self.block)
 
   @property
+  def lag(self) -> int:
+    """Grid steps between the projection of a block and its routing."""
+    return 1 if self.width else 0
+
+  @property
   def transposed(self) -> bool:
     """Whether the logits come as [E, T]: the layout XLA gives narrow rows."""
-    return self.num_experts % _LANES != 0
+    return self.width > 0 or self.num_experts % _LANES != 0
+
+  @property
+  def projected_rows(self) -> int:
+    """E, rounded up to whole registers of bfloat16."""
+    return pl.cdiv(self.num_experts, 2 * _SUBLANES) * 2 * _SUBLANES
 
   @property
   def rows(self) -> int:
@@ -200,9 +221,11 @@ class _Plan:
       "valid": ((c, _LANES), i32),
       "planes": ((self.words, self.planes, _SUBLANES, _LANES), i32),
     }
+    if self.width:
+      buffers["projected"] = (self.projected_rows, self.block), f32
     if self.config.histogram:
       words = self.rows, histogram_tpu.WORDS, _SUBLANES, _LANES
-      return buffers | {"distances": (words, i32)}
+      buffers["distances"] = words, i32
     return buffers
 
 
@@ -227,6 +250,45 @@ def unsupported(config: Any) -> str | None:
       f" `num_experts`, got {g} groups of {e} experts"
     )
   return None
+
+
+def unsupported_projection(
+  config: Any, width: int, dtype: jax.typing.DTypeLike
+) -> str | None:
+  """Why `project_and_route` cannot take such tokens, or None if it can.
+
+  Args:
+    config: a `jaxroute.RouterConfig`.
+    width: D.
+    dtype: of the tokens.
+
+  Returns:
+    The reason, for an error message.
+  """
+  if reason := unsupported(config):
+    return reason
+  if config.score_fn == "softmax" and not config.score_after_top_k:
+    return "the gradient of a softmax over all experts needs the logits"
+  if dtype != jnp.bfloat16:
+    return f"tokens must be bfloat16, got {jnp.dtype(dtype)}"
+  if pltpu.is_tpu_device() and pltpu.get_tpu_info().generation < 6:
+    return "TPUs before v6e are faster with the projection apart"
+  if width % _LANES:
+    return f"D must be a multiple of {_LANES}, got {width}"
+  plan = _Plan(config=config, tokens=_LANES * _SUBLANES, width=width)
+  size = _projection_bytes(plan)
+  if size > _MAX_PROJECTION:
+    return (
+      f"tokens and projection take {size >> 20} MiB of VMEM, of which there are"
+      f" {_MAX_PROJECTION >> 20}"
+    )
+  return None
+
+
+def _projection_bytes(plan):
+  """Of two blocks of tokens and the parts of the projection."""
+  rows = 2 * plan.block + _PARTS * plan.projected_rows
+  return rows * plan.width * 2
 
 
 def runs_here() -> bool:
@@ -276,56 +338,133 @@ def route(
     the logits of the chosen experts, `[T, K]` float32, or their scores if those
     depend on all logits. No gradient is defined.
   """
-  t, e = logits.shape
-  k = config.top_k
-  if t == 0:
-    empty = jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32)
-    others = jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
-    none = jnp.zeros((e, histogram_tpu.BINS), jnp.int32)
-    counts = none if config.histogram else None
-    return *empty, *others, counts, *(empty[1:] if with_chosen else ())
   plan = _Plan(
     config=config,
-    tokens=t,
+    tokens=logits.shape[0],
     has_bias=expert_bias is not None,
     has_mask=token_mask is not None,
     with_chosen=with_chosen,
     interpret=bool(interpret),
     divides_in_software=_divides_in_software(interpret),
   )
-  block, c = plan.block, plan.columns
-  tokens_last = pl.BlockSpec((k, block), lambda i: (0, i))
-  experts = pl.BlockSpec((e,), lambda i: (0,))
+  e, block = plan.num_experts, plan.block
   if plan.transposed:
-    operands = [logits.T]
-    in_specs = [pl.BlockSpec((e, block), lambda i: (0, i))]
+    logits, spec = logits.T, pl.BlockSpec((e, block), lambda i: (0, i))
   else:
-    operands = [logits]
-    in_specs = [pl.BlockSpec((block, e), lambda i: (i, 0))]
+    spec = pl.BlockSpec((block, e), lambda i: (i, 0))
+  return _call(plan, [logits], [spec], expert_bias, token_mask, interpret)
+
+
+@functools.partial(
+  jax.jit, static_argnames=("config", "with_chosen", "interpret")
+)
+def project_and_route(
+  tokens: jax.Array,
+  kernel: jax.Array,
+  expert_bias: jax.Array | None,
+  token_mask: jax.Array | None,
+  *,
+  config: Any,
+  with_chosen: bool = False,
+  interpret: Any = False,
+) -> tuple[Any, ...]:
+  """As `route`, of the logits `tokens @ kernel`, which are not written to HBM.
+
+  Args:
+    tokens: `[T, D]` bfloat16.
+    kernel: `[D, E]` floating point, taken as float32.
+    expert_bias: `[E]` float32, or None.
+    token_mask: `[T]` bool, or None.
+    config: one for which this is no `unsupported_projection`; static.
+    with_chosen: as in `route`.
+    interpret: as in `route`.
+
+  Returns:
+    What `route` does. Products are exact, and their sums float32.
+  """
+  plan = _Plan(
+    config=config,
+    tokens=tokens.shape[0],
+    width=tokens.shape[1],
+    has_bias=expert_bias is not None,
+    has_mask=token_mask is not None,
+    with_chosen=with_chosen,
+    interpret=bool(interpret),
+    divides_in_software=_divides_in_software(interpret),
+  )
+  last = max(plan.grid - 1, 0)
+  in_specs = [
+    pl.BlockSpec((plan.block, plan.width), lambda i: (jnp.minimum(i, last), 0)),
+    # The same in all steps: one buffer is enough.
+    *[
+      pl.BlockSpec(
+        (plan.projected_rows, plan.width),
+        lambda i: (0, 0),
+        pipeline_mode=pl.Buffered(buffer_count=1),
+      )
+    ]
+    * _PARTS,
+  ]
+  operands = [tokens, *_in_parts(plan, kernel)]
+  return _call(plan, operands, in_specs, expert_bias, token_mask, interpret)
+
+
+def _in_parts(plan, kernel):
+  """`[E', D]` bfloat16, of what the earlier ones left of `[D, E]` float32."""
+  pad = plan.projected_rows - plan.num_experts
+  rest = jnp.pad(kernel.astype(jnp.float32).T, ((0, pad), (0, 0)))
+  parts = []
+  for _ in range(_PARTS):
+    # XLA may keep more bits through a cast to bfloat16 and back, not here.
+    part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+    rest -= part
+    parts.append(part.astype(jnp.bfloat16))
+  return parts
+
+
+def _call(plan, operands, in_specs, expert_bias, token_mask, interpret):
+  """Calls the kernel on blocks of tokens, which its first operand has."""
+  config, with_chosen = plan.config, plan.with_chosen
+  t, e, k = plan.tokens, plan.num_experts, config.top_k
+  if t == 0:
+    empty = jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32)
+    others = jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
+    none = jnp.zeros((e, histogram_tpu.BINS), jnp.int32)
+    counts = none if config.histogram else None
+    return *empty, *others, counts, *(empty[1:] if with_chosen else ())
+  block, c = plan.block, plan.columns
+
+  def routed(i):
+    return jnp.maximum(i - 1, 0) if plan.lag else i
+
+  tokens_last = pl.BlockSpec((k, block), lambda i: (0, routed(i)))
+  experts = pl.BlockSpec((e,), lambda i: (0,))
   if expert_bias is not None:
     operands.append(expert_bias)
     in_specs.append(experts)
   if token_mask is not None:
     mask = jnp.pad(token_mask.astype(jnp.int32), (0, plan.grid * block - t))
     operands.append(mask.reshape(plan.grid, c, _LANES))
-    in_specs.append(pl.BlockSpec((None, c, _LANES), lambda i: (i, 0, 0)))
+    in_specs.append(
+      pl.BlockSpec((None, c, _LANES), lambda i: (routed(i), 0, 0))
+    )
 
   # Inside `jax.shard_map` the operands vary alike, and so do the results.
   out = functools.partial(
     jax.ShapeDtypeStruct,
-    manual_axis_type=jax.typeof(logits).manual_axis_type,
+    manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
   )
   buffers = plan.buffers()
   bins = _SUBLANES * plan.rows, histogram_tpu.BINS
   idx, weights, load, cutoff, *others = pl.pallas_call(
     functools.partial(_kernel, plan),
-    grid=(plan.grid,),
+    grid=(plan.grid + plan.lag,),
     in_specs=in_specs,
     out_specs=[
       tokens_last,
       tokens_last,
       experts,
-      pl.BlockSpec((1, block), lambda i: (0, i)),
+      pl.BlockSpec((1, block), lambda i: (0, routed(i))),
       *([pl.BlockSpec(bins, lambda i: (0, 0))] if config.histogram else ()),
       *([tokens_last] if with_chosen else ()),
     ],
@@ -355,11 +494,13 @@ def _vmem_limit(plan):
     for shape, dtype in plan.buffers().values()
   )
   blocks = 2 * plan.block * (plan.num_experts + 3 * plan.chosen_rows) * 4
-  return int(max(16 * 2**20, 1.25 * (scratch + blocks)))
+  limit = max(16 * 2**20, 1.25 * (scratch + blocks))
+  return int(limit + _projection_bytes(plan))
 
 
-def _kernel(plan, logits_ref, *refs):
+def _kernel(plan, inputs_ref, *refs):
   refs = list(refs)
+  parts_refs = [refs.pop(0) for _ in range(_PARTS if plan.width else 0)]
   bias_ref = refs.pop(0) if plan.has_bias else None
   mask_ref = refs.pop(0) if plan.has_mask else None
   idx_ref, weights_ref, load_ref, cutoff_ref, *refs = refs
@@ -367,9 +508,17 @@ def _kernel(plan, logits_ref, *refs):
   chosen_ref = refs.pop(0) if plan.with_chosen else None
   scratch = refs
   buf = types.SimpleNamespace(**dict(zip(plan.buffers(), scratch, strict=True)))
-  step = pl.program_id(0)
+  # -1 in the step that only projects.
+  step = pl.program_id(0) - plan.lag
+  logits_ref = buf.projected if plan.width else inputs_ref
 
-  @pl.when(step == 0)
+  if plan.width:
+
+    @pl.when(step < 0)
+    def _nothing():
+      buf.projected[...] = jnp.zeros_like(buf.projected)
+
+  @pl.when(step <= 0)
   def _start():
     buf.planes[...] = jnp.zeros_like(buf.planes)
     if plan.has_bias:
@@ -381,6 +530,8 @@ def _kernel(plan, logits_ref, *refs):
   each_column = functools.partial(_each, plan, plan.columns)
   each_row = functools.partial(_each, plan, plan.rows)
   each_column(lambda c: _score_column(plan, c, logits_ref, buf))
+  if plan.width:
+    _project(plan, inputs_ref, parts_refs, buf)
   kept = _threshold(plan, buf)
   each_column(lambda c: _compare_column(plan, c, buf))
   chosen = _pull_bits(plan, _settle_ties(plan, buf), buf)
@@ -420,6 +571,20 @@ def _each(plan, count, body):
   else:
     for i in range(count):
       body(i)
+
+
+def _project(plan, tokens_ref, parts_refs, buf):
+  """The logits of the next block, [E', tokens]."""
+  rows = plan.projected_rows
+  # As one operand, so that tokens are loaded into the MXU once.
+  logits = lax.dot_general(
+    jnp.concatenate([ref[...] for ref in parts_refs]),
+    tokens_ref[...],
+    dimension_numbers=(((1,), (1,)), ((), ())),
+    preferred_element_type=jnp.float32,
+  )
+  rest = logits[rows : 2 * rows] + logits[2 * rows :]
+  buf.projected[...] = _pin(plan, logits[:rows] + rest)
 
 
 # Buffers and layouts.

@@ -109,7 +109,7 @@ def test_counts_of_many_tokens_do_not_overflow_their_fields():
 
 @functools.partial(conformance.jit_interpreted, static_argnames="config")
 def _kernel(logits, bias, config, mask):
-  return routing._route_tpu(logits, bias, config, mask, interpret=True)
+  return routing._route_tpu(logits, None, bias, config, mask, interpret=True)
 
 
 @pytest.mark.parametrize(

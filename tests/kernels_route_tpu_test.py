@@ -20,7 +20,7 @@ from jaxroute.kernels import route_tpu
 
 def _route(logits, expert_bias, config, token_mask=None):
   return routing._route_tpu(
-    logits, expert_bias, config, token_mask, interpret=True
+    logits, None, expert_bias, config, token_mask, interpret=True
   )
 
 

@@ -45,7 +45,7 @@ def test_the_backward_pass_has_the_routes_of_the_forward_pass(
   def route(logits):
     if implementation == "xla":
       return jaxroute.route(logits, None, config, implementation="xla")
-    return routing._route_tpu(logits, None, config, None, interpret=True)
+    return routing._route_tpu(logits, None, None, config, None, interpret=True)
 
   def loss(params, x):
     logits = x @ jnp.eye(D, E)

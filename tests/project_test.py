@@ -1,0 +1,212 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Projection and routing in one TPU kernel, interpreted: as one after the other."""
+
+import dataclasses
+import functools
+
+import cases
+import conformance
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+from jax.experimental.pallas import tpu as pltpu
+
+import jaxroute
+from jaxroute import layer, routing
+from jaxroute.kernels import route_tpu
+
+D = 128
+
+
+def _kernel(x, kernel, bias, config, mask=None):
+  return routing._route_tpu(x, kernel, bias, config, mask, interpret=True)
+
+
+_fused = conformance.jit_interpreted(_kernel, static_argnames="config")
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _apart(x, kernel, bias, config, mask=None):
+  logits = routing.project(x, kernel, mask)
+  return jaxroute.route(logits, bias, config, mask, implementation="xla")
+
+
+def _numbers(t, e):
+  """Tokens and a kernel of 17 bits, whose sums of products are exact."""
+  rng = np.random.default_rng(0)
+  x = rng.integers(-2, 3, (t, D)).astype(np.float32)
+  kernel = rng.integers(-(2**16), 2**16 + 1, (D, e)) / 2**18
+  return jnp.asarray(x, jnp.bfloat16), np.float32(kernel)
+
+
+def _config(num_experts=20, top_k=3, **kwargs):
+  return jaxroute.RouterConfig(num_experts=num_experts, top_k=top_k, **kwargs)
+
+
+def _assert_equal(actual, expected, mask=None):
+  """But for what padding would choose: it is projected here, and zeroed there."""
+  real = slice(None) if mask is None else np.asarray(mask)
+  np.testing.assert_allclose(
+    actual.weights, expected.weights, rtol=2e-5, atol=1e-6
+  )
+  for name in ("expert_idx", "cutoff"):
+    a, b = (np.asarray(getattr(r, name))[real] for r in (actual, expected))
+    np.testing.assert_array_equal(a, b)
+  for name in ("load", "token_mask", "histogram"):
+    a, b = (getattr(r, name) for r in (actual, expected))
+    jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+@pytest.mark.parametrize(
+  ("t", "config"),
+  (
+    (0, _config()),
+    (1, _config()),
+    # The third block is partly padding of the grid.
+    (2100, _config(histogram=True)),
+    (40, dataclasses.replace(cases.family("deepseek_v3"), histogram=True)),
+    (40, cases.family("mixtral")),
+  ),
+  ids=("none", "one", "blocks", "groups", "softmax_of_the_chosen"),
+)
+def test_it_is_projection_and_then_routing(t, config):
+  x, kernel = _numbers(t, config.num_experts)
+  bias = conformance.bias(config.num_experts)
+  mask = np.random.default_rng(1).random(t) < 0.7
+  _assert_equal(
+    _fused(x, kernel, bias, config, mask),
+    _apart(x, kernel, bias, config, mask),
+    mask,
+  )
+
+
+def test_float32_kernels_lose_no_bits():
+  x, _ = _numbers(64, 16)
+  kernel = np.random.default_rng(0).normal(size=(D, 16)).astype(np.float32)
+  parts = route_tpu._in_parts(
+    route_tpu._Plan(config=_config(16), tokens=64, width=D), kernel
+  )
+  high, middle, low = (part.astype(jnp.float32).T for part in parts)
+  np.testing.assert_array_equal(high + (middle + low), kernel)
+
+
+def test_a_nan_token_is_uncounted():
+  x, kernel = _numbers(30, 20)
+  x = x.at[3].set(jnp.nan)
+  actual = _fused(x, kernel, None, _config())
+  assert np.isnan(actual.weights[3]).all()
+  assert actual.load.sum() == 29 * 3
+  _assert_equal(actual, _apart(x, kernel, None, _config()))
+
+
+def test_gradients_are_those_of_projection_and_routing():
+  config, mask = _config(), np.arange(40) < 33
+  x, kernel = _numbers(40, 20)
+  x = x.at[33:].set(jnp.nan)
+  out = cases.logits("random", 40, 3)
+
+  def grad(route, jit):
+    def loss(x, kernel, bias):
+      return jnp.sum(out * route(x, kernel, bias, config, mask).weights)
+
+    return jit(jax.grad(loss, argnums=(0, 1, 2)))(
+      x, kernel, conformance.bias(20)
+    )
+
+  ours = grad(_kernel, conformance.jit_interpreted)
+  expected = grad(_apart, jax.jit)
+  # That of the tokens is bfloat16 like them.
+  for a, b, rtol in zip(ours, expected, (2**-7, 1e-4, 0), strict=True):
+    assert a.dtype == b.dtype
+    np.testing.assert_allclose(np.float32(a), np.float32(b), rtol, atol=1e-5)
+  np.testing.assert_array_equal(np.float32(ours[0][33:]), 0)
+
+
+def test_explicit_sharding_changes_nothing():
+  config = _config(histogram=True)
+  x, kernel = _numbers(64, 20)
+  mask = np.arange(64) % 5 > 0
+  expected = _apart(x, kernel, None, config, mask)
+  mesh = jax.make_mesh((8,), ("data",))
+  tokens = jax.NamedSharding(mesh, jax.P("data"))
+  with jax.set_mesh(mesh):
+    actual = _fused(
+      *(jax.device_put(x, tokens), kernel, None, config),
+      jax.device_put(mask, tokens),
+    )
+  _assert_equal(actual, expected, mask)
+  assert actual.load.is_fully_replicated
+
+
+def test_the_simulator_finds_no_race_and_no_uninitialised_read():
+  config = _config(8, 2, histogram=True)
+  x, kernel = _numbers(1500, 8)
+  simulator = pltpu.InterpretParams(
+    detect_races=True, uninitialized_memory="nan"
+  )
+  idx, _, load, _, histogram = route_tpu.project_and_route(
+    x, kernel, None, None, config=config, interpret=simulator
+  )
+  assert not interpret_pallas_call.races.races_found
+  expected = _apart(x, kernel, None, config)
+  np.testing.assert_array_equal(idx, expected.expert_idx)
+  np.testing.assert_array_equal(load, expected.load)
+  np.testing.assert_array_equal(histogram, expected.histogram)
+
+
+def test_a_layer_without_logits_routes_alike():
+  x, kernel = _numbers(30, 20)
+  x, mask = x.reshape(2, 15, D), np.arange(30).reshape(2, 15) < 25
+  with_logits, logits = layer.router(x, kernel, None, _config(), mask)
+  without, none = layer.router(
+    x, kernel, None, _config(), mask, fuse_projection=True
+  )
+  assert logits.shape == (30, 20) and none is None
+  jax.tree.map(np.testing.assert_array_equal, with_logits, without)
+
+
+def test_it_takes_the_kernel_where_it_can(monkeypatch):
+  calls = []
+
+  def spy(inputs, kernel, *args):
+    calls.append(kernel is not None)
+    return _apart(inputs, kernel, *args) if calls[-1] else None
+
+  monkeypatch.setattr(routing, "_route_tpu", spy)
+  monkeypatch.setattr(route_tpu, "runs_here", lambda: True)
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  x, kernel = _numbers(16, 20)
+  routing.project_and_route(x, kernel, None, _config())
+  assert calls == [True]
+  # Without the kernel for both there is still the one for routing.
+  routing.project_and_route(x.astype(jnp.float32), kernel, None, _config())
+  assert calls == [True, False]
+
+
+@pytest.mark.parametrize(
+  ("x", "e", "kwargs", "words"),
+  (
+    (jnp.zeros((4, D)), 20, {}, "bfloat16, got float32"),
+    (jnp.zeros((4, 100), jnp.bfloat16), 20, {}, "multiple of 128, got 100"),
+    (jnp.zeros((4, D), jnp.bfloat16), 20, {"score_fn": "softmax"}, "softmax"),
+    (jnp.zeros((4, 2**14), jnp.bfloat16), 256, {}, "88 MiB of VMEM.* 20"),
+    (jnp.zeros((4, D), jnp.bfloat16), 2000, {}, "at most 1024"),
+  ),
+)
+def test_what_the_kernel_cannot_do_is_said(x, e, kwargs, words):
+  with pytest.raises(NotImplementedError, match=words):
+    routing.project_and_route(
+      x,
+      jnp.zeros((x.shape[1], e)),
+      None,
+      _config(e, **kwargs),
+      implementation="tpu",
+    )
+
+
+def test_bad_input_is_named():
+  x, kernel = _numbers(4, 20)
+  with pytest.raises(ValueError, match=r"`expert_bias` must be \[E=20\]"):
+    routing.project_and_route(x, kernel, jnp.zeros(3), _config())
