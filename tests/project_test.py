@@ -10,11 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx as nnx_lib
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 
 import jaxroute
-from jaxroute import layer, routing
+from jaxroute import layer, linen, nnx, routing
 from jaxroute.kernels import route_tpu
 
 D = 128
@@ -165,6 +166,22 @@ def test_a_layer_without_logits_routes_alike():
   )
   assert logits.shape == (30, 20) and none is None
   jax.tree.map(np.testing.assert_array_equal, with_logits, without)
+
+
+def test_flax_layers_without_logits_are_the_same():
+  x = jax.random.normal(jax.random.key(0), (3, 5, 16))
+
+  def run(**kwargs):
+    moe = linen.MoE(_config(4, 2), hidden_size=8, **kwargs)
+    same = nnx.MoE(16, _config(4, 2), 8, rngs=nnx_lib.Rngs(0), **kwargs)
+    y, out = moe.apply(moe.init(jax.random.key(1), x), x)
+    z, also = same(x)
+    return (y, z, out.routing, also.routing), (out.logits, also.logits)
+
+  apart, logits = run()
+  fused, none = run(fuse_projection=True)
+  assert none == (None, None) and logits[0].shape == logits[1].shape == (15, 4)
+  jax.tree.map(np.testing.assert_array_equal, apart, fused)
 
 
 def test_it_takes_the_kernel_where_it_can(monkeypatch):

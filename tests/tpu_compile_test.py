@@ -111,6 +111,19 @@ def test_the_kernel_compiles(generation):
     assert "tpu_custom_call" in compiled.as_text(), case
 
 
+@pytest.mark.parametrize("generation", ["v6e", "v7x"])
+@pytest.mark.parametrize("case", ["E=128 K=8", "E=1024 K=16"])
+def test_projection_and_routing_compile_as_one(generation, case):
+  text = tpu_cycles.compile_for(generation, case, "project fused").as_text()
+  assert "tpu_custom_call" in text
+  assert " convolution(" not in text  # nor is a matmul left for XLA
+
+
+def test_the_projection_is_left_apart_where_that_is_faster():
+  with pytest.raises(NotImplementedError, match="before v6e"):
+    tpu_cycles.compile_for("v5e", "E=128 K=8", "project fused")
+
+
 def test_the_kernel_and_its_gradient_compile_inside_shard_map():
   devices = topologies.get_topology_desc(
     platform="tpu", topology_name="v6e:2x2"
