@@ -1178,21 +1178,23 @@ def _write_load(plan, buf, load_ref):
   load = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
   for w in range(plan.words):
     rows = range(w * _WORD, min(plan.rows, (w + 1) * _WORD))
-    # Sixteen planes at a time: two counts in a word, exact sums in float32.
-    for first in range(0, plan.planes, 16):
-      for r in rows[:16]:
-        pair = jnp.zeros_like(load)
-        for i in range(first, min(plan.planes, first + 16)):
+    # Eight planes at a time: four counts in a word, exact sums in float32.
+    for first in range(0, plan.planes, 8):
+      totals = jnp.zeros((_SUBLANES, _LANES), jnp.float32)
+      for r in rows[:8]:
+        four = jnp.zeros_like(load)
+        for i in range(first, min(plan.planes, first + 8)):
           bits = lax.shift_right_logical(
             buf.planes[w, i], _like(load, r % _WORD)
           )
-          pair += lax.shift_left(bits & 0x00010001, _like(load, i - first))
-        counts = pair & 0xFFFF, lax.shift_right_logical(pair, _like(load, 16))
-        for row, count in zip((r, r + 16), counts, strict=True):
+          four += lax.shift_left(bits & 0x01010101, _like(load, i - first))
+        for shift in range(0, _WORD, 8):
+          row = r + shift
           if row in rows:
+            count = lax.shift_right_logical(four, _like(load, shift)) & 0xFF
             total = jnp.sum(count.astype(jnp.float32), axis=1, keepdims=True)
-            total = lax.shift_left(total.astype(jnp.int32), np.int32(first))
-            load += jnp.where(wanted == row, total, 0)
+            totals = jnp.where(wanted == row, total, totals)
+      load += lax.shift_left(totals.astype(jnp.int32), _like(load, first))
   for first in range(0, plan.num_experts, _LANES):
     n = min(_LANES, plan.num_experts - first)
     mine = _quotient(first + _iota(1), plan.rows) == _iota(0)
