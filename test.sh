@@ -64,7 +64,7 @@ step "types"
 cd "$scratch"
 step "tests"
 "$python" -m pytest -c "$root/setup.cfg" --rootdir "$root" --numprocesses 2 \
-  --doctest-modules "$root/tests" --pyargs jaxroute "$@"
+  --dist loadgroup --doctest-modules "$root/tests" --pyargs jaxroute "$@"
 
 echo "test.sh: passed in $SECONDS s with Python $version," \
   "jax $("$python" -c 'import jax; print(jax.__version__)')"

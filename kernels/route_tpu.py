@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Top-k routing on TPU: scores, choice, weights and loads in one pass.
 
-The grid walks blocks of up to 1024 tokens: 8 columns of 128. Two layouts of a
-vector register [8, 128] alternate:
+The grid walks blocks of up to 1024 tokens, 8 columns of 128, one or two in a step.
+Two layouts of a vector register [8, 128] alternate:
 
   column  8 experts x 128 tokens of one column. The experts are cut into 8 chunks
           of R = ceil(E / 8); row r holds expert s * R + r on sublane s, so a
@@ -111,8 +111,23 @@ class _Plan:
     return self.columns * _LANES
 
   @property
+  def blocks(self) -> int:
+    """Of a grid step: one of two begins while the other ends.
+
+    With many experts a step has enough to do, and its first logits are long in
+    coming.
+    """
+    count = pl.cdiv(self.tokens, self.block)
+    small = self.num_experts <= 192 and not self.width
+    return 2 if small and count > 2 and count % 2 == 0 else 1
+
+  @property
+  def step_tokens(self) -> int:
+    return self.blocks * self.block
+
+  @property
   def grid(self) -> int:
-    return pl.cdiv(self.tokens, self.block)
+    return pl.cdiv(self.tokens, self.step_tokens)
 
   @property
   def lag(self) -> int:
@@ -165,7 +180,7 @@ class _Plan:
   @property
   def planes(self) -> int:
     """Bits that one position of a counter can reach: columns of all blocks."""
-    return (self.grid * self.columns).bit_length()
+    return (self.grid * self.blocks * self.columns).bit_length()
 
   @property
   def grouped(self) -> bool:
@@ -347,7 +362,7 @@ def route(
     interpret=bool(interpret),
     divides_in_software=_divides_in_software(interpret),
   )
-  e, block = plan.num_experts, plan.block
+  e, block = plan.num_experts, plan.step_tokens
   if plan.transposed:
     logits, spec = logits.T, pl.BlockSpec((e, block), lambda i: (0, i))
   else:
@@ -432,7 +447,7 @@ def _call(plan, operands, in_specs, expert_bias, token_mask, interpret):
     none = jnp.zeros((e, histogram_tpu.BINS), jnp.int32)
     counts = none if config.histogram else None
     return *empty, *others, counts, *(empty[1:] if with_chosen else ())
-  block, c = plan.block, plan.columns
+  block, c = plan.step_tokens, plan.blocks * plan.columns
 
   def routed(i):
     return jnp.maximum(i - 1, 0) if plan.lag else i
@@ -493,7 +508,7 @@ def _vmem_limit(plan):
     np.prod(shape) * np.dtype(dtype).itemsize
     for shape, dtype in plan.buffers().values()
   )
-  blocks = 2 * plan.block * (plan.num_experts + 3 * plan.chosen_rows) * 4
+  blocks = 2 * plan.step_tokens * (plan.num_experts + 3 * plan.chosen_rows) * 4
   limit = max(16 * 2**20, 1.25 * (scratch + blocks))
   return int(limit + _projection_bytes(plan))
 
@@ -527,26 +542,15 @@ def _kernel(plan, inputs_ref, *refs):
       buf.distances[...] = jnp.zeros_like(buf.distances)
       histogram_ref[...] = jnp.zeros_like(histogram_ref)
 
-  each_column = functools.partial(_each, plan, plan.columns)
-  each_row = functools.partial(_each, plan, plan.rows)
-  each_column(lambda c: _score_column(plan, c, logits_ref, buf))
+  outputs = idx_ref, weights_ref, cutoff_ref, chosen_ref
+  for b in range(plan.blocks):
+    _route_block(plan, step, b, logits_ref, mask_ref, outputs, buf)
   if plan.width:
     _project(plan, inputs_ref, parts_refs, buf)
-  kept = _threshold(plan, buf)
-  each_column(lambda c: _compare_column(plan, c, buf))
-  chosen = _pull_bits(plan, _settle_ties(plan, buf), buf)
-  each_column(lambda c: _gather_column(plan, c, buf))
-  _weigh(plan, step, chosen, kept, mask_ref, buf)
-  each_column(
-    lambda c: _write_column(
-      plan, c, buf, idx_ref, weights_ref, cutoff_ref, chosen_ref
-    )
-  )
-  _count(plan, buf)
   if histogram_ref is not None:
-    _store_prices(plan, kept, buf)
-    each_row(lambda r: _count_distances(plan, r, buf))
-    flush = step % histogram_tpu.FLUSH == histogram_tpu.FLUSH - 1
+    each_row = functools.partial(_each, plan, plan.rows)
+    steps = histogram_tpu.FLUSH // plan.blocks
+    flush = step % steps == steps - 1
 
     @pl.when(flush | (step == plan.grid - 1))
     def _flush():
@@ -560,6 +564,29 @@ def _kernel(plan, inputs_ref, *refs):
   @pl.when(step == plan.grid - 1)
   def _finish():
     _write_load(plan, buf, load_ref)
+
+
+def _route_block(plan, step, b, logits_ref, mask_ref, outputs, buf):
+  """Routes block b of a step: 1024 tokens."""
+  tokens = pl.ds(b * plan.block, plan.block)
+  if plan.blocks > 1:
+    at = (slice(None), tokens) if plan.transposed else (tokens, slice(None))
+    logits_ref = logits_ref.at[at]
+    outputs = [x if x is None else x.at[:, tokens] for x in outputs]
+    if mask_ref is not None:
+      mask_ref = mask_ref.at[pl.ds(b * plan.columns, plan.columns)]
+  each_column = functools.partial(_each, plan, plan.columns)
+  each_column(lambda c: _score_column(plan, c, logits_ref, buf))
+  kept = _threshold(plan, buf)
+  each_column(lambda c: _compare_column(plan, c, buf))
+  chosen = _pull_bits(plan, _settle_ties(plan, buf), buf)
+  each_column(lambda c: _gather_column(plan, c, buf))
+  _weigh(plan, step * plan.blocks + b, chosen, kept, mask_ref, buf)
+  each_column(lambda c: _write_column(plan, c, buf, *outputs))
+  _count(plan, buf)
+  if plan.config.histogram:
+    _store_prices(plan, kept, buf)
+    _each(plan, plan.rows, lambda r: _count_distances(plan, r, buf))
 
 
 def _each(plan, count, body):
@@ -1084,7 +1111,7 @@ def _weigh(plan, step, chosen, kept, mask_ref, buf):
     real = mask_ref[...] != 0
     valid = jnp.where(real, valid, 0)
     weights = [jnp.where(real, w, 0.0) for w in weights]
-  if plan.tokens % plan.block:
+  if plan.tokens % plan.step_tokens:
     shape = (plan.columns, _LANES)
     token = lax.broadcasted_iota(jnp.int32, shape, 0) * _LANES
     token += lax.broadcasted_iota(jnp.int32, shape, 1) + step * plan.block

@@ -24,8 +24,12 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from jaxroute import assignment
 
-# Of optax's Adam.
-pytestmark = pytest.mark.implicit_promotion
+pytestmark = [
+  # Of optax's Adam.
+  pytest.mark.implicit_promotion,
+  # In one process: its runs compile the same programs.
+  pytest.mark.xdist_group("train_lm"),
+]
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "train_lm.py"
@@ -88,6 +92,17 @@ def unbroken(corpus, tmp_path_factory):
   out = tmp_path_factory.mktemp("unbroken")
   train_lm.train(lm_config.Config(data=str(corpus), out=str(out), **TINY))
   return out
+
+
+@pytest.fixture(scope="module")
+def unbalanced(corpus, tmp_path_factory):
+  """Settings of a longer run that nothing balances, and its summary."""
+  longer = TINY | {"steps": 60, "eval_every": 60, "batch_size": 8}
+  out = str(tmp_path_factory.mktemp("unbalanced"))
+  config = lm_config.Config(
+    data=str(corpus), out=out, **longer | {"rule": "none"}
+  )
+  return config, train_lm.train(config)
 
 
 def _rows(out):
@@ -197,19 +212,23 @@ def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(
   np.testing.assert_array_equal(rows[-1]["expert_bias"], bias)
 
 
-def test_the_switch_loss_balances_and_is_not_in_the_metric(config, tmp_path):
-  longer = dataclasses.replace(
-    config, steps=60, eval_every=60, batch_size=8, rule="none"
+def test_the_switch_loss_balances_and_is_not_in_the_metric(
+  unbalanced, tmp_path
+):
+  config, _ = unbalanced
+  train_lm.train(
+    dataclasses.replace(config, switch_weight=1.0, out=str(tmp_path))
   )
-  violation = []
-  for weight in (0.0, 1.0):
-    out = str(tmp_path / str(weight))
-    train_lm.train(dataclasses.replace(longer, switch_weight=weight, out=out))
-    rows = [r for r in _rows(out) if r["kind"] == "train"]
-    violation.append(np.mean([r["max_vio"] for r in rows[-10:]]))
+  before, after = (
+    [r for r in _rows(out) if r["kind"] == "train"]
+    for out in (config.out, tmp_path)
+  )
+  violation = [
+    np.mean([r["max_vio"] for r in rows[-10:]]) for rows in (before, after)
+  ]
   assert violation[0] > 2 * violation[1]
   # At first the two models are one, but for the loss that is added.
-  assert rows[0]["loss"] > rows[0]["bits_per_byte"] * np.log(2) + 0.9
+  assert after[0]["loss"] > after[0]["bits_per_byte"] * np.log(2) + 0.9
 
 
 def test_killed_in_the_middle_it_continues_bit_for_bit(config, unbroken):
@@ -397,14 +416,13 @@ def test_micro_batches_change_no_load(config, unbroken):
   assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
 
 
-def test_the_rule_balances(config):
-  longer = dataclasses.replace(config, steps=60, eval_every=60, batch_size=8)
-  violation = {}
-  for rule in ("none", "sign", "quantile"):
-    out = str(pathlib.Path(config.out, rule))
-    summary = train_lm.train(dataclasses.replace(longer, rule=rule, out=out))
-    violation[rule] = summary["max_vio_global"]
-  assert violation["none"] > 2 * max(violation["sign"], violation["quantile"])
+@pytest.mark.parametrize("rule", ("sign", "quantile"))
+def test_the_rule_balances(unbalanced, rule, tmp_path):
+  config, before = unbalanced
+  after = train_lm.train(
+    dataclasses.replace(config, rule=rule, out=str(tmp_path))
+  )
+  assert before["max_vio_global"] > 2 * after["max_vio_global"]
 
 
 def test_batches_are_a_function_of_seed_and_step(config):
