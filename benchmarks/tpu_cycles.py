@@ -4,7 +4,8 @@
 No TPU is needed: `pip install libtpu` brings the compiler, which writes its own
 static estimate of every op it schedules. That is exact and repeatable, but it is
 no measurement: nothing here has run on a TPU. A program's figure is the sum over
-its ops, from row-major logits in HBM to experts, weights, loads and cutoff.
+its ops, from row-major logits in HBM to experts, weights, loads and cutoff. v4 is
+left out: the kernel does not compile for it, nor is anything estimated.
 
   python benchmarks/tpu_cycles.py --generations=v6e
   python benchmarks/tpu_cycles.py --write      # renew tpu_cycles.json
@@ -222,8 +223,13 @@ def compile_for(generation: str, case: str, candidate: str):
 
 def _child(generation, case, candidate, folder):
   """Compiles, and writes what the compiler says to `folder`/result.json."""
+  import jaxroute
+  from jaxroute.kernels import route_tpu
+
   compiled = compile_for(generation, case, candidate)
   memory = compiled.memory_analysis()
+  t, e, k, fields = CASES[case]
+  config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
   # The compiler estimates one of several ops that are the same.
   same = collections.defaultdict(list)
   for name, op in re.findall(r"%(\S+) = (.*)", compiled.as_text()):
@@ -231,6 +237,7 @@ def _child(generation, case, candidate, folder):
     same[op].append(name)
   used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   result = {
+    "grid": route_tpu.grid(config, t),
     "vmem": max(map(int, re.findall(used, compiled.as_text())), default=0),
     "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     "same": [names for names in same.values() if len(names) > 1],
@@ -276,7 +283,7 @@ def estimate(
     `vmem`, as in the module's docstring; empty if the program, or the profiler of the
     compiler, failed.
   """
-  t, e, *_ = CASES[case]
+  t, *_ = CASES[case]
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
     options = f"--xla_jf_dump_static_llo_profile_to={folder}"
@@ -313,10 +320,9 @@ def estimate(
       "floor": round(size / bandwidth * clock / t, 3),
     }
     if bounds and candidate == "jaxroute":
-      # The kernel's blocks of tokens.
-      blocks = math.ceil(t / (1024 if e <= 512 else 512))
+      bundles = _valu_operations(folder) / 4 * program["grid"]
+      found["valu"] = round(bundles / t, 3)
       found["vmem"] = round(program["vmem"] / 2**20, 1)
-      found["valu"] = round(_valu_operations(folder) / 4 * blocks / t, 3)
     return found
 
 

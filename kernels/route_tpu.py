@@ -306,6 +306,19 @@ def _projection_bytes(plan):
   return rows * plan.width * 2
 
 
+def grid(config: Any, tokens: int) -> int:
+  """How often the body of `route` runs.
+
+  Args:
+    config: a `jaxroute.RouterConfig`.
+    tokens: T.
+
+  Returns:
+    The steps of the grid, in each of which every operation is executed once.
+  """
+  return _Plan(config=config, tokens=tokens).grid
+
+
 def runs_here() -> bool:
   """Whether JAX runs on a TPU that has the gathers: v5e, v5p or newer.
 
