@@ -40,11 +40,7 @@ def router(
   Raises:
     ValueError: if a shape or dtype does not fit.
   """
-  if kernel.shape != (x.shape[-1], config.num_experts):
-    raise ValueError(
-      f"`kernel` must be [D={x.shape[-1]}, E={config.num_experts}], got"
-      f" {kernel.shape}."
-    )
+  routing_lib.check_kernel(kernel, x.shape[-1], config)
   if token_mask is not None:
     if token_mask.shape != x.shape[:-1]:
       raise ValueError(

@@ -139,8 +139,9 @@ def project_and_route(
     ValueError: as `route`.
     NotImplementedError: if `implementation` cannot do this; "xla" always can.
   """
-  like = jax.ShapeDtypeStruct((len(tokens), kernel.shape[1]), jnp.float32)
-  check_inputs(like, expert_bias, config, token_mask)
+  check_kernel(kernel, tokens.shape[1], config)
+  logits = jax.ShapeDtypeStruct((len(tokens), kernel.shape[1]), jnp.float32)
+  check_inputs(logits, expert_bias, config, token_mask)
   unsupported = route_tpu.unsupported_projection(
     config, tokens.shape[1], tokens.dtype
   )
@@ -183,6 +184,17 @@ def check_inputs(logits, expert_bias, config, token_mask) -> None:
         f"`token_mask` must be bool [T={logits.shape[0]}], got"
         f" {token_mask.dtype} {token_mask.shape}. True marks real tokens."
       )
+
+
+def check_kernel(
+  kernel: jax.Array, width: int, config: types.RouterConfig
+) -> None:
+  """Raises ValueError unless a projection takes D = `width` to E."""
+  if kernel.shape != (width, config.num_experts):
+    raise ValueError(
+      f"`kernel` must be [D={width}, E={config.num_experts}], got shape"
+      f" {kernel.shape}. Its rows are the features of a token."
+    )
 
 
 def _route_xla(logits, expert_bias, config, token_mask):

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jaxroute
 from jaxroute import layer, linen, nnx, routing
-from jaxroute.kernels import route_tpu
+from jaxroute.kernels import route_plan_tpu, route_tpu
 
 D = 128
 
@@ -87,7 +87,7 @@ def test_float32_kernels_lose_no_bits():
   x, _ = _numbers(64, 16)
   kernel = np.random.default_rng(0).normal(size=(D, 16)).astype(np.float32)
   parts = route_tpu._in_parts(
-    route_tpu._Plan(config=_config(16), tokens=64, width=D), kernel
+    route_plan_tpu.Plan(config=_config(16), tokens=64, width=D), kernel
   )
   high, middle, low = (part.astype(jnp.float32).T for part in parts)
   np.testing.assert_array_equal(high + (middle + low), kernel)
@@ -227,3 +227,5 @@ def test_bad_input_is_named():
   x, kernel = _numbers(4, 20)
   with pytest.raises(ValueError, match=r"`expert_bias` must be \[E=20\]"):
     routing.project_and_route(x, kernel, jnp.zeros(3), _config())
+  with pytest.raises(ValueError, match=r"`kernel` must be \[D=128, E=20\]"):
+    routing.project_and_route(x, kernel.T, None, _config())
