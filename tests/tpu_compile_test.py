@@ -27,16 +27,12 @@ PARTITION = jaxroute.Partition(
 )
 
 
-def _step(implementation, x, kernel, params, state):
+def _step(x, kernel, params, state):
   """Forward, backward and the dual step of one expert-parallel layer."""
 
   def loss(kernel, params):
     routing, _ = layer.router(
-      x,
-      kernel,
-      state.expert_bias[0],
-      CONFIG,
-      implementation=implementation,
+      x, kernel, state.expert_bias[0], CONFIG, fuse_projection=True
     )
     y, _ = layer.moe(x, routing, params, config=CONFIG, partition=PARTITION)
     return jnp.sum(y.astype(jnp.float32) ** 2), routing
@@ -47,7 +43,7 @@ def _step(implementation, x, kernel, params, state):
 
 @pytest.fixture
 def on_tpu(implementation, monkeypatch):
-  """As where JAX runs on a TPU, where experts are sorted by a kernel too."""
+  """As where JAX runs on a TPU, where all that has a kernel takes it."""
   on_tpu = implementation == "tpu"
   monkeypatch.setattr(route_tpu, "runs_here", lambda: on_tpu)
   jax.clear_caches()
@@ -84,7 +80,7 @@ def test_the_expert_parallel_layer_compiles(topology, implementation, on_tpu):
   )
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = (
-      jax.jit(functools.partial(_step, implementation))
+      jax.jit(_step)
       .trace(
         like((T, D), jnp.bfloat16, ("data", "expert")),
         like((D, E), jnp.float32),
@@ -94,7 +90,11 @@ def test_the_expert_parallel_layer_compiles(topology, implementation, on_tpu):
       .lower(lowering_platforms=("tpu",))
       .compile()
     )
-  assert ("jaxroute_rows" in compiled.as_text()) == on_tpu
+  text = compiled.as_text()
+  assert ("jaxroute_rows" in text) == on_tpu
+  assert ("jit(project_and_route)" in text) == (
+    on_tpu and topology == "v6e:2x2"
+  )
   memory = compiled.memory_analysis()
   # The parameters' shard and its gradient are there, the whole array is not.
   shard = 3 * E * D * F * 4 // 2
