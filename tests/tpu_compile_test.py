@@ -17,6 +17,9 @@ from jaxroute.kernels import place_tpu, route_tpu
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
+# The longest tests: groups are the first to be started.
+pytestmark = pytest.mark.xdist_group("tpu_compile")
+
 T, D, F, E = 1024, 256, 128, 64
 CONFIG = jaxroute.RouterConfig(
   num_experts=E, top_k=6, num_groups=8, group_top_k=4, histogram=True
