@@ -10,17 +10,24 @@ left out: the kernel does not compile for it, nor is anything estimated.
   python benchmarks/tpu_cycles.py --generations=v6e
   python benchmarks/tpu_cycles.py --write      # renew tpu_cycles.json
 
-`plain` is what one writes with `lax.top_k`, without a gather or scatter, and
-`tokamax` the same with `tokamax.router_topk`, where that is installed. `floor` is
-the time to move the operands and results at the HBM bandwidth below, `valu` the
-kernel's vector operations over the four slots of a bundle, `vmem` the MiB it takes. The kernel has no
-loops and takes no branch on the data, so every operation of its body counts once
-a block. `... grad` is the forward pass and the gradient of the weights to the
-logits, `... histogram` the forward pass with the histogram for `dual.quantile`,
-whose sum over the lanes, once in 31 blocks, the estimate charges by half to each.
-`project` is the router's projection of bfloat16 tokens of width 2048, by XLA, and
-routing after it; `project fused` is both in one kernel, on v6e and newer. `sort` is `dispatch.sort_by_expert` after it, `argsort` what gives the same
-permutation and its inverse by `jnp.argsort` twice.
+The programs:
+
+  plain               what one writes with `lax.top_k`, without a gather or scatter
+  tokamax             the same with `tokamax.router_topk`, where that is installed
+  jaxroute            the routing kernel
+  ... grad            the forward pass and the gradient of the weights to the logits
+  jaxroute histogram  with the histogram for `dual.quantile`, whose sum over the
+                      lanes, once in 31 blocks, is charged by half to each
+  project             the router's projection of bfloat16 tokens of width 2048, by
+                      XLA, and routing after it
+  project fused       both in one kernel, on v6e and newer
+  sort                `dispatch.sort_by_expert` after the routing
+  argsort             the same permutation and its inverse by `jnp.argsort` twice
+
+Beside them stand `floor`, the time to move the operands and results at the HBM
+bandwidth below; `valu`, the kernel's vector operations over the four slots of a
+bundle; and `vmem`, the MiB it takes. The kernel has no loops and takes no branch on
+the data, so every operation of its body counts once a grid step.
 """
 
 import collections
@@ -108,27 +115,22 @@ def libtpu_version() -> str:
   return importlib.metadata.version("libtpu")
 
 
-def compile_for(generation: str, case: str, candidate: str):
-  """Compiles one program for a TPU that is not here.
+def _config(case):
+  import jaxroute
 
-  Args:
-    generation: a key of `TPUS`.
-    case: a key of `CASES`.
-    candidate: a member of `CANDIDATES`.
+  _, e, k, fields = CASES[case]
+  return jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
 
-  Returns:
-    The compiled program.
-  """
+
+def _programs(config):
+  """Candidate to function of its operands."""
   import jax
   import jax.numpy as jnp
-  import numpy as np
-  from jax.experimental import topologies
 
   import jaxroute
   from jaxroute.kernels import route_tpu
 
-  t, e, k, fields = CASES[case]
-  config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
+  e = config.num_experts
 
   def ours(logits, bias):
     r = jaxroute.route(logits, bias, config, implementation="tpu")
@@ -178,18 +180,49 @@ def compile_for(generation: str, case: str, candidate: str):
     scores = jax.nn.softmax(scores) if softmax else jax.nn.sigmoid(scores)
     selection = scores + bias
     if config.num_groups > 1:
-      grouped = selection.reshape(t, config.num_groups, -1)
+      grouped = selection.reshape(-1, config.num_groups, config.group_size)
       best = jax.lax.top_k(grouped, 2)[0].sum(-1)
       kept = jax.lax.top_k(best, config.group_top_k)[1]
       keep = jax.nn.one_hot(kept, config.num_groups, dtype=bool).any(1)
-      selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(t, e)
-    idx = top_k(selection, k)
+      selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(-1, e)
+    idx = top_k(selection, config.top_k)
     # Sums of comparisons: gathers and scatters cost more than all the rest.
     chosen = idx[:, :, None] == jnp.arange(e)
     weights = jnp.sum(jnp.where(chosen, scores[:, None], 0.0), axis=2)
     weights /= weights.sum(1, keepdims=True)
     return idx, weights, jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
 
+  return {
+    "plain": plain,
+    "tokamax": tokamax,
+    "jaxroute": ours,
+    "plain grad": functools.partial(grad, plain),
+    "jaxroute grad": functools.partial(grad, ours),
+    "jaxroute histogram": histogram,
+    "project": project,
+    "project fused": project_fused,
+    "argsort": argsort,
+    "sort": sort,
+  }
+
+
+def compile_for(generation: str, case: str, candidate: str):
+  """Compiles one program for a TPU that is not here.
+
+  Args:
+    generation: a key of `TPUS`.
+    case: a key of `CASES`.
+    candidate: a member of `CANDIDATES`.
+
+  Returns:
+    The compiled program.
+  """
+  import jax
+  import jax.numpy as jnp
+  import numpy as np
+  from jax.experimental import topologies
+
+  t, e, k, _ = CASES[case]
   topology = topologies.get_topology_desc(
     platform="tpu", topology_name=TPUS[generation][0]
   )
@@ -204,18 +237,7 @@ def compile_for(generation: str, case: str, candidate: str):
   if "grad" in candidate:
     shapes.append(((t, k), jnp.float32))
   arguments = [jax.ShapeDtypeStruct(*shape, sharding=whole) for shape in shapes]
-  function = {
-    "plain": plain,
-    "tokamax": tokamax,
-    "jaxroute": ours,
-    "plain grad": functools.partial(grad, plain),
-    "jaxroute grad": functools.partial(grad, ours),
-    "jaxroute histogram": histogram,
-    "project": project,
-    "project fused": project_fused,
-    "argsort": argsort,
-    "sort": sort,
-  }[candidate]
+  function = _programs(_config(case))[candidate]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     traced = jax.jit(function).trace(*arguments)
     return traced.lower(lowering_platforms=("tpu",)).compile()
@@ -223,13 +245,10 @@ def compile_for(generation: str, case: str, candidate: str):
 
 def _child(generation, case, candidate, folder):
   """Compiles, and writes what the compiler says to `folder`/result.json."""
-  import jaxroute
   from jaxroute.kernels import route_tpu
 
   compiled = compile_for(generation, case, candidate)
   memory = compiled.memory_analysis()
-  t, e, k, fields = CASES[case]
-  config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
   # The compiler estimates one of several ops that are the same.
   same = collections.defaultdict(list)
   for name, op in re.findall(r"%(\S+) = (.*)", compiled.as_text()):
@@ -237,7 +256,7 @@ def _child(generation, case, candidate, folder):
     same[op].append(name)
   used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   result = {
-    "grid": route_tpu.grid(config, t),
+    "grid": route_tpu.grid(_config(case), CASES[case][0]),
     "vmem": max(map(int, re.findall(used, compiled.as_text())), default=0),
     "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     "same": [names for names in same.values() if len(names) > 1],

@@ -156,7 +156,14 @@ def project_and_route(
 
 
 def check_inputs(logits, expert_bias, config, token_mask) -> None:
-  """Raises ValueError unless the arguments of `route` fit together."""
+  """Raises ValueError unless the arguments of `route` fit together.
+
+  Args:
+    logits: `[T, E]` floating point, or an abstract array.
+    expert_bias: `[E]` float32, or None.
+    config: what E has to be that of.
+    token_mask: `[T]` bool, or None.
+  """
   if logits.ndim != 2 or logits.shape[1] != config.num_experts:
     raise ValueError(
       f"`logits` must be [T, E={config.num_experts}], got shape"
@@ -189,7 +196,13 @@ def check_inputs(logits, expert_bias, config, token_mask) -> None:
 def check_kernel(
   kernel: jax.Array, width: int, config: types.RouterConfig
 ) -> None:
-  """Raises ValueError unless a projection takes D = `width` to E."""
+  """Raises ValueError unless a projection takes D to E.
+
+  Args:
+    kernel: `[D, E]`. The router projection.
+    width: D, of the tokens.
+    config: what E has to be that of.
+  """
   if kernel.shape != (width, config.num_experts):
     raise ValueError(
       f"`kernel` must be [D={width}, E={config.num_experts}], got shape"

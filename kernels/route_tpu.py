@@ -15,6 +15,7 @@ zeros, which the second forgets. The tokens are what the MXU holds and the exper
 pass by, so that few of them leave none of its width empty.
 """
 
+import dataclasses
 import functools
 import types
 from typing import Any
@@ -159,15 +160,7 @@ def route(
     the logits of the chosen experts, `[T, K]` float32, or their scores if those
     depend on all logits. No gradient is defined.
   """
-  plan = route_plan_tpu.Plan(
-    config=config,
-    tokens=logits.shape[0],
-    has_bias=expert_bias is not None,
-    has_mask=token_mask is not None,
-    with_chosen=with_chosen,
-    interpret=bool(interpret),
-    divides_in_software=_divides_in_software(interpret),
-  )
+  plan = _plan(config, logits, expert_bias, token_mask, with_chosen, interpret)
   e, block = plan.num_experts, plan.step_tokens
   if plan.transposed:
     logits, spec = logits.T, pl.BlockSpec((e, block), lambda i: (0, i))
@@ -203,16 +196,8 @@ def project_and_route(
   Returns:
     What `route` does. Products are exact, and their sums float32.
   """
-  plan = route_plan_tpu.Plan(
-    config=config,
-    tokens=tokens.shape[0],
-    width=tokens.shape[1],
-    has_bias=expert_bias is not None,
-    has_mask=token_mask is not None,
-    with_chosen=with_chosen,
-    interpret=bool(interpret),
-    divides_in_software=_divides_in_software(interpret),
-  )
+  plan = _plan(config, tokens, expert_bias, token_mask, with_chosen, interpret)
+  plan = dataclasses.replace(plan, width=tokens.shape[1])
   last = max(plan.grid - 1, 0)
   in_specs = [
     pl.BlockSpec((plan.block, plan.width), lambda i: (jnp.minimum(i, last), 0)),
@@ -228,6 +213,18 @@ def project_and_route(
   ]
   operands = [tokens, *_in_parts(plan, kernel)]
   return _call(plan, operands, in_specs, expert_bias, token_mask, interpret)
+
+
+def _plan(config, inputs, expert_bias, token_mask, with_chosen, interpret):
+  return route_plan_tpu.Plan(
+    config=config,
+    tokens=inputs.shape[0],
+    has_bias=expert_bias is not None,
+    has_mask=token_mask is not None,
+    with_chosen=with_chosen,
+    interpret=bool(interpret),
+    divides_in_software=_divides_in_software(interpret),
+  )
 
 
 def _in_parts(plan, kernel):
@@ -354,16 +351,17 @@ def _kernel(plan, inputs_ref, *refs):
   if plan.width:
     steps.project(plan, inputs_ref, parts_refs, buf)
   if histogram_ref is not None:
-    each_row = functools.partial(_each, plan, plan.rows)
     period = histogram_tpu.FLUSH // plan.blocks
     flush = step % period == period - 1
 
     @pl.when(flush | (step == plan.grid - 1))
     def _flush():
-      each_row(
+      _each(
+        plan,
+        plan.rows,
         lambda r: histogram_tpu.add_up(
           buf.distances, r, plan.rows, histogram_ref
-        )
+        ),
       )
       buf.distances[...] = jnp.zeros_like(buf.distances)
 

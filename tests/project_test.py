@@ -137,8 +137,25 @@ def test_explicit_sharding_changes_nothing():
       *(jax.device_put(x, tokens), kernel, None, config),
       jax.device_put(mask, tokens),
     )
+    # Every shard has a part of the gradient to the kernel.
+    d_kernel = conformance.jit_interpreted(_d_kernel)(
+      jax.device_put(x, tokens), kernel
+    )
   _assert_equal(actual, expected, mask)
   assert actual.load.is_fully_replicated
+  np.testing.assert_allclose(
+    d_kernel,
+    conformance.jit_interpreted(_d_kernel)(x, kernel),
+    rtol=1e-4,
+    atol=1e-5,
+  )
+
+
+def _d_kernel(x, kernel):
+  def loss(kernel):
+    return jnp.sum(_kernel(x, kernel, None, _config()).weights ** 2)
+
+  return jax.grad(loss)(kernel)
 
 
 def test_the_simulator_finds_no_race_and_no_uninitialised_read():
