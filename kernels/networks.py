@@ -7,6 +7,7 @@ comparisons to make depend on n alone, so all elements are sorted at once by
 element may be NaN.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 
@@ -41,19 +42,70 @@ def exchanges(n: int) -> tuple[tuple[int, int], ...]:
   return tuple(pairs)
 
 
-def sort(values: Sequence[jax.Array]) -> list[jax.Array]:
-  """Sorts a list.
+def best(
+  values: Sequence[jax.Array], count: int, levels: int = 0
+) -> list[list[jax.Array]]:
+  """The largest of a list, or of each of its classes.
+
+  Of two that are compared, the loser is among the first `count` only if the winner
+  is, so that no more than half of them are losers: these are found among the
+  losers, the others among the winners.
 
   Args:
     values: arrays of one shape.
+    count: how many to keep.
+    levels: of comparisons that leave winners and losers apart, for `join`.
 
   Returns:
-    The list in falling order.
+    `2**levels` falling lists, the one of those that never lost first: as many of
+    `count >> n` as there are that lost n times.
   """
-  values = list(values)
-  for i, j in exchanges(len(values)):
-    _exchange(values, i, j)
-  return values
+  if not levels and (len(values) < 2 or not count):
+    return [list(values[:count])]
+  pairs = list(zip(values[::2], values[1::2], strict=False))
+  winners = [jnp.maximum(a, b) for a, b in pairs]
+  losers = [jnp.minimum(a, b) for a, b in pairs]
+  winners += values[2 * len(pairs) :]
+  deeper = max(levels - 1, 0)
+  lists = best(winners, count, deeper) + best(losers, count // 2, deeper)
+  return lists if levels else [join(lists, count)]
+
+
+def sizes(n: int, count: int, levels: int) -> list[int]:
+  """The lengths of the lists that `best` makes.
+
+  Args:
+    n: how many values it is given.
+    count: how many are kept.
+    levels: of comparisons that leave winners and losers apart.
+
+  Returns:
+    One length for each list.
+  """
+  if not levels:
+    return [min(n, count)]
+  losers = n // 2
+  return sizes(n - losers, count, levels - 1) + sizes(
+    losers, count // 2, levels - 1
+  )
+
+
+def join(lists: Sequence[list[jax.Array]], count: int) -> list[jax.Array]:
+  """The largest of all classes.
+
+  Args:
+    lists: what `best` returns, or, class by class, what several of its results have
+      been merged to.
+    count: how many to keep.
+
+  Returns:
+    One falling list.
+  """
+  if len(lists) == 1:
+    return lists[0]
+  half = len(lists) // 2
+  winners, losers = join(lists[:half], count), join(lists[half:], count // 2)
+  return merge(winners, losers, count, above=True)
 
 
 def largest(
@@ -69,19 +121,26 @@ def largest(
   Returns:
     `min(count, len(a) + len(b))` arrays that fall and then rise.
   """
+  return _largest(a, b, count, jnp.maximum)
+
+
+def _largest(a, b, count, maximum):
   n = min(count, len(a) + len(b))
   kept = []
   for i in range(n):
     j = n - 1 - i
     if i < len(a) and j < len(b):
-      kept.append(jnp.maximum(a[i], b[j]))
+      kept.append(maximum(a[i], b[j]))
     else:
       kept.append(a[i] if i < len(a) else b[j])
   return kept
 
 
 def merge(
-  a: Sequence[jax.Array], b: Sequence[jax.Array], count: int
+  a: Sequence[jax.Array],
+  b: Sequence[jax.Array],
+  count: int,
+  above: bool = False,
 ) -> list[jax.Array]:
   """The `count` largest of two falling lists.
 
@@ -89,24 +148,62 @@ def merge(
     a: a falling list.
     b: a falling list.
     count: how many to keep.
+    above: whether `a[i] >= b[i]` for every i: fewer comparisons are needed.
 
   Returns:
     `min(count, len(a) + len(b))` arrays in falling order.
   """
-  values = largest(a, b, count)
+  # Networks that sort zeros and ones sort everything (Knuth, section 5.3.4), and
+  # two falling lists of these have few states: the numbers of ones.
+  states = [
+    (i, j)
+    for i in range(len(a) + 1)
+    for j in range(len(b) + 1)
+    if i >= j or not above
+  ]
+  merged = _largest(
+    [
+      _Wire(x, frozenset(s for s in states if s[0] > n))
+      for n, x in enumerate(a)
+    ],
+    [
+      _Wire(x, frozenset(s for s in states if s[1] > n))
+      for n, x in enumerate(b)
+    ],
+    count,
+    _Wire.maximum,
+  )
   # A bitonic sort of the next power of two, as if the missing ones, in front,
   # were larger than all: comparisons with those are left out.
-  size = 1 << max(0, (len(values) - 1).bit_length())
-  missing = size - len(values)
+  size = 1 << max(0, (len(merged) - 1).bit_length())
+  missing = size - len(merged)
   d = size // 2
   while d:
     for i in range(missing, size - d):
       if not i & d:
-        _exchange(values, i - missing, i - missing + d)
+        x, y = i - missing, i - missing + d
+        larger, smaller = (
+          merged[x].maximum(merged[y]),
+          merged[x].minimum(merged[y]),
+        )
+        merged[x], merged[y] = larger, smaller
     d //= 2
-  return values
+  return [wire.value for wire in merged]
 
 
-def _exchange(values, i, j):
-  a, b = values[i], values[j]
-  values[i], values[j] = jnp.maximum(a, b), jnp.minimum(a, b)
+@dataclasses.dataclass(frozen=True)
+class _Wire:
+  """A number of a network, and the states in which it is one and not zero."""
+
+  value: jax.Array
+  ones: frozenset
+
+  def maximum(self, other: "_Wire") -> "_Wire":
+    ones = self.ones | other.ones
+    known = {self.ones: self, other.ones: other}
+    return known.get(ones) or _Wire(jnp.maximum(self.value, other.value), ones)
+
+  def minimum(self, other: "_Wire") -> "_Wire":
+    ones = self.ones & other.ones
+    known = {self.ones: self, other.ones: other}
+    return known.get(ones) or _Wire(jnp.minimum(self.value, other.value), ones)

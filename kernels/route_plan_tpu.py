@@ -7,7 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxroute.kernels import histogram_tpu
+from jaxroute.kernels import histogram_tpu, networks
 
 LANES = 128
 SUBLANES = 8
@@ -50,12 +50,12 @@ class Plan:
   def blocks(self) -> int:
     """Of a grid step: one of two begins while the other ends.
 
-    With many experts a step has enough to do, and its first logits are long in
-    coming.
+    The more experts, the longer are the first logits in coming, so that it takes a
+    longer grid to win by that.
     """
     count = pl.cdiv(self.tokens, self.block)
-    small = self.num_experts <= 192 and not self.width
-    return 2 if small and count > 2 and count % 2 == 0 else 1
+    enough = self.num_experts <= 512 and count >= max(4, self.num_experts // 32)
+    return 2 if enough and count % 2 == 0 and not self.width else 1
 
   @property
   def step_tokens(self) -> int:
@@ -109,6 +109,16 @@ class Plan:
     return self.config.top_k + 1
 
   @property
+  def levels(self) -> int:
+    """Of comparisons whose winners and losers are merged apart."""
+    return 0 if self.grouped else 2
+
+  @property
+  def list_sizes(self) -> list[int]:
+    """Lengths of the lists of one segment of a sublane."""
+    return networks.sizes(self.segment_rows, self.listed, self.levels)
+
+  @property
   def chosen_rows(self) -> int:
     """K, rounded up to whole registers."""
     return pl.cdiv(self.config.top_k, SUBLANES) * SUBLANES
@@ -157,7 +167,7 @@ class Plan:
       "chosen_from": ((c, rows, LANES), f32),
       "bias": ((SUBLANES * self.row_pitch, LANES), f32),
       "bias_row": ((1, pl.cdiv(rows, LANES) * LANES), f32),
-      "lists": ((seg * self.listed * by_column, LANES), f32),
+      "lists": ((seg * sum(self.list_sizes) * by_column, LANES), f32),
       "not_below": ((seg * dense, LANES), f32),
       "above": ((seg * dense, LANES), f32),
       "bits_not_below": ((self.words * by_column, LANES), i32),

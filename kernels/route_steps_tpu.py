@@ -15,18 +15,20 @@ odd pitch.
 
   1. column: logits are transposed, scored, biased; the selection scores are
      written to `chosen_from`, and every later step reads them from there. A
-     selection network keeps the K + 1 largest values of every sublane, no indices.
+     selection network keeps the K + 1 largest values of every sublane, no indices;
+     those that lost a comparison in it are kept apart from those that did not, for
+     of them fewer are wanted.
      The columns take turns in two buffers of transposed logits: else all that
      is transposed would come first, with nothing to do beside it.
-  2. dense: the 8 sublanes' lists are merged. Group scores are sums of the heads
+  2. dense: the 8 sublanes' lists are merged, each kind with its own. Group scores are sums of the heads
      of lists; a group that is not kept is taken out as a whole. The last merge
      leaves the K-th largest value, the threshold, and the next, the cutoff.
   3. column: a score sets one bit if it is above the threshold, one if it is not
      below: two 32-bit words per sublane for every 32 rows.
   4. dense: where more than K are not below, as many of the equal ones as are
      wanted are taken from the lowest index on. K bits are left per token, in
-     index order; they are pulled out one by one. Short words of several sublanes
-     are packed into one for that.
+     index order; they are pulled out one by one, from both ends at once. Short
+     words of several sublanes are packed into one for that.
   5. column: the logits of the chosen experts are gathered.
   6. dense: they are scored again, sorted by score, weighted and normalised. Only
      their order depends on the scores being the same as in step 1.
@@ -61,6 +63,7 @@ _ODD = np.int32(-0x55555556)
 _SCALE = 2.0**40
 # Its inverse is a normal float.
 _LARGE = np.float32(2.0**125)
+_MINUS_LOG2_E = np.float32(-np.log2(np.e))
 _NEG_INF = np.float32(-np.inf)
 _NAN = np.float32(np.nan)
 
@@ -170,8 +173,7 @@ def _sigmoid(plan, x):
     return jax.nn.sigmoid(x)
   # One Newton step, without the special cases of a division, of which only
   # infinity can come up.
-  divisor = 1.0 + jnp.exp(-x)
-  divisor = jnp.where(divisor > _LARGE, _LARGE, divisor)
+  divisor = jnp.minimum(1.0 + jnp.exp2(x * _MINUS_LOG2_E), _LARGE)
   inverse = _reciprocal(divisor, approx=True)
   return inverse + inverse * (1.0 - divisor * inverse)
 
@@ -233,18 +235,15 @@ def score_column(plan, c, logits_ref, buf):
     buf.chosen_from[c, pl.ds(r * _SUBLANES, _SUBLANES), :] = x
     return x
 
-  rows, listed = plan.segment_rows, plan.listed
-  run = min(_SUBLANES, 1 << (listed - 1).bit_length())
+  rows = plan.segment_rows
+  start = c * _PITCH
   for segment in range(plan.segments):
-    best = []
-    for first in range(0, rows, run):
-      start = segment * rows
-      here = range(start + first, start + min(rows, first + run))
-      part = networks.sort([selection(r) for r in here])[:listed]
-      best = networks.merge(best, part, listed)
-    for i, value in enumerate(best):
-      start = (segment * listed + i) * plan.columns * _PITCH
-      buf.lists[pl.ds(start + c * _PITCH, _SUBLANES), :] = value
+    here = range(segment * rows, (segment + 1) * rows)
+    values = [selection(r) for r in here]
+    for best in networks.best(values, plan.listed, plan.levels):
+      for value in best:
+        buf.lists[pl.ds(start, _SUBLANES), :] = value
+        start += plan.columns * _PITCH
 
 
 def _softmax_statistics(plan, logits):
@@ -264,32 +263,35 @@ def _softmax_statistics(plan, logits):
 
 def threshold(plan, buf):
   """Writes the K-th largest selection score and the cutoff; the groups kept."""
-  listed = plan.listed
-  pitch = plan.columns * _PITCH
-  lists = [
-    [
-      _dense(buf.lists, (segment * listed + i) * pitch + s, plan)
-      for i in range(min(listed, plan.segment_rows))
+  listed, kept = plan.listed, None
+  parts = _load_lists(plan, buf)
+  if plan.levels:
+    # Every class of all sublanes, then the classes.
+    merged = [
+      _merge_all([part[i] for part in parts], listed >> i.bit_count())
+      for i in range(2**plan.levels)
     ]
-    for s in range(_SUBLANES)
-    for segment in range(plan.segments)
-  ]
-  kept = None
-  if plan.grouped:
-    size = len(lists) // plan.config.num_groups
-    lists = [
-      _merge_all(lists[i : i + size], listed)
-      for i in range(0, len(lists), size)
-    ]
-    kept = _keep_groups(plan, lists)
-    lists = [
-      [jnp.where(keep, x, _NEG_INF) for x in group]
-      for keep, group in zip(kept, lists, strict=True)
-    ]
-  half = len(lists) // 2
-  best = networks.largest(
-    _merge_all(lists[:half], listed), _merge_all(lists[half:], listed), listed
-  )
+    half = len(merged) // 2
+    halves = (
+      networks.join(merged[:half], listed),
+      networks.join(merged[half:], listed // 2),
+    )
+  else:
+    lists = [part[0] for part in parts]
+    if plan.grouped:
+      size = len(lists) // plan.config.num_groups
+      lists = [
+        _merge_all(lists[i : i + size], listed)
+        for i in range(0, len(lists), size)
+      ]
+      kept = _keep_groups(plan, lists)
+      lists = [
+        [jnp.where(keep, x, _NEG_INF) for x in group]
+        for keep, group in zip(kept, lists, strict=True)
+      ]
+    half = len(lists) // 2
+    halves = _merge_all(lists[:half], listed), _merge_all(lists[half:], listed)
+  best = networks.largest(*halves, listed)
   # The two smallest of them.
   cutoff = threshold = jnp.full_like(best[0], np.float32(np.inf))
   for x in best:
@@ -314,6 +316,22 @@ def threshold(plan, buf):
       buf.above[rows, :] = above
     buf.not_below[rows, :] = not_below
   return kept
+
+
+def _load_lists(plan, buf):
+  """Dense, the lists of every segment of every sublane, class by class."""
+  pitch = plan.columns * _PITCH
+  parts = []
+  for s in range(_SUBLANES):
+    rows = iter(range(s, buf.lists.shape[0], pitch))
+    for _ in range(plan.segments):
+      parts.append(
+        [
+          [_dense(buf.lists, next(rows), plan) for _ in range(size)]
+          for size in plan.list_sizes
+        ]
+      )
+  return parts
 
 
 def _group(plan, s, segment):
@@ -419,26 +437,29 @@ def settle_ties(plan, buf):
   """Cells with K bits per token, which replace the bits not below."""
   not_below = _cells(plan, buf.bits_not_below)
   above = _cells(plan, buf.bits_above)
-  left = plan.config.top_k - _population(w for cell in above for w in cell)
+  wanted = plan.config.top_k - _population(w for cell in above for w in cell)
   # Of the words with equal ones the first are taken whole, then one in part.
   taken = []
-  part = wanted = jnp.zeros_like(left)
+  before = part = left = jnp.zeros_like(wanted)
   for cell, cell_above in zip(not_below, above, strict=True):
     for word, word_above in zip(cell, cell_above, strict=True):
       equal = word & ~word_above
-      n = lax.population_count(equal)
-      partly = (left > 0) & (left < n)
+      after = before + lax.population_count(equal)
+      partly = (before < wanted) & (wanted < after)
       part = jnp.where(partly, equal, part)
-      wanted = jnp.where(partly, left, wanted)
-      taken.append((word, word_above, n <= left, partly))
-      left = jnp.maximum(left - n, 0)
-  # How many low bits of it have `wanted` ones: a binary search.
+      left = jnp.where(partly, wanted - before, left)
+      taken.append((word, word_above, after <= wanted, partly))
+      before = after
+  # How many low bits of it have `left` ones: a search in powers of four.
   low = jnp.zeros_like(left)
-  for width in (16, 8, 4, 2, 1):
-    longer = low + width
-    few = lax.population_count(part & _ones(longer)) <= wanted
-    low = jnp.where(few, longer, low)
-  part = part & _ones(low)
+  for width in (8, 2):
+    longer = [low + i * width for i in (1, 2, 3)]
+    few = [lax.population_count(part & _ones(n)) <= left for n in longer]
+    for n, ok in zip(longer, few, strict=True):
+      low = jnp.where(ok, n, low)
+  longer = low + 1
+  few = lax.population_count(part & _ones(longer)) <= left
+  part = part & _ones(jnp.where(few, longer, low))
 
   words = [
     jnp.where(whole, word, jnp.where(partly, above | part, above))
@@ -460,42 +481,67 @@ def _ones(n):
 
 def pull_bits(plan, cells, buf):
   """The K experts of every token, in index order."""
-  # The cell being emptied, and where the next one that is not empty starts.
+  k = plan.config.top_k
+  # From both ends: neither waits for the other.
+  low = _pull_bits(plan, cells, (k + 1) // 2, last=False)
+  high = _pull_bits(plan, cells, k // 2, last=True)
+  chosen = low + high[::-1]
+  for i, expert in enumerate(chosen):
+    buf.idx[_dense_rows(i, plan), :] = expert
+  return chosen
+
+
+def _pull_bits(plan, cells, count, last):
+  """The first, or the last, `count` experts."""
   size = plan.packed * plan.rows
+  starts = range(0, len(cells) * size, size)
+  order = list(zip(starts, cells, strict=True))
+  words = range(plan.words)
+  if last:
+    order, words = order[::-1], words[::-1]
+  # The cell being emptied, and where the next one that is not empty starts.
   current = [jnp.zeros_like(cells[0][0])] * plan.words
   start = jnp.zeros_like(current[0])
-  following, after = [], _like(start, len(cells) * size)
-  for i in reversed(range(len(cells))):
+  following, after = [], _like(start, -1)
+  for first, cell in order[::-1]:
     following.insert(0, after)
-    some = functools.reduce(jnp.bitwise_or, cells[i]) != 0
-    after = jnp.where(some, np.int32(i * size), after)
+    some = functools.reduce(jnp.bitwise_or, cell) != 0
+    after = jnp.where(some, np.int32(first), after)
 
-  chosen = []
-  for _ in range(plan.config.top_k):
+  pulled = []
+  for _ in range(count):
     empty = functools.reduce(jnp.bitwise_or, current) == 0
     start = jnp.where(empty, after, start)
-    entered = jnp.where(empty, after, np.int32(-1))
-    for i, cell in enumerate(cells):
-      # The i-th cell is entered by the first bit or by a later one.
-      here = entered == np.int32(i * size)
+    entered = jnp.where(empty, after, np.int32(-2))
+    for (first, cell), then in zip(order, following, strict=True):
+      # A cell is entered by its first bit pulled or by a later one.
+      here = entered == np.int32(first)
       current = [
         jnp.where(here, a, b) for a, b in zip(cell, current, strict=True)
       ]
-      after = jnp.where(here, following[i], after)
-    # The lowest bit of the first word that has one.
-    word, at = current[-1], np.int32((plan.words - 1) * _WORD)
-    for w in reversed(range(plan.words - 1)):
+      after = jnp.where(here, then, after)
+    # The first word that has a bit.
+    word, at = current[words[-1]], np.int32(words[-1] * _WORD)
+    for w in words[-2::-1]:
       some = current[w] != 0
       word = jnp.where(some, current[w], word)
       at = jnp.where(some, np.int32(w * _WORD), at)
-    chosen.append(start + at + lax.population_count((word & -word) - 1))
-    buf.idx[_dense_rows(len(chosen) - 1, plan), :] = chosen[-1]
+    if last:
+      bit = _WORD - 1 - lax.clz(word)
+    else:
+      bit = lax.population_count((word & -word) - 1)
+    pulled.append(start + at + bit)
     none = None
-    for w, word in enumerate(current):
-      less = word & (word - 1)
+    for w in words:
+      word = current[w]
+      if last:
+        top = _like(word, np.int32(-(2**31)))
+        less = word & ~lax.shift_right_logical(top, lax.clz(word))
+      else:
+        less = word & (word - 1)
       current[w] = less if none is None else jnp.where(none, less, word)
       none = word == 0 if none is None else none & (word == 0)
-  return chosen
+  return pulled
 
 
 # The chosen experts.
