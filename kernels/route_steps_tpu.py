@@ -49,7 +49,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxroute.kernels import histogram_tpu, networks, route_plan_tpu
+from jaxroute.kernels import histogram_tpu, networks, route_plan_tpu, unrolled
 
 # Older versions of jax have it among what is not TPU's alone.
 _reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
@@ -560,27 +560,13 @@ def gather_column(plan, c, buf):
     expert = _column(buf.idx, first, c, plan)
     chunk = _quotient(expert, plan.rows)
     r = expert - chunk * np.int32(plan.rows)
-    bits = [(r & (1 << i)) != 0 for i in range((plan.rows - 1).bit_length())]
-    rows = _column_rows(first, c, plan)
-    buf.picked[rows, :] = _pick(plan, buf.logits.at[c], chunk, bits, 0)
-
-
-def _pick(plan, ref, chunk, bits, start):
-  """Of the rows from `start` on, the one of number `bits`, at its chunk."""
-  if not bits:
-    return jnp.take_along_axis(
-      ref[pl.ds(start * _SUBLANES, _SUBLANES), :],
+    picked = unrolled.pick(
+      lambda i: buf.logits[c, pl.ds(i * _SUBLANES, _SUBLANES), :],
+      r,
       chunk,
-      axis=0,
-      mode="promise_in_bounds",
+      plan.rows,
     )
-  # Depth first: breadth first, the compiler runs out of registers.
-  *lower, bit = bits
-  low = _pick(plan, ref, chunk, lower, start)
-  middle = start + (1 << len(lower))
-  if middle >= plan.rows:
-    return low
-  return jnp.where(bit, _pick(plan, ref, chunk, lower, middle), low)
+    buf.picked[_column_rows(first, c, plan), :] = picked
 
 
 def weigh(plan, step, chosen, kept, mask_ref, buf):

@@ -27,7 +27,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxroute.kernels import histogram_tpu, route_plan_tpu
+from jaxroute.kernels import histogram_tpu, route_plan_tpu, unrolled
 from jaxroute.kernels import route_steps_tpu as steps
 
 _LANES, _SUBLANES = route_plan_tpu.LANES, route_plan_tpu.SUBLANES
@@ -356,12 +356,12 @@ def _kernel(plan, inputs_ref, *refs):
 
     @pl.when(flush | (step == plan.grid - 1))
     def _flush():
-      _each(
-        plan,
+      unrolled.each(
         plan.rows,
         lambda r: histogram_tpu.add_up(
           buf.distances, r, plan.rows, histogram_ref
         ),
+        plan.interpret,
       )
       buf.distances[...] = jnp.zeros_like(buf.distances)
 
@@ -379,7 +379,10 @@ def _route_block(plan, step, b, logits_ref, mask_ref, outputs, buf):
     outputs = [x if x is None else x.at[:, tokens] for x in outputs]
     if mask_ref is not None:
       mask_ref = mask_ref.at[pl.ds(b * plan.columns, plan.columns)]
-  each_column = functools.partial(_each, plan, plan.columns)
+
+  def each_column(body):
+    unrolled.each(plan.columns, body, plan.interpret)
+
   each_column(lambda c: steps.score_column(plan, c, logits_ref, buf))
   kept = steps.threshold(plan, buf)
   each_column(lambda c: steps.compare_column(plan, c, buf))
@@ -390,15 +393,8 @@ def _route_block(plan, step, b, logits_ref, mask_ref, outputs, buf):
   steps.count(plan, buf)
   if plan.config.histogram:
     steps.store_prices(plan, kept, buf)
-    _each(plan, plan.rows, lambda r: steps.count_distances(plan, r, buf))
-
-
-def _each(plan, count, body):
-  """Calls `body` with 0 to `count` - 1."""
-  if plan.interpret:
-    # A CPU compiles it slowly unrolled, or as part of what surrounds it.
-    count = lax.optimization_barrier(jnp.int32(count))
-    lax.fori_loop(jnp.int32(0), count, lambda i, _: body(i), None)
-  else:
-    for i in range(count):
-      body(i)
+    unrolled.each(
+      plan.rows,
+      lambda r: steps.count_distances(plan, r, buf),
+      plan.interpret,
+    )

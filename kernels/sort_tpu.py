@@ -26,6 +26,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxroute.kernels import unrolled
+
 MAX_ASSIGNMENTS = 2**24
 """T * K has to be smaller."""
 
@@ -185,7 +187,7 @@ def _count_kernel(num_experts, tokens, interpret, idx_ref, counts_ref, buf):
   def product(i):
     counts_ref[...] += _product(buf, i, halves)
 
-  _each_product(buf, interpret, product)
+  unrolled.each(buf.mask.shape[1], product, interpret)
 
 
 def _rows_kernel(
@@ -212,18 +214,7 @@ def _rows_kernel(
     total = counts[:, width - 1 :]
     buf.base[...] += jnp.broadcast_to(total, buf.base.shape)
 
-  _each_product(buf, interpret, product)
-
-
-def _each_product(buf, interpret, body):
-  products = buf.mask.shape[1]
-  if interpret:
-    # A CPU compiles it slowly unrolled.
-    count = lax.optimization_barrier(jnp.int32(products))
-    lax.fori_loop(jnp.int32(0), count, lambda i, _: body(i), None)
-  else:
-    for i in range(products):
-      body(i)
+  unrolled.each(buf.mask.shape[1], product, interpret)
 
 
 def _product(buf, i, counted):
@@ -257,7 +248,7 @@ def _fill_mask(num_experts, left, interpret, idx_ref, buf):
     for c in range(buf.mask.shape[0]):
       _fill_column(k, i, c, buf)
 
-  _each_product(buf, interpret, product)
+  unrolled.each(buf.mask.shape[1], product, interpret)
 
 
 def _tokens(i, c, buf):
@@ -302,7 +293,7 @@ def _gather_rows(i, c, counts, rows_ref, buf):
   experts = buf.base.shape[0] - _PACKED
   registers = experts // _SUBLANES
 
-  def ends(start, n):
+  def ends(start, n=_SUBLANES):
     """The row after the last one that is taken up to each token."""
     rows = pl.ds(start, n)
     return buf.base[rows, :] + counts[start : start + n]
@@ -312,24 +303,14 @@ def _gather_rows(i, c, counts, rows_ref, buf):
   for first in range(0, k, _SUBLANES):
     some = pl.ds(first, _SUBLANES)
     row = buf.row[some, tokens]
-    found = _pick(ends, row, 0, registers).astype(jnp.int32) - 1
+    found = unrolled.pick(
+      lambda i: ends(i * _SUBLANES),
+      row >> 3,
+      row & (_SUBLANES - 1),
+      registers,
+    )
+    found = found.astype(jnp.int32) - 1
     last = nowhere.astype(jnp.int32) + buf.earlier[some, tokens]
     found = jnp.where(row < 0, last, found)
     n = min(_SUBLANES, k - first)
     rows_ref[pl.ds(first, n), tokens] = found[:n]
-
-
-def _pick(values, row, start, registers):
-  """Of `registers` from number `start` on, the values of `row`."""
-  if registers == 1:
-    return jnp.take_along_axis(
-      values(start * _SUBLANES, _SUBLANES),
-      row & (_SUBLANES - 1),
-      axis=0,
-      mode="promise_in_bounds",
-    )
-  # Depth first: breadth first, the compiler runs out of registers.
-  half = 1 << ((registers - 1).bit_length() - 1)
-  low = _pick(values, row, start, half)
-  high = _pick(values, row, start + half, registers - half)
-  return jnp.where(row & (half * _SUBLANES) != 0, high, low)
