@@ -15,11 +15,7 @@ _selection = jax.jit(scores.selection_scores, static_argnames="config")
 # An interpreted kernel is thousands of small operations: fusing them takes ten
 # times as long as running them.
 jit_interpreted = functools.partial(
-  jax.jit,
-  compiler_options={
-    "xla_disable_hlo_passes": "fusion",
-    "xla_backend_optimization_level": 0,
-  },
+  jax.jit, compiler_options={"xla_disable_hlo_passes": "fusion"}
 )
 
 

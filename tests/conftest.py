@@ -3,9 +3,15 @@
 
 import os
 
-# Read once, when jax makes its clients, so set before jax is imported.
-os.environ["XLA_FLAGS"] = (
-  os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+# Read once, when jax makes its clients, so set before jax is imported. Programs
+# here are small, and take longer to optimize than to run.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_force_host_platform_device_count=8",
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+  )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The TPU compiler works without a TPU, but looks for one unless told not to.
