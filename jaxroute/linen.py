@@ -193,7 +193,7 @@ def init_router_state(
 
   Returns:
     A `RouterState` whose fields are the collections "expert_bias", "load" and, if
-    there is one, "histogram".
+    there is one, "histogram": pytrees of `[..., E]`, of the last `[..., E, 16]`.
 
   Raises:
     ValueError: if the model has no router.

@@ -169,8 +169,8 @@ def trade_off(
   """Loss against imbalance, a colour for every method.
 
   Args:
-    points: label to the imbalances and the losses of the runs of a method. Small
-      marks are runs, the large one is their mean.
+    points: label to the imbalances and the losses of a method's N runs, two `[N]`.
+      Small marks are runs, the large one is their mean.
     xlabel: what the imbalances are; on a logarithmic axis.
     ylabel: what the losses are, with the unit.
 

@@ -294,7 +294,8 @@ def eval_step(
     loss_fn: as in `train_step`.
 
   Returns:
-    A dict: `loss_fn`'s metrics, `loss` and `load`. MaxVio_global is
+    A dict: `loss_fn`'s metrics, `loss`, a scalar, and `load`, int32 of the
+    shape of the bias, `[Lyr, E]` or a pytree of `[..., E]`. MaxVio_global is
     `max_vio` of the loads summed over all batches.
   """
   loss, (counts, aux) = loss_fn(state.params, state.router.expert_bias, batch)

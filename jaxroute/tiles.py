@@ -27,7 +27,13 @@ def dot(lhs: jax.Array, rhs: jax.Array) -> jax.Array:
 
 
 class Tile(NamedTuple):
-  """Consecutive rows, of which those of `mask` belong to `expert`."""
+  """R consecutive rows, of which those of `mask` belong to `expert`.
+
+  Attributes:
+    expert: int32 scalar.
+    start: int32 scalar, the first row.
+    mask: `[R, 1]` bool.
+  """
 
   expert: jax.Array
   start: jax.Array
