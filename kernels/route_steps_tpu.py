@@ -15,14 +15,15 @@ odd pitch.
 
   1. column: logits are transposed, scored, biased; the selection scores are
      written to `chosen_from`, and every later step reads them from there. A
-     selection network keeps the K + 1 largest values of every sublane, no indices;
-     those that lost a comparison in it are kept apart from those that did not, for
-     of them fewer are wanted.
-     The columns take turns in two buffers of transposed logits: else all that
-     is transposed would come first, with nothing to do beside it.
-  2. dense: the 8 sublanes' lists are merged, each kind with its own. Group scores are sums of the heads
-     of lists; a group that is not kept is taken out as a whole. The last merge
-     leaves the K-th largest value, the threshold, and the next, the cutoff.
+     selection network keeps the K + 1 largest values of every sublane, no
+     indices. Without groups, those that lost one of its first comparisons are
+     listed apart, for fewer of them are wanted. The columns take turns in two
+     buffers of transposed logits: else all that is transposed would come first,
+     with nothing to do beside it.
+  2. dense: the 8 sublanes' lists are merged, each kind with its own. Group scores
+     are sums of the heads of lists; a group that is not kept is taken out as a
+     whole. The last merge leaves the K-th largest value, the threshold, and the
+     next, the cutoff.
   3. column: a score sets one bit if it is above the threshold, one if it is not
      below: two 32-bit words per sublane for every 32 rows.
   4. dense: where more than K are not below, as many of the equal ones as are
@@ -265,7 +266,21 @@ def threshold(plan, buf):
   """Writes the K-th largest selection score and the cutoff; the groups kept."""
   listed, kept = plan.listed, None
   parts = _load_lists(plan, buf)
-  if plan.levels:
+  if plan.grouped:
+    lists = [part[0] for part in parts]
+    size = len(lists) // plan.config.num_groups
+    lists = [
+      _merge_all(lists[i : i + size], listed)
+      for i in range(0, len(lists), size)
+    ]
+    kept = _keep_groups(plan, lists)
+    lists = [
+      [jnp.where(keep, x, _NEG_INF) for x in group]
+      for keep, group in zip(kept, lists, strict=True)
+    ]
+    half = len(lists) // 2
+    halves = _merge_all(lists[:half], listed), _merge_all(lists[half:], listed)
+  else:
     # Every class of all sublanes, then the classes.
     merged = [
       _merge_all([part[i] for part in parts], listed >> i.bit_count())
@@ -276,21 +291,6 @@ def threshold(plan, buf):
       networks.join(merged[:half], listed),
       networks.join(merged[half:], listed // 2),
     )
-  else:
-    lists = [part[0] for part in parts]
-    if plan.grouped:
-      size = len(lists) // plan.config.num_groups
-      lists = [
-        _merge_all(lists[i : i + size], listed)
-        for i in range(0, len(lists), size)
-      ]
-      kept = _keep_groups(plan, lists)
-      lists = [
-        [jnp.where(keep, x, _NEG_INF) for x in group]
-        for keep, group in zip(kept, lists, strict=True)
-      ]
-    half = len(lists) // 2
-    halves = _merge_all(lists[:half], listed), _merge_all(lists[half:], listed)
   best = networks.largest(*halves, listed)
   # The two smallest of them.
   cutoff = threshold = jnp.full_like(best[0], np.float32(np.inf))
@@ -499,7 +499,7 @@ def _pull_bits(plan, cells, count, last):
   words = range(plan.words)
   if last:
     order, words = order[::-1], words[::-1]
-  # The cell being emptied, and where the next one that is not empty starts.
+  # The cell being emptied, and where the next one that is not empty starts, or -1.
   current = [jnp.zeros_like(cells[0][0])] * plan.words
   start = jnp.zeros_like(current[0])
   following, after = [], _like(start, -1)
@@ -512,7 +512,7 @@ def _pull_bits(plan, cells, count, last):
   for _ in range(count):
     empty = functools.reduce(jnp.bitwise_or, current) == 0
     start = jnp.where(empty, after, start)
-    entered = jnp.where(empty, after, np.int32(-2))
+    entered = jnp.where(empty, after, np.int32(-1))
     for (first, cell), then in zip(order, following, strict=True):
       # A cell is entered by its first bit pulled or by a later one.
       here = entered == np.int32(first)
