@@ -1,24 +1,24 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The experts: grouped matrix products and the feed-forward layers made of them.
 
-Rows come in expert order, `group_sizes` says how many each expert owns. TPU and
-GPU have an instruction for that, `jax.lax.ragged_dot`. On CPU it multiplies every
-row by every expert, so there the rows are walked in tiles, each owned by one
-expert: the products are dense ones over a slice of the rows. The choice is made
+Rows come in expert order, `group_sizes` says how many each expert owns. TPU has an
+instruction for that, `jax.lax.ragged_dot`. On CPU and NVIDIA GPUs XLA multiplies
+every row by every expert for it, so there the rows are walked in blocks: one
+expert's rows at a time on CPU, batches of many experts' on GPU. The choice is made
 when a trace is lowered, so that one trace serves every platform.
 """
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxroute import dispatch, ragged, tiles, types
+from jaxroute import blocks, dispatch, ragged, rounds, tiles, types
 
-MatmulImplementation = Literal["xla", "cpu"]
+MatmulImplementation = Literal["xla", "cpu", "gpu"]
 
 
 @jax.tree_util.register_dataclass
@@ -72,6 +72,7 @@ def grouped_matmul(
   group_sizes: jax.Array,
   *,
   implementation: MatmulImplementation | None = None,
+  expected_rows: int | None = None,
   preferred_element_type: Any = None,
 ) -> jax.Array:
   """Multiplies every row by the matrix of the group that owns it.
@@ -83,8 +84,12 @@ def grouped_matmul(
     lhs: `[N, D]`. Rows in group order.
     rhs: `[E, D, F]`. One matrix per group, the dtype of `lhs`.
     group_sizes: `[E]` int32. At most N in sum; gets no gradient.
-    implementation: "xla" (`jax.lax.ragged_dot`), "cpu" (tiles), or None for the
-      fast one of the platform the computation is lowered for.
+    implementation: "xla" (`jax.lax.ragged_dot`), "cpu" (one expert's rows at a
+      time), "gpu" (batches of all experts'), or None for the fast one of the
+      platform the computation is lowered for.
+    expected_rows: of all groups together when they are balanced, where that is
+      far below N, as on one shard of the experts; None for N. Sets the batches
+      of "gpu", and no value.
     preferred_element_type: dtype of the result; None for that of `lhs`. Sums
       are in float32.
 
@@ -101,11 +106,11 @@ def grouped_matmul(
     Array([2., 3., 0.], dtype=float32)
   """
   _check_matmul("lhs", lhs, "rhs", rhs, group_sizes)
-  _check_implementation(implementation)
+  how = _checked(implementation, expected_rows)
   dtype = jnp.dtype(preferred_element_type or lhs.dtype)
   lhs, rhs, group_sizes = dispatch.vary_alike((lhs, rhs, group_sizes))
   with jax.named_scope("jaxroute.grouped_matmul"):
-    return _grouped_matmul(implementation, dtype, lhs, rhs, group_sizes)
+    return _grouped_matmul(how, dtype, lhs, rhs, group_sizes)
 
 
 def swiglu(
@@ -114,6 +119,7 @@ def swiglu(
   group_sizes: jax.Array,
   *,
   implementation: MatmulImplementation | None = None,
+  expected_rows: int | None = None,
 ) -> jax.Array:
   """`(silu(x w_gate) * (x w_up)) w_down`, every row with its expert's matrices.
 
@@ -123,6 +129,7 @@ def swiglu(
     params: with the E axis, of the dtype of `x`.
     group_sizes: `[E]` int32. Rows per expert.
     implementation: as in `grouped_matmul`.
+    expected_rows: as in `grouped_matmul`.
 
   Returns:
     `[N, D]`, the dtype of `x`. Products are summed in float32.
@@ -143,10 +150,10 @@ def swiglu(
       f"`w_down` must have the dtype of `x`, {x.dtype}, got"
       f" {params.w_down.dtype}. Cast the parameters to that of the computation."
     )
-  _check_implementation(implementation)
+  how = _checked(implementation, expected_rows)
   x, params, group_sizes = dispatch.vary_alike((x, params, group_sizes))
   with jax.named_scope("jaxroute.swiglu"):
-    return _swiglu(implementation, x, params, group_sizes)
+    return _swiglu(how, x, params, group_sizes)
 
 
 def dense_swiglu(x: jax.Array, params: ExpertParams) -> jax.Array:
@@ -159,9 +166,9 @@ def dense_swiglu(x: jax.Array, params: ExpertParams) -> jax.Array:
   Returns:
     `[T, D]`, the dtype of `x`. Products are summed in float32.
   """
-  gate, up = tiles.dot(x, params.w_gate), tiles.dot(x, params.w_up)
+  gate, up = blocks.dot(x, params.w_gate), blocks.dot(x, params.w_up)
   hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-  return tiles.dot(hidden, params.w_down).astype(x.dtype)
+  return blocks.dot(hidden, params.w_down).astype(x.dtype)
 
 
 @functools.partial(jax.jit, static_argnames=("capacity", "implementation"))
@@ -196,7 +203,15 @@ def moe(
     routing.expert_idx, num_experts, routing.token_mask, capacity
   )
   rows = dispatch.dispatch(x, order)
-  rows = swiglu(rows, params, order.group_sizes, implementation=implementation)
+  # Of a shard of the experts only its share, though its shapes hold them all.
+  expected_rows = -(-rows.shape[0] * num_experts // routing.load.shape[0])
+  rows = swiglu(
+    rows,
+    params,
+    order.group_sizes,
+    implementation=implementation,
+    expected_rows=expected_rows,
+  )
   return dispatch.combine(rows, routing.weights, order), order.group_sizes
 
 
@@ -219,48 +234,63 @@ def _check_matmul(lhs_name, lhs, rhs_name, rhs, group_sizes) -> None:
     )
 
 
-def _check_implementation(implementation) -> None:
-  if implementation not in (None, "xla", "cpu"):
+def _checked(implementation, expected_rows) -> "_How":
+  if implementation not in (None, "xla", "cpu", "gpu"):
     raise ValueError(
-      "`implementation` must be None, 'xla' or 'cpu', got"
+      "`implementation` must be None, 'xla', 'cpu' or 'gpu', got"
       f" {implementation!r}. None is the fast one of every platform."
+    )
+  if expected_rows is not None and expected_rows < 0:
+    raise ValueError(
+      f"`expected_rows` must be None or at least 0, got {expected_rows}. None is"
+      " for groups that own most of the rows."
+    )
+  return _How(implementation, expected_rows)
+
+
+class _How(NamedTuple):
+  """How groups are multiplied; see `grouped_matmul`."""
+
+  implementation: MatmulImplementation | None
+  expected_rows: int | None
+
+  def call(self, by_blocks, ragged, *args):
+    """`by_blocks(fold, *args)` or `ragged(*args)`, by name or by platform."""
+    by_rounds = functools.partial(rounds.fold, expected_rows=self.expected_rows)
+    calls = {
+      "cpu": functools.partial(by_blocks, tiles.fold),
+      "gpu": functools.partial(by_blocks, by_rounds),
+      "xla": ragged,
+    }
+    if self.implementation is not None:
+      return calls[self.implementation](*args)
+    return lax.platform_dependent(
+      *args, cpu=calls["cpu"], cuda=calls["gpu"], default=ragged
     )
 
 
-def _on_platform(implementation, cpu, xla, *args):
-  """Calls one of two functions, by name or by the platform lowered for."""
-  if implementation is not None:
-    return (cpu if implementation == "cpu" else xla)(*args)
-  return lax.platform_dependent(*args, cpu=cpu, default=xla)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_matmul(implementation, dtype, lhs, rhs, group_sizes):
-  return _on_platform(
-    implementation,
-    functools.partial(tiles.matmul, dtype),
-    functools.partial(ragged.matmul, dtype),
-    lhs,
-    rhs,
-    group_sizes,
-  )
+def _grouped_matmul(how, dtype, lhs, rhs, group_sizes):
+  def by_blocks(fold, *args):
+    return blocks.matmul(fold, dtype, *args)
+
+  def by_xla(*args):
+    return ragged.matmul(dtype, *args)
+
+  return how.call(by_blocks, by_xla, lhs, rhs, group_sizes)
 
 
-def _grouped_matmul_fwd(implementation, dtype, lhs, rhs, group_sizes):
-  out = _grouped_matmul(implementation, dtype, lhs, rhs, group_sizes)
+def _grouped_matmul_fwd(how, dtype, lhs, rhs, group_sizes):
+  out = _grouped_matmul(how, dtype, lhs, rhs, group_sizes)
   return out, (lhs, rhs, group_sizes)
 
 
-def _grouped_matmul_bwd(implementation, dtype, residuals, d_out):
+def _grouped_matmul_bwd(how, dtype, residuals, d_out):
   del dtype
   lhs, rhs, group_sizes = residuals
   d_out = d_out.astype(lhs.dtype)
-  d_lhs = _grouped_matmul(
-    implementation, lhs.dtype, d_out, rhs.swapaxes(1, 2), group_sizes
-  )
-  d_rhs = _on_platform(
-    implementation, tiles.outer, ragged.outer, lhs, d_out, group_sizes
-  )
+  d_lhs = _grouped_matmul(how, lhs.dtype, d_out, rhs.mT, group_sizes)
+  d_rhs = how.call(blocks.outer, ragged.outer, lhs, d_out, group_sizes)
   return d_lhs, d_rhs, None
 
 
@@ -268,10 +298,9 @@ _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu(implementation, x, params, group_sizes):
-  return _on_platform(
-    implementation,
-    lambda *args: _swiglu_tiles(*args)[0],
+def _swiglu(how, x, params, group_sizes):
+  return how.call(
+    lambda *args: _swiglu_blocks(*args)[0],
     lambda *args: _swiglu_ragged(*args)[0],
     x,
     params,
@@ -279,10 +308,9 @@ def _swiglu(implementation, x, params, group_sizes):
   )
 
 
-def _swiglu_fwd(implementation, x, params, group_sizes):
-  out, gate, up = _on_platform(
-    implementation,
-    functools.partial(_swiglu_tiles, keep=True),
+def _swiglu_fwd(how, x, params, group_sizes):
+  out, gate, up = how.call(
+    functools.partial(_swiglu_blocks, keep=True),
     _swiglu_ragged,
     x,
     params,
@@ -291,9 +319,9 @@ def _swiglu_fwd(implementation, x, params, group_sizes):
   return out, (x, gate, up, params, group_sizes)
 
 
-def _swiglu_bwd(implementation, residuals, d_out):
-  d_x, d_params = _on_platform(
-    implementation, _swiglu_bwd_tiles, _swiglu_bwd_ragged, *residuals, d_out
+def _swiglu_bwd(how, residuals, d_out):
+  d_x, d_params = how.call(
+    _swiglu_bwd_blocks, _swiglu_bwd_ragged, *residuals, d_out
   )
   return d_x, d_params, None
 
@@ -310,49 +338,51 @@ def _swiglu_pullback(gate, up, d_hidden):
   return silu * up, d_gate, d_hidden * silu
 
 
-def _swiglu_tiles(x, params, group_sizes, keep=False):
+def _swiglu_blocks(fold, x, params, group_sizes, keep=False):
   """One pass over the rows: what lies between two products stays in cache."""
 
-  def body(tile, carry):
-    rows = tile.read(x)
+  def body(block, carry):
+    rows = block.read(x)
     gate, up = (
-      tiles.dot(rows, tile.of(params.w_gate)),
-      tiles.dot(rows, tile.of(params.w_up)),
+      blocks.dot(rows, block.of(params.w_gate)),
+      blocks.dot(rows, block.of(params.w_up)),
     )
     hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
-    values = tiles.dot(hidden, tile.of(params.w_down)), gate, up
-    return tuple(tile.write(*pair) for pair in zip(carry, values, strict=False))
+    values = blocks.dot(hidden, block.of(params.w_down)), gate, up
+    return tuple(
+      block.write(*pair) for pair in zip(carry, values, strict=False)
+    )
 
   n, f = x.shape[0], params.w_gate.shape[2]
   widths = (x.shape[1], f, f) if keep else (x.shape[1],)
-  carry = tuple(tiles.zeros((n, width), x.dtype, x) for width in widths)
-  return tiles.fold(body, carry, group_sizes, n)
+  carry = tuple(blocks.zeros((n, width), x.dtype, x) for width in widths)
+  return fold(body, carry, group_sizes, n)
 
 
-def _swiglu_bwd_tiles(x, gate, up, params, group_sizes, d_out):
-  def body(tile, carry):
+def _swiglu_bwd_blocks(fold, x, gate, up, params, group_sizes, d_out):
+  def body(block, carry):
     d_x, d_params = carry
-    rows, d_rows = tile.read(x), tile.read(d_out)
-    d_hidden = tiles.dot(d_rows, tile.of(params.w_down).T)
+    rows, d_rows = block.read(x), block.read(d_out)
+    d_hidden = blocks.dot(d_rows, block.of(params.w_down).mT)
     hidden, d_gate, d_up = (
       v.astype(x.dtype)
-      for v in _swiglu_pullback(tile.read(gate), tile.read(up), d_hidden)
+      for v in _swiglu_pullback(block.read(gate), block.read(up), d_hidden)
     )
-    d_x = tile.write(
+    d_x = block.write(
       d_x,
-      tiles.dot(d_gate, tile.of(params.w_gate).T)
-      + tiles.dot(d_up, tile.of(params.w_up).T),
+      blocks.dot(d_gate, block.of(params.w_gate).mT)
+      + blocks.dot(d_up, block.of(params.w_up).mT),
     )
     d_params = ExpertParams(
-      w_gate=tile.add(d_params.w_gate, tiles.dot(rows.T, d_gate)),
-      w_up=tile.add(d_params.w_up, tiles.dot(rows.T, d_up)),
-      w_down=tile.add(d_params.w_down, tiles.dot(hidden.T, d_rows)),
+      w_gate=block.add(d_params.w_gate, blocks.dot(rows.mT, d_gate)),
+      w_up=block.add(d_params.w_up, blocks.dot(rows.mT, d_up)),
+      w_down=block.add(d_params.w_down, blocks.dot(hidden.mT, d_rows)),
     )
     return d_x, d_params
 
-  totals = jax.tree.map(lambda w: tiles.zeros(w.shape, jnp.float32, x), params)
-  carry = tiles.zeros(x.shape, x.dtype, x), totals
-  d_x, totals = tiles.fold(body, carry, group_sizes, x.shape[0])
+  totals = jax.tree.map(lambda w: blocks.zeros(w.shape, jnp.float32, x), params)
+  carry = blocks.zeros(x.shape, x.dtype, x), totals
+  d_x, totals = fold(body, carry, group_sizes, x.shape[0])
   return d_x, jax.tree.map(lambda t: t.astype(x.dtype), totals)
 
 
@@ -369,7 +399,7 @@ def _swiglu_ragged(x, params, group_sizes):
 
 def _swiglu_bwd_ragged(x, gate, up, params, group_sizes, d_out):
   def back(d_out, w):
-    return ragged.matmul(jnp.float32, d_out, w.swapaxes(1, 2), group_sizes)
+    return ragged.matmul(jnp.float32, d_out, w.mT, group_sizes)
 
   d_hidden = back(d_out, params.w_down)
   hidden, d_gate, d_up = (

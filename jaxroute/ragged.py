@@ -1,7 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Grouped matrix products where XLA has them: TPU and GPU.
+"""Grouped matrix products where XLA has them: TPU.
 
-The same two functions as in `tiles`. What `jax.lax.ragged_dot` does with rows
+The same two functions as in `blocks`. What `jax.lax.ragged_dot` does with rows
 past the groups differs by platform, so they are zeroed before and after.
 """
 

@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Grouped products and expert layers against the oracle and dense einsums."""
 
+import functools
 import itertools
 
 import jax
@@ -13,10 +14,10 @@ from hypothesis import strategies as st
 
 from jaxroute import dispatch, experts, types
 
-IMPLEMENTATIONS = (None, "cpu", "xla")
+IMPLEMENTATIONS = (None, "cpu", "gpu", "xla")
 E, D, F = 4, 6, 5
 
-both = pytest.mark.parametrize("implementation", ("cpu", "xla"))
+each = pytest.mark.parametrize("implementation", ("cpu", "gpu", "xla"))
 
 
 def _normal(seed, *shape):
@@ -102,7 +103,7 @@ LAYOUTS = (
 )
 
 
-@both
+@each
 def test_groups_longer_and_shorter_than_a_tile(implementation):
   n = 1200
   lhs, params = _normal(0, n, D), _params()
@@ -114,15 +115,17 @@ def test_groups_longer_and_shorter_than_a_tile(implementation):
     _assert_close(out, _einsum_swiglu(lhs, params, owner))
 
 
+@pytest.mark.parametrize("implementation", ("cpu", "gpu"))
 @settings(deadline=None, max_examples=40)
 @given(st.lists(st.integers(0, 175), min_size=E, max_size=E))
-def test_any_group_sizes(group_sizes):
+def test_any_group_sizes(implementation, group_sizes):
   lhs, rhs = _normal(0, 700, D), _normal(1, E, D, F)
-  out = _matmul(lhs, rhs, _sizes(*group_sizes), implementation="cpu")
+  sizes = _sizes(*group_sizes)
+  out = _matmul(lhs, rhs, sizes, implementation=implementation)
   _assert_close(out, _einsum_matmul(lhs, rhs, _owner(group_sizes, 700)))
 
 
-@both
+@each
 @pytest.mark.parametrize("n", (0, 1, 63, 65))
 def test_few_rows(implementation, n):
   lhs, params = _normal(0, n, D), _params()
@@ -139,7 +142,7 @@ def test_few_rows(implementation, n):
 GRADIENT_LAYOUTS = ((700, 0, 64, 436), (1, 2, 3, 4), (0, 0, 0, 0))
 
 
-@both
+@each
 def test_matmul_gradients(implementation):
   lhs, rhs = _normal(0, 1200, D), _normal(1, E, D, F)
 
@@ -157,7 +160,7 @@ def test_matmul_gradients(implementation):
     _assert_close(actual(lhs, rhs, sizes), by_ragged_dot(lhs, rhs, sizes))
 
 
-@both
+@each
 def test_swiglu_gradients(implementation):
   x, params = _normal(0, 1200, D), _params()
 
@@ -170,7 +173,7 @@ def test_swiglu_gradients(implementation):
     _assert_close(actual(x, params, sizes), expected(x, params, owner))
 
 
-@both
+@each
 def test_rows_past_the_groups_are_not_read(implementation):
   n, sizes = 100, _sizes(30, 0, 10, 5)
   x = _normal(0, n, D).at[45:].set(jnp.nan)
@@ -198,7 +201,7 @@ def test_rows_past_the_groups_are_not_read(implementation):
   assert jnp.all(jnp.isfinite(d_rhs))
 
 
-@both
+@each
 def test_bfloat16_sums_in_float32(implementation):
   # A bfloat16 sum of ones stops at 256.
   n, d = 1000, 1024
@@ -228,7 +231,7 @@ def test_bfloat16_sums_in_float32(implementation):
   assert wide.dtype == jnp.float32
 
 
-@both
+@each
 def test_bfloat16_swiglu(implementation):
   x, params, sizes = _normal(0, 130, 32), _params(0, E, 32, 48), (70, 0, 9, 50)
   x, params = jax.tree.map(lambda v: v.astype(jnp.bfloat16), (x, params))
@@ -308,7 +311,7 @@ def test_an_expert_keeps_its_first_assignments_in_token_order(capacity):
   np.testing.assert_array_equal(group_sizes, np.minimum(seen, capacity))
 
 
-@both
+@each
 def test_masked_and_nan_tokens(implementation):
   t, k = 30, 2
   expert_idx, weights = _choices(1, t, k)
@@ -339,7 +342,8 @@ def test_masked_and_nan_tokens(implementation):
   assert all(jnp.all(jnp.isfinite(w)) for w in jax.tree.leaves(d_params))
 
 
-def test_shards_of_the_experts_sum_to_the_whole():
+@each
+def test_shards_of_the_experts_sum_to_the_whole(implementation):
   t, k, half = 40, 3, E // 2
   expert_idx, weights = _choices(1, t, k)
   x, params = _normal(0, t, D), _params()
@@ -348,14 +352,42 @@ def test_shards_of_the_experts_sum_to_the_whole():
     local = expert_idx - first
     local = np.where((local >= 0) & (local < half), local, half)
     shard = jax.tree.map(lambda w, i=first: w[i : i + half], params)
-    out, group_sizes = _moe(x, _routing(local, weights), shard)
+    out, group_sizes = _moe(
+      x, _routing(local, weights), shard, implementation=implementation
+    )
     assert group_sizes.shape == (half,)
     total += out
   whole, _ = _moe(x, _routing(expert_idx, weights), params)
   _assert_close(total, whole)
 
 
-@both
+def test_a_shard_is_cut_for_its_share():
+  t, k, half = 400, 2, E // 2
+  routing, params = _routing(*_choices(1, t, k)), _params(e=half)
+  moe = functools.partial(experts.moe, implementation="gpu")
+  text = str(jax.make_jaxpr(moe)(_normal(0, t, D), routing, params))
+  # 1.25 times half of the 800 rows, over the half of the experts.
+  assert f"f32[{half},256,{D}]" in text
+  assert f"f32[{half},504,{D}]" not in text
+
+
+@pytest.mark.gpu
+def test_on_a_gpu():
+  gpu = jax.devices("gpu")[0]
+  x, params, sizes = (
+    _normal(0, 300, 64),
+    _params(0, 8, 64, 48),
+    (0, 150, *[25] * 6),
+  )
+  owner, sizes = _owner(sizes, 300), _sizes(*sizes)
+  x, params, sizes = jax.device_put((x, params, sizes), gpu)
+  with jax.default_matmul_precision("highest"):
+    actual = _gradients(experts.swiglu)(x, params, sizes)
+    expected = _gradients(_einsum_swiglu)(x, params, jax.device_put(owner, gpu))
+  _assert_close(jax.device_get(actual), jax.device_get(expected), 1e-5)
+
+
+@each
 def test_moe_gradients(implementation):
   t, k = 50, 3
   expert_idx, weights = _choices(1, t, k)
@@ -406,13 +438,16 @@ def test_one_trace_lowers_for_every_platform():
     return jax.value_and_grad(loss, argnums=(0, 1))(x, params)
 
   traced = jax.jit(step).trace(x, params, sizes)
-  for platform in ("tpu", "cuda"):
+  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert "ragged_dot" in text
+  assert "while" not in text
+  for platform in ("cpu", "cuda"):
     text = traced.lower(lowering_platforms=(platform,)).as_text()
-    assert "ragged_dot" in text
-    assert "while" not in text
-  text = traced.lower(lowering_platforms=("cpu",)).as_text()
-  assert "ragged_dot" not in text
-  assert "while" in text
+    assert "ragged_dot" not in text
+    assert "while" in text
+    # All experts in one product, of 1.25 times their share of the rows.
+    batched = "tensor<8x80x128xf32>, tensor<8x128x128xf32>" in text
+    assert batched == (platform == "cuda")
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -560,10 +595,16 @@ def test_bad_swiglu_arguments_are_named():
 
 
 def test_unknown_implementation_is_refused():
-  with pytest.raises(ValueError, match="None, 'xla' or 'cpu', got 'tpu'"):
+  words = "None, 'xla', 'cpu' or 'gpu', got 'tpu'"
+  with pytest.raises(ValueError, match=words):
     experts.grouped_matmul(LHS, RHS, SIZES, implementation="tpu")
-  with pytest.raises(ValueError, match="None, 'xla' or 'cpu', got 'gpu'"):
-    experts.swiglu(LHS, _params(), SIZES, implementation="gpu")
+  with pytest.raises(ValueError, match=words):
+    experts.swiglu(LHS, _params(), SIZES, implementation="tpu")
+
+
+def test_negative_expected_rows_are_refused():
+  with pytest.raises(ValueError, match="`expected_rows`.*got -1"):
+    experts.swiglu(LHS, _params(), SIZES, expected_rows=-1)
 
 
 def test_identity_experts_give_back_the_tokens():
