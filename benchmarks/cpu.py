@@ -9,13 +9,11 @@ machine slows all of them. Only the ratios mean anything.
 
 import dataclasses
 import functools
-import statistics
-import time
-from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import timing
 from absl import app, flags
 
 import jaxroute
@@ -28,41 +26,6 @@ _SECTION = flags.DEFINE_enum(
   "Which table to print.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 40, "Timed calls per candidate.")
-
-
-def interleaved_medians(
-  candidates: Mapping[str, Callable[[], object]], repeats: int
-) -> dict[str, float]:
-  """Median seconds of each candidate, called in turn `repeats` times.
-
-  Args:
-    candidates: name to a function of no arguments that returns arrays; the
-      first call (compilation) is not timed.
-    repeats: rounds.
-
-  Returns:
-    name to the median wall time, in seconds.
-  """
-  for call in candidates.values():
-    jax.block_until_ready(call())
-  times = {name: [] for name in candidates}
-  for _ in range(repeats):
-    for name, call in candidates.items():
-      start = time.perf_counter()
-      jax.block_until_ready(call())
-      times[name].append(time.perf_counter() - start)
-  return {name: statistics.median(t) for name, t in times.items()}
-
-
-def print_table(
-  title: str, medians: Mapping[str, float], baseline: str
-) -> None:
-  """Prints one line per candidate: milliseconds and ratio to the baseline."""
-  print(f"\n{title}")
-  print(f"  {'candidate':34s} {'ms':>9s} {'ratio':>7s}")
-  for name, seconds in medians.items():
-    ratio = seconds / medians[baseline]
-    print(f"  {name:34s} {seconds * 1e3:9.3f} {ratio:7.3f}")
 
 
 def plain_route(logits, expert_bias, config):
@@ -130,8 +93,8 @@ def routing_section(repeats: int) -> None:
       "plain": lambda f=plain, a=(logits, bias, config): f(*a),
       "jaxroute": lambda f=ours, a=(logits, bias, config): f(*a),
     }
-    medians = interleaved_medians(calls, repeats)
-    print_table(f"Routing, T=8192, {title}", medians, "plain")
+    medians = timing.interleaved_medians(calls, repeats)
+    timing.print_table(f"Routing, T=8192, {title}", medians, "plain")
 
 
 def histogram_section(repeats: int) -> None:
@@ -162,8 +125,10 @@ def histogram_section(repeats: int) -> None:
         *a
       ),
     }
-    medians = interleaved_medians(calls, repeats)
-    print_table(f"Histograms, T=8192, E=256, K=8, {title}", medians, "route")
+    medians = timing.interleaved_medians(calls, repeats)
+    timing.print_table(
+      f"Histograms, T=8192, E=256, K=8, {title}", medians, "route"
+    )
 
 
 def check_same_routes(expected, actual) -> None:
@@ -226,9 +191,13 @@ def matmul_section(repeats: int) -> None:
     if name != "ragged_dot":
       both[name] = lambda f=call, w=first: f(lhs, w, sizes, d_out)
   title = f"Grouped matmul, N={n}, D={d}, F={f}, E={e}, skewed groups"
-  print_table(title, interleaved_medians(forward, repeats), "dense")
-  print_table(
-    f"{title}, with gradients", interleaved_medians(both, repeats), "dense"
+  timing.print_table(
+    title, timing.interleaved_medians(forward, repeats), "dense"
+  )
+  timing.print_table(
+    f"{title}, with gradients",
+    timing.interleaved_medians(both, repeats),
+    "dense",
   )
 
 
@@ -279,12 +248,14 @@ def layer_section(repeats: int) -> None:
     call = jax.jit(functools.partial(with_gradients, function))
     both[name] = lambda f=call, a=args, g=d_out: f(g, *a)
   title = f"MoE layer, T={t}, D={d}, F={f}, E={e}, K={k}"
-  print_table(
-    f"{title}, forward", interleaved_medians(forward, repeats), "dense pair"
+  timing.print_table(
+    f"{title}, forward",
+    timing.interleaved_medians(forward, repeats),
+    "dense pair",
   )
-  print_table(
+  timing.print_table(
     f"{title}, with gradients",
-    interleaved_medians(both, repeats),
+    timing.interleaved_medians(both, repeats),
     "dense pair",
   )
 
