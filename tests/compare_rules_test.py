@@ -39,7 +39,7 @@ def _tiny(monkeypatch, tmp_path):
   if not flags.is_parsed():
     flags(["compare_rules"])
   with flagsaver.flagsaver(
-    out=str(tmp_path), seeds=2, arms=["switch loss, 1e-2", "quantile"]
+    out=str(tmp_path), seeds=2, arm=["switch loss, 1e-2", "quantile"]
   ):
     yield tmp_path
   for name, value in before.items():
@@ -77,9 +77,8 @@ def test_it_writes_a_table_and_figures_and_goes_on_from_what_is_there(
     compare_rules.main([""])
 
 
-def test_an_unknown_arm_is_named(_tiny):
-  with (
-    flagsaver.flagsaver(arms=["sgin"]),
-    pytest.raises(compare_rules.app.UsageError, match="--arms.*sgin"),
-  ):
-    compare_rules.main([""])
+def test_an_arm_is_chosen_by_its_name():
+  parse = compare_rules.flags.FLAGS["arm"].parser.parse
+  assert {parse(name) for name in compare_rules.ARMS} == set(compare_rules.ARMS)
+  with pytest.raises(ValueError, match=r"one of <.*sign, u / sqrt\(n\)"):
+    parse("sgin")
