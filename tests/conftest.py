@@ -40,6 +40,13 @@ def key() -> jax.Array:
   return jax.random.key(0)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _release_programs():
+  """Frees what a file compiled: of thousands of programs, a compiler may die."""
+  yield
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True)
 def _strict_dtype_promotion(request):
   mode = "strict"
@@ -47,6 +54,11 @@ def _strict_dtype_promotion(request):
     mode = "standard"
   with jax.numpy_dtype_promotion(mode):
     yield
+
+
+def pytest_collection_modifyitems(items):
+  """The long groups first: last, one process would work and the others wait."""
+  items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
 
 
 def pytest_runtest_setup(item):
