@@ -56,11 +56,6 @@ def _strict_dtype_promotion(request):
     yield
 
 
-def pytest_collection_modifyitems(items):
-  """The long groups first: last, one process would work and the others wait."""
-  items.sort(key=lambda item: item.get_closest_marker("xdist_group") is None)
-
-
 def pytest_runtest_setup(item):
   """Skips a test marked `gpu` or `tpu` where there is none."""
   for platform in ("gpu", "tpu"):
