@@ -234,7 +234,28 @@ def _check_matmul(lhs_name, lhs, rhs_name, rhs, group_sizes) -> None:
     )
 
 
-def _checked(implementation, expected_rows) -> "_How":
+class _How(NamedTuple):
+  """How groups are multiplied; see `grouped_matmul`."""
+
+  implementation: MatmulImplementation | None
+  expected_rows: int | None
+
+  def call(self, by_blocks, by_xla, *args):
+    """`by_blocks(fold, *args)` or `by_xla(*args)`, by name or by platform."""
+    by_rounds = functools.partial(rounds.fold, expected_rows=self.expected_rows)
+    calls = {
+      "cpu": functools.partial(by_blocks, tiles.fold),
+      "gpu": functools.partial(by_blocks, by_rounds),
+      "xla": by_xla,
+    }
+    if self.implementation is not None:
+      return calls[self.implementation](*args)
+    return lax.platform_dependent(
+      *args, cpu=calls["cpu"], cuda=calls["gpu"], default=by_xla
+    )
+
+
+def _checked(implementation, expected_rows) -> _How:
   if implementation not in (None, "xla", "cpu", "gpu"):
     raise ValueError(
       "`implementation` must be None, 'xla', 'cpu' or 'gpu', got"
@@ -246,27 +267,6 @@ def _checked(implementation, expected_rows) -> "_How":
       " for groups that own most of the rows."
     )
   return _How(implementation, expected_rows)
-
-
-class _How(NamedTuple):
-  """How groups are multiplied; see `grouped_matmul`."""
-
-  implementation: MatmulImplementation | None
-  expected_rows: int | None
-
-  def call(self, by_blocks, ragged, *args):
-    """`by_blocks(fold, *args)` or `ragged(*args)`, by name or by platform."""
-    by_rounds = functools.partial(rounds.fold, expected_rows=self.expected_rows)
-    calls = {
-      "cpu": functools.partial(by_blocks, tiles.fold),
-      "gpu": functools.partial(by_blocks, by_rounds),
-      "xla": ragged,
-    }
-    if self.implementation is not None:
-      return calls[self.implementation](*args)
-    return lax.platform_dependent(
-      *args, cpu=calls["cpu"], cuda=calls["gpu"], default=ragged
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
