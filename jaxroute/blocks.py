@@ -45,7 +45,7 @@ dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
-  """Zeros that vary over the mesh like another array, as loop carries must."""
+  """Zeros, `[*shape]`, that vary over the mesh like another array, as loop carries must."""
   return dispatch.vary_alike((jnp.zeros(shape, dtype), like))[0]
 
 

@@ -32,8 +32,7 @@ class Round(NamedTuple):
   """Up to R rows of each of G experts.
 
   Attributes:
-    experts: `[G]` int32, E or more for a chunk that is not there; None for all E
-      in order.
+    experts: `[G]` int32, E for a chunk that is not there; None for all E in order.
     index: `[G, R]` int32. The rows, distinct numbers from N on for none.
   """
 
