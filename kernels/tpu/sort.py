@@ -26,7 +26,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxroute.kernels import unrolled
+from jaxroute.kernels.tpu import device, registers
 
 MAX_ASSIGNMENTS = 2**24
 """T * K has to be smaller."""
@@ -34,8 +34,7 @@ MAX_ASSIGNMENTS = 2**24
 MAX_TOP_K = 128
 """K: a token's assignments to no expert, doubled, are exact in bfloat16 to 256."""
 
-_LANES = 128
-_SUBLANES = 8
+_LANES, _SUBLANES = device.LANES, device.SUBLANES
 # Tokens of one block.
 _BLOCK = 2048
 # Of a register of bfloat16, and of the experts that one bit of all words makes.
@@ -46,7 +45,7 @@ _TWOS = np.int32(0x40004000)
 
 
 @functools.partial(jax.jit, static_argnames=("num_experts", "interpret"))
-def count(
+def count_assignments(
   expert_idx: jax.Array, *, num_experts: int, interpret: Any = False
 ) -> jax.Array:
   """Counts the assignments of every expert.
@@ -75,13 +74,13 @@ def count(
 
 
 @functools.partial(jax.jit, static_argnames=("interpret",))
-def rows(
+def assignment_rows(
   expert_idx: jax.Array, start: jax.Array, *, interpret: Any = False
 ) -> jax.Array:
   """Numbers the assignments of every expert, in order, from `start` on.
 
   Args:
-    expert_idx: as in `count`.
+    expert_idx: as in `count_assignments`.
     start: `[E + 1]` int32. First row of every expert, and of index E.
     interpret: what `pallas_call` takes.
 
@@ -167,9 +166,8 @@ def _columns(interpret):
 
   Those would multiply the empty quarter of a larger triangle as well.
   """
-  if interpret or not pltpu.is_tpu_device():
-    return 2
-  return 2 if pltpu.get_tpu_info().generation >= 6 else 1
+  found = device.generation()
+  return 2 if interpret or found is None or found >= 6 else 1
 
 
 def _count_kernel(num_experts, tokens, interpret, idx_ref, counts_ref, buf):
@@ -187,7 +185,7 @@ def _count_kernel(num_experts, tokens, interpret, idx_ref, counts_ref, buf):
   def product(i):
     counts_ref[...] += _product(buf, i, halves)
 
-  unrolled.each(buf.mask.shape[1], product, interpret)
+  registers.unroll(buf.mask.shape[1], product, interpret)
 
 
 def _rows_kernel(
@@ -214,7 +212,7 @@ def _rows_kernel(
     total = counts[:, width - 1 :]
     buf.base[...] += jnp.broadcast_to(total, buf.base.shape)
 
-  unrolled.each(buf.mask.shape[1], product, interpret)
+  registers.unroll(buf.mask.shape[1], product, interpret)
 
 
 def _product(buf, i, counted):
@@ -248,7 +246,7 @@ def _fill_mask(num_experts, left, interpret, idx_ref, buf):
     for c in range(buf.mask.shape[0]):
       _fill_column(k, i, c, buf)
 
-  unrolled.each(buf.mask.shape[1], product, interpret)
+  registers.unroll(buf.mask.shape[1], product, interpret)
 
 
 def _tokens(i, c, buf):
@@ -303,7 +301,7 @@ def _gather_rows(i, c, counts, rows_ref, buf):
   for first in range(0, k, _SUBLANES):
     some = pl.ds(first, _SUBLANES)
     row = buf.row[some, tokens]
-    found = unrolled.pick(
+    found = registers.select_register(
       lambda i: ends(i * _SUBLANES),
       row >> 3,
       row & (_SUBLANES - 1),

@@ -2,7 +2,7 @@
 """Top-k routing on TPU: scores, choice, weights and loads in one pass.
 
 The grid walks blocks of up to 1024 tokens, one or two in a step;
-`route_steps_tpu` says how a block is routed. Loads are counted across blocks, and
+`steps` says how a block is routed. Loads are counted across blocks, and
 written by the last.
 
 Memory: the block of logits twice (the pipeline's double buffer), once by columns,
@@ -27,11 +27,13 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxroute.kernels import histogram_tpu, route_plan_tpu, unrolled
-from jaxroute.kernels import route_steps_tpu as steps
+from jaxroute.kernels.tpu import device, registers
+from jaxroute.kernels.tpu.route import histogram
+from jaxroute.kernels.tpu.route import plan as plan_lib
+from jaxroute.kernels.tpu.route import steps
 
-_LANES, _SUBLANES = route_plan_tpu.LANES, route_plan_tpu.SUBLANES
-_PARTS = route_plan_tpu.PARTS
+_LANES, _SUBLANES = device.LANES, device.SUBLANES
+_PARTS = plan_lib.PARTS
 # What is left for a projection of the smallest VMEM, the 64 MiB of v7x.
 _MAX_PROJECTION = 20 * 2**20
 
@@ -78,11 +80,11 @@ def unsupported_projection(
     return "the gradient of a softmax over all experts needs the logits"
   if dtype != jnp.bfloat16:
     return f"tokens must be bfloat16, got {jnp.dtype(dtype)}"
-  if pltpu.is_tpu_device() and pltpu.get_tpu_info().generation < 6:
+  if (device.generation() or 6) < 6:
     return "TPUs before v6e are faster with the projection apart"
   if width % _LANES:
     return f"D must be a multiple of {_LANES}, got {width}"
-  plan = route_plan_tpu.Plan(
+  plan = plan_lib.Plan(
     config=config, tokens=_LANES * _SUBLANES, width=width
   )
   size = _projection_bytes(plan)
@@ -110,25 +112,12 @@ def grid(config: Any, tokens: int) -> int:
   Returns:
     The steps of the grid, in each of which every operation is executed once.
   """
-  return route_plan_tpu.Plan(config=config, tokens=tokens).grid
-
-
-def runs_here() -> bool:
-  """Whether JAX runs on a TPU that has the gathers: v5e, v5p or newer.
-
-  Returns:
-    True or False; on v4 Mosaic does not compile the kernel.
-  """
-  if jax.default_backend() != "tpu":
-    return False
-  return pltpu.get_tpu_info().generation >= 5
+  return plan_lib.Plan(config=config, tokens=tokens).grid
 
 
 def _divides_in_software(interpret):
   """Whether an inverse is approximate: on TPUs before v6e, or not known."""
-  if interpret:
-    return False
-  return not pltpu.is_tpu_device() or pltpu.get_tpu_info().generation < 6
+  return not interpret and (device.generation() or 0) < 6
 
 
 @functools.partial(
@@ -174,7 +163,7 @@ def route(
 )
 def project_and_route(
   tokens: jax.Array,
-  kernel: jax.Array,
+  router_weight: jax.Array,
   expert_bias: jax.Array | None,
   token_mask: jax.Array | None,
   *,
@@ -182,11 +171,11 @@ def project_and_route(
   with_chosen: bool = False,
   interpret: Any = False,
 ) -> tuple[Any, ...]:
-  """As `route`, of the logits `tokens @ kernel`, which are not written to HBM.
+  """As `route`, of the logits `tokens @ router_weight`, which are not written to HBM.
 
   Args:
     tokens: `[T, D]` bfloat16.
-    kernel: `[D, E]` floating point, taken as float32.
+    router_weight: `[D, E]` floating point, taken as float32.
     expert_bias: `[E]` float32, or None.
     token_mask: `[T]` bool, or None.
     config: one for which this is no `unsupported_projection`; static.
@@ -211,12 +200,12 @@ def project_and_route(
     ]
     * _PARTS,
   ]
-  operands = [tokens, *_in_parts(plan, kernel)]
+  operands = [tokens, *_in_parts(plan, router_weight)]
   return _call(plan, operands, in_specs, expert_bias, token_mask, interpret)
 
 
 def _plan(config, inputs, expert_bias, token_mask, with_chosen, interpret):
-  return route_plan_tpu.Plan(
+  return plan_lib.Plan(
     config=config,
     tokens=inputs.shape[0],
     has_bias=expert_bias is not None,
@@ -227,10 +216,10 @@ def _plan(config, inputs, expert_bias, token_mask, with_chosen, interpret):
   )
 
 
-def _in_parts(plan, kernel):
+def _in_parts(plan, router_weight):
   """`[E', D]` bfloat16, of what the earlier ones left of `[D, E]` float32."""
   pad = plan.projected_rows - plan.num_experts
-  rest = jnp.pad(kernel.astype(jnp.float32).T, ((0, pad), (0, 0)))
+  rest = jnp.pad(router_weight.astype(jnp.float32).T, ((0, pad), (0, 0)))
   parts = []
   for _ in range(_PARTS):
     # XLA may keep more bits through a cast to bfloat16 and back, not here.
@@ -247,7 +236,7 @@ def _call(plan, operands, in_specs, expert_bias, token_mask, interpret):
   if t == 0:
     empty = jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32)
     others = jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
-    none = jnp.zeros((e, histogram_tpu.BINS), jnp.int32)
+    none = jnp.zeros((e, histogram.BINS), jnp.int32)
     counts = none if config.histogram else None
     return *empty, *others, counts, *(empty[1:] if with_chosen else ())
   block, c = plan.step_tokens, plan.blocks * plan.columns
@@ -273,7 +262,7 @@ def _call(plan, operands, in_specs, expert_bias, token_mask, interpret):
     manual_axis_type=jax.typeof(operands[0]).manual_axis_type,
   )
   buffers = plan.buffers()
-  bins = _SUBLANES * plan.rows, histogram_tpu.BINS
+  bins = _SUBLANES * plan.rows, histogram.BINS
   idx, weights, load, cutoff, *others = pl.pallas_call(
     functools.partial(_kernel, plan),
     grid=(plan.grid + plan.lag,),
@@ -351,14 +340,14 @@ def _kernel(plan, inputs_ref, *refs):
   if plan.width:
     steps.project(plan, inputs_ref, parts_refs, buf)
   if histogram_ref is not None:
-    period = histogram_tpu.FLUSH // plan.blocks
+    period = histogram.FLUSH // plan.blocks
     flush = step % period == period - 1
 
     @pl.when(flush | (step == plan.grid - 1))
     def _flush():
-      unrolled.each(
+      registers.unroll(
         plan.rows,
-        lambda r: histogram_tpu.add_up(
+        lambda r: histogram.add_up(
           buf.distances, r, plan.rows, histogram_ref
         ),
         plan.interpret,
@@ -381,7 +370,7 @@ def _route_block(plan, step, b, logits_ref, mask_ref, outputs, buf):
       mask_ref = mask_ref.at[pl.ds(b * plan.columns, plan.columns)]
 
   def each_column(body):
-    unrolled.each(plan.columns, body, plan.interpret)
+    registers.unroll(plan.columns, body, plan.interpret)
 
   each_column(lambda c: steps.score_column(plan, c, logits_ref, buf))
   kept = steps.threshold(plan, buf)
@@ -393,7 +382,7 @@ def _route_block(plan, step, b, logits_ref, mask_ref, outputs, buf):
   steps.count(plan, buf)
   if plan.config.histogram:
     steps.store_prices(plan, kept, buf)
-    unrolled.each(
+    registers.unroll(
       plan.rows,
       lambda r: steps.count_distances(plan, r, buf),
       plan.interpret,

@@ -19,7 +19,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-_LANES = 128
+from jaxroute.kernels.tpu import device
+
+_LANES = device.LANES
 # Numbers in a block of [tokens, experts]: two in, two out, of VMEM's 16 MiB.
 _BLOCK = 4096 * _LANES
 
@@ -27,7 +29,7 @@ _BLOCK = 4096 * _LANES
 @functools.partial(
   jax.jit, static_argnames=("num_experts", "dtype", "interpret")
 )
-def place(
+def scatter(
   expert_idx: jax.Array,
   values: jax.Array,
   *,
@@ -51,7 +53,7 @@ def place(
   if t == 0:
     return jnp.zeros((0, num_experts), dtype)
   like = jax.ShapeDtypeStruct((t, num_experts), dtype)
-  return _call(_place_kernel, [expert_idx.T, values.T], like, interpret)
+  return _call(_scatter_kernel, [expert_idx.T, values.T], like, interpret)
 
 
 @functools.partial(
@@ -117,12 +119,12 @@ def _call(kernel, operands, like, interpret, logits=()):
     ),
     interpret=interpret,
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
-    name="jaxroute_place",
+    name="jaxroute_scatter",
   )(*operands, *logits)
   return out.T if transposed else out
 
 
-def _place_kernel(transposed, idx_ref, values_ref, out_ref):
+def _scatter_kernel(transposed, idx_ref, values_ref, out_ref):
   for tokens in _columns(idx_ref):
     for experts in _tiles(transposed, out_ref):
       tile = _placed(experts, tokens, idx_ref, values_ref)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 
-def each(count: int, body: Callable[[Any], None], interpret: bool) -> None:
+def unroll(count: int, body: Callable[[Any], None], interpret: bool) -> None:
   """Calls `body` with 0 to `count` - 1: one after the other, without a loop.
 
   Args:
@@ -26,7 +26,7 @@ def each(count: int, body: Callable[[Any], None], interpret: bool) -> None:
       body(i)
 
 
-def pick(
+def select_register(
   load: Callable[[int], jax.Array],
   number: jax.Array,
   sublane: jax.Array,
@@ -51,6 +51,6 @@ def pick(
     )
   # Depth first: breadth first, the compiler runs out of registers.
   half = 1 << ((count - 1).bit_length() - 1)
-  low = pick(load, number, sublane, half, first)
-  high = pick(load, number, sublane, count - half, first + half)
+  low = select_register(load, number, sublane, half, first)
+  high = select_register(load, number, sublane, count - half, first + half)
   return jnp.where(number & half != 0, high, low)

@@ -36,7 +36,7 @@ odd pitch.
   7. column: the bits of valid tokens are added to counters of one bit per plane.
      The last block turns the planes into loads.
   8. If asked for, column: the selection scores once more, for their distances from
-     the cutoff (`histogram_tpu`).
+     the cutoff (`histogram`).
 
 No step branches on the data: ties cost the same as none.
 """
@@ -50,13 +50,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxroute.kernels import histogram_tpu, networks, route_plan_tpu, unrolled
+from jaxroute.kernels.tpu import device, networks, registers
+from jaxroute.kernels.tpu.route import histogram
+from jaxroute.kernels.tpu.route import plan as plan_lib
 
 # Older versions of jax have it among what is not TPU's alone.
 _reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal
 
-_LANES, _SUBLANES = route_plan_tpu.LANES, route_plan_tpu.SUBLANES
-_WORD, _PITCH = route_plan_tpu.WORD, route_plan_tpu.PITCH
+_LANES, _SUBLANES = device.LANES, device.SUBLANES
+_WORD, _PITCH = plan_lib.WORD, plan_lib.PITCH
 # An even and an odd row share the two bits of their pair in a word.
 _EVEN = np.int32(0x55555555)
 _ODD = np.int32(-0x55555556)
@@ -560,7 +562,7 @@ def gather_column(plan, c, buf):
     expert = _column(buf.idx, first, c, plan)
     chunk = _quotient(expert, plan.rows)
     r = expert - chunk * np.int32(plan.rows)
-    picked = unrolled.pick(
+    picked = registers.select_register(
       lambda i: buf.logits[c, pl.ds(i * _SUBLANES, _SUBLANES), :],
       r,
       chunk,
@@ -745,7 +747,7 @@ def count_distances(plan, r, buf):
   """Adds the block's distances of row r to the bytes of their bins."""
   experts = pl.ds(r * _SUBLANES, _SUBLANES)
   row = r // plan.segment_rows * _SUBLANES
-  words = histogram_tpu.count_row(
+  words = histogram.count_row(
     plan.columns,
     lambda c: buf.chosen_from[c, experts, :],
     lambda c: _column(buf.above, row, c, plan),

@@ -21,8 +21,9 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-_SUBLANES = 8
-_LANES = 128
+from jaxroute.kernels.tpu import device
+
+_LANES, _SUBLANES = device.LANES, device.SUBLANES
 
 BINS = 16
 _SIDE = BINS // 2

@@ -7,12 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from jaxroute.kernels import histogram_tpu, networks
+from jaxroute.kernels.tpu import device, networks
+from jaxroute.kernels.tpu.route import histogram
 
-LANES = 128
-SUBLANES = 8
 WORD = 32
-PITCH = SUBLANES + 1
+PITCH = device.SUBLANES + 1
 """Of a column in a buffer that is stored by columns and loaded dense."""
 
 PARTS = 3
@@ -40,11 +39,11 @@ class Plan:
   def columns(self) -> int:
     """Columns of 128 tokens in a block; fewer for few tokens, or for memory."""
     most = 8 if self.num_experts <= 512 else 4
-    return min(most, max(1, pl.cdiv(self.tokens, LANES)))
+    return min(most, max(1, pl.cdiv(self.tokens, device.LANES)))
 
   @property
   def block(self) -> int:
-    return self.columns * LANES
+    return self.columns * device.LANES
 
   @property
   def blocks(self) -> int:
@@ -73,17 +72,17 @@ class Plan:
   @property
   def transposed(self) -> bool:
     """Whether the logits come as [E, T]: the layout XLA gives narrow rows."""
-    return self.width > 0 or self.num_experts % LANES != 0
+    return self.width > 0 or self.num_experts % device.LANES != 0
 
   @property
   def projected_rows(self) -> int:
     """E, rounded up to whole registers of bfloat16."""
-    return pl.cdiv(self.num_experts, 2 * SUBLANES) * 2 * SUBLANES
+    return pl.cdiv(self.num_experts, 2 * device.SUBLANES) * 2 * device.SUBLANES
 
   @property
   def rows(self) -> int:
     """R, experts per sublane; those past E are masked."""
-    return pl.cdiv(self.num_experts, SUBLANES)
+    return pl.cdiv(self.num_experts, device.SUBLANES)
 
   @property
   def row_pitch(self) -> int:
@@ -121,7 +120,7 @@ class Plan:
   @property
   def chosen_rows(self) -> int:
     """K, rounded up to whole registers."""
-    return pl.cdiv(self.config.top_k, SUBLANES) * SUBLANES
+    return pl.cdiv(self.config.top_k, device.SUBLANES) * device.SUBLANES
 
   @property
   def planes(self) -> int:
@@ -137,7 +136,7 @@ class Plan:
     """Parts of a sublane's rows that belong to different groups."""
     if not self.grouped:
       return 1
-    return max(1, self.config.num_groups // SUBLANES)
+    return max(1, self.config.num_groups // device.SUBLANES)
 
   @property
   def segment_rows(self) -> int:
@@ -158,33 +157,33 @@ class Plan:
     """Name, shape and dtype of every scratch buffer."""
     c, seg = self.columns, self.segments
     f32, i32 = jnp.float32, jnp.int32
-    rows = SUBLANES * self.rows
-    by_column, dense = c * PITCH, SUBLANES * self.column_pitch
-    chosen = self.chosen_rows // SUBLANES
+    rows = device.SUBLANES * self.rows
+    by_column, dense = c * PITCH, device.SUBLANES * self.column_pitch
+    chosen = self.chosen_rows // device.SUBLANES
     buffers: dict[str, tuple[tuple[int, ...], Any]] = {
-      "transposed": ((2, SUBLANES * self.row_pitch, LANES), f32),
-      "logits": ((c, rows, LANES), f32),
-      "chosen_from": ((c, rows, LANES), f32),
-      "bias": ((SUBLANES * self.row_pitch, LANES), f32),
-      "bias_row": ((1, pl.cdiv(rows, LANES) * LANES), f32),
-      "lists": ((seg * sum(self.list_sizes) * by_column, LANES), f32),
-      "not_below": ((seg * dense, LANES), f32),
-      "above": ((seg * dense, LANES), f32),
-      "bits_not_below": ((self.words * by_column, LANES), i32),
-      "bits_above": ((self.words * by_column, LANES), i32),
-      "idx": ((self.chosen_rows * self.column_pitch, LANES), i32),
-      "weights": ((self.chosen_rows * self.column_pitch, LANES), f32),
-      "chosen": ((self.chosen_rows * self.column_pitch, LANES), f32),
-      "picked": ((chosen * by_column, LANES), f32),
-      "peak": ((c, LANES), f32),
-      "inverse_total": ((c, LANES), f32),
-      "cutoff": ((c, LANES), f32),
-      "valid": ((c, LANES), i32),
-      "planes": ((self.words, self.planes, SUBLANES, LANES), i32),
+      "transposed": ((2, device.SUBLANES * self.row_pitch, device.LANES), f32),
+      "logits": ((c, rows, device.LANES), f32),
+      "chosen_from": ((c, rows, device.LANES), f32),
+      "bias": ((device.SUBLANES * self.row_pitch, device.LANES), f32),
+      "bias_row": ((1, pl.cdiv(rows, device.LANES) * device.LANES), f32),
+      "lists": ((seg * sum(self.list_sizes) * by_column, device.LANES), f32),
+      "not_below": ((seg * dense, device.LANES), f32),
+      "above": ((seg * dense, device.LANES), f32),
+      "bits_not_below": ((self.words * by_column, device.LANES), i32),
+      "bits_above": ((self.words * by_column, device.LANES), i32),
+      "idx": ((self.chosen_rows * self.column_pitch, device.LANES), i32),
+      "weights": ((self.chosen_rows * self.column_pitch, device.LANES), f32),
+      "chosen": ((self.chosen_rows * self.column_pitch, device.LANES), f32),
+      "picked": ((chosen * by_column, device.LANES), f32),
+      "peak": ((c, device.LANES), f32),
+      "inverse_total": ((c, device.LANES), f32),
+      "cutoff": ((c, device.LANES), f32),
+      "valid": ((c, device.LANES), i32),
+      "planes": ((self.words, self.planes, device.SUBLANES, device.LANES), i32),
     }
     if self.width:
       buffers["projected"] = (self.projected_rows, self.block), f32
     if self.config.histogram:
-      words = self.rows, histogram_tpu.WORDS, SUBLANES, LANES
+      words = self.rows, histogram.WORDS, device.SUBLANES, device.LANES
       buffers["distances"] = words, i32
     return buffers

@@ -1,0 +1,34 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The TPU that a program is for: its generation, and the shape of its registers."""
+
+from jax.experimental.pallas import tpu as pltpu
+
+LANES = 128
+"""Columns of a vector register, and of a tile of memory."""
+
+SUBLANES = 8
+"""Rows of a vector register of 32-bit numbers."""
+
+
+def generation() -> int | None:
+  """The generation of the TPU that the program being traced is for.
+
+  Returns:
+    5 for v5e and v5p, 6 for v6e, 7 for v7x; None if it is for no TPU. That is told
+    by the abstract device of the mesh in force (`jax.sharding.use_abstract_mesh`) or,
+    if there is none, by the default device of the process.
+  """
+  return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
+
+
+def unavailable() -> str | None:
+  """Why the kernels do not run on the device that the program is for.
+
+  Returns:
+    The reason, for an error message; None on v5e, v5p and newer.
+  """
+  found = generation()
+  if found is None:
+    return "the program is for no TPU"
+  # v4 has no gather along sublanes, and Mosaic does not compile the kernel.
+  return None if found >= 5 else f"TPU v5e, v5p or newer is needed, got v{found}"
