@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from jaxroute import dispatch, experts, layer, types
 
+pytestmark = pytest.mark.optimized
+
 IMPLEMENTATIONS = (None, "tiled", "batched", "ragged_dot")
 E, D, F = 4, 6, 5
 

@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from jaxroute.experts import batched
 
+pytestmark = pytest.mark.optimized
+
 
 @functools.partial(jax.jit, static_argnames=("n", "expected_rows"))
 def _walk(group_sizes, n, expected_rows=None):

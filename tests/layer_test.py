@@ -9,6 +9,8 @@ import pytest
 import jaxroute
 from jaxroute import experts, layer
 
+pytestmark = pytest.mark.optimized
+
 T, D, F, E, K = 24, 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
 

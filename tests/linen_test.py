@@ -18,6 +18,8 @@ import jaxroute
 import jaxroute.linen
 from jaxroute import dual
 
+pytestmark = pytest.mark.optimized
+
 D, F, E, K = 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K, scaling_factor=2.5)
 RULE = dual.sign(1e-2)

@@ -17,6 +17,8 @@ import jaxroute.linen
 import jaxroute.nnx
 from jaxroute import dual
 
+pytestmark = pytest.mark.optimized
+
 D, F, E, K = 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
 RULE = optax.chain(dual.sign(dual.inverse_sqrt(1e-2)), optax.trace(0.5))

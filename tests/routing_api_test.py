@@ -15,6 +15,8 @@ from hypothesis import strategies as st
 import jaxroute
 from jaxroute import dispatch, scores
 
+pytestmark = pytest.mark.optimized
+
 _route = jax.jit(jaxroute.route, static_argnames=("config", "implementation"))
 _bias = conformance.bias
 
@@ -27,7 +29,10 @@ def _assert_equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-_assert_is_oracle = functools.partial(conformance.assert_is_oracle, _route)
+_assert_is_oracle = functools.partial(
+  conformance.assert_is_oracle,
+  jax.jit(conformance.with_selection(_route), static_argnames="config"),
+)
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)

@@ -28,9 +28,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels.tpu import device, registers
-from jaxroute.kernels.tpu.route import histogram
+from jaxroute.kernels.tpu.route import histogram, steps
 from jaxroute.kernels.tpu.route import plan as plan_lib
-from jaxroute.kernels.tpu.route import steps
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 _PARTS = plan_lib.PARTS
