@@ -65,9 +65,7 @@ def rows_multiplied(group_sizes: jax.Array) -> jax.Array:
   def body(block, total):
     return total + block.index.size
 
-  return batched.for_each_batch(
-    body, jnp.int32(0), group_sizes, _ROWS.value
-  )
+  return batched.for_each_batch(body, jnp.int32(0), group_sizes, _ROWS.value)
 
 
 def step(implementation, x, params, group_sizes, d_out):

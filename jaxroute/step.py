@@ -362,9 +362,7 @@ def _psum(counts: types.Counts, axis_name: str | Sequence[str]) -> types.Counts:
   return unravel(jax.lax.psum(flat, axis_name))
 
 
-def _like_bias(
-  counts: types.Counts, expert_bias: types.PyTree
-) -> types.Counts:
+def _like_bias(counts: types.Counts, expert_bias: types.PyTree) -> types.Counts:
   """`counts` in the tree structure of `expert_bias`, checked leaf by leaf."""
   biases = jax.tree.leaves(expert_bias)
   for x in biases:
@@ -385,7 +383,7 @@ def _like_bias(
 def _in_structure(
   name: str,
   tree: types.PyTree,
-  shapes: list[tuple[int, ...]],
+  shapes: Sequence[tuple[Any, ...]],
   like: types.PyTree,
 ) -> types.PyTree:
   """The arrays of `tree`, of these shapes, in the structure of another tree."""

@@ -98,5 +98,7 @@ def test_the_bias_gets_no_gradient():
 
 def test_a_router_weight_of_another_shape_is_named():
   x, kernel, *_ = _inputs()
-  with pytest.raises(ValueError, match=r"`router_weight` must be \[D=16, E=8\], got"):
+  with pytest.raises(
+    ValueError, match=r"`router_weight` must be \[D=16, E=8\], got"
+  ):
     layer.router(x, kernel[:, :4], None, CONFIG)

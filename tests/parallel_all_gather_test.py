@@ -171,6 +171,4 @@ def test_no_mesh_and_odd_sizes_are_named():
     config = dataclasses.replace(CONFIG, num_experts=7)
     routing, _ = layer.router(x, kernel[:, :7], bias[:7], config, mask)
     with pytest.raises(ValueError, match="shards 7 experts.*2 devices"):
-      all_gather.map_experts(
-        layer.local_moe, x, routing, seven, partition
-      )
+      all_gather.map_experts(layer.local_moe, x, routing, seven, partition)

@@ -162,7 +162,9 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
 
   def local(logits, bias, mask):
     def loss(logits):
-      r = jaxroute.route(logits, bias, CONFIG, mask, implementation="pallas_tpu")
+      r = jaxroute.route(
+        logits, bias, CONFIG, mask, implementation="pallas_tpu"
+      )
       return jnp.sum(r.weights**2), jax.lax.psum(r.load, "data")
 
     return jax.grad(loss, has_aux=True)(logits)

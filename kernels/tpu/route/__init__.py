@@ -104,9 +104,7 @@ def unsupported_projection(
     return "TPUs before v6e are faster with the projection apart"
   if width % _LANES:
     return f"D must be a multiple of {_LANES}, got {width}"
-  plan = plan_lib.Plan(
-    config=config, tokens=_LANES * _SUBLANES, width=width
-  )
+  plan = plan_lib.Plan(config=config, tokens=_LANES * _SUBLANES, width=width)
   size = _projection_bytes(plan)
   if size > _MAX_PROJECTION:
     return (
@@ -373,9 +371,7 @@ def _kernel(plan, inputs_ref, *refs):
     def _flush():
       registers.unroll(
         plan.rows,
-        lambda r: histogram.add_up(
-          buf.distances, r, plan.rows, histogram_ref
-        ),
+        lambda r: histogram.add_up(buf.distances, r, plan.rows, histogram_ref),
         plan.interpret,
       )
       buf.distances[...] = jnp.zeros_like(buf.distances)
