@@ -106,7 +106,7 @@ def _programs_of_a_file(request):
     mark.name == "optimized" for mark in request.node.iter_markers()
   )
   name = "jax_disable_most_optimizations"
-  before = getattr(jax.config, name)
+  before = jax.config.read(name)
   if is_optimized:
     jax.config.update(name, False)
   yield

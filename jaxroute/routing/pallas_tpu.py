@@ -207,13 +207,14 @@ def _keep_chosen(
   **inputs: jax.Array,
 ) -> tuple[kernel.Outputs, _Residuals]:
   """Names what rematerialisation keeps, and takes `chosen` out of the outputs."""
-  assert out.chosen is not None
+  chosen = out.chosen
+  assert chosen is not None  # it was asked for
   out = out._replace(
     expert_idx=remat.checkpoint_name("expert_idx", out.expert_idx),
     weights=remat.checkpoint_name("weights", out.weights),
   )
   residuals = _Residuals(
-    chosen=remat.checkpoint_name("chosen_logits", out.chosen),
+    chosen=remat.checkpoint_name("chosen_logits", chosen),
     expert_idx=out.expert_idx,
     expert_bias=expert_bias,
     token_mask=token_mask,
