@@ -6,6 +6,7 @@
 A file is a target of its own, named by its path. Files that import one another
 are one target, named by the first of them: `import jaxroute.scores` runs
 `jaxroute/__init__.py` before it, so what that imports is one target with it.
+No name has a slash: rules_python names some outputs by what follows the last.
 """
 
 import ast
@@ -13,6 +14,7 @@ import collections
 import functools
 import pathlib
 import sys
+from collections.abc import Sequence
 
 COMMAND = "python tests/system/build_test.py --write"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -180,9 +182,9 @@ def _groups(imports: dict[str, set[str]]) -> dict[str, tuple[str, ...]]:
 
 
 def _name(group: tuple[str, ...]) -> str:
-  """`a/b` for a/b.py and `a` for a/__init__.py, of the file nearest the root."""
+  """`a_b` for a/b.py and `a` for a/__init__.py, of the file nearest the root."""
   first = min(group, key=lambda path: (path.count("/"), path))
-  return first.removesuffix(".py").removesuffix("/__init__")
+  return first.removesuffix(".py").removesuffix("/__init__").replace("/", "_")
 
 
 def _rule(group: tuple[str, ...], tree: Tree) -> str:
@@ -195,7 +197,9 @@ def _rule(group: tuple[str, ...], tree: Tree) -> str:
   return "py_library"
 
 
-def _attribute(name: str, values: list[str]) -> str:
+def _attribute(name: str, values: Sequence[str]) -> str:
+  if not values:
+    return ""
   if len(values) == 1:
     return f'    {name} = ["{values[0]}"],\n'
   lines = "".join(f'        "{value}",\n' for value in values)
@@ -210,19 +214,27 @@ def build_file(root: pathlib.Path) -> str:
   targets = []
   for group in set(groups.values()):
     rule, name = _rule(group, tree), _name(group)
-    attributes = {"srcs": list(group), "data": [], "imports": [], "deps": []}
-    needed = set().union(*(imports[path] for path in group)) - set(group)
-    attributes["deps"] = sorted({f":{_name(groups[path])}" for path in needed})
     data = set().union(*(tree.data(path) for path in group))
-    if name.startswith("tests/system/"):
+    if group[0].startswith("tests/system/"):
       data.add(":checkout")
-    attributes["data"] = sorted(data)
+    needed = set().union(*(imports[path] for path in group)) - set(group)
+    lines = [
+      f'    name = "{name}",\n',
+      _attribute("srcs", group),
+      _attribute("data", sorted(data)),
+    ]
     if rule != "py_test":
-      attributes["imports"] = sorted({tree.import_root(p) for p in group})
-    lines = "".join(_attribute(k, v) for k, v in attributes.items() if v)
-    targets.append((rule, name, f'{rule}(\n    name = "{name}",\n{lines})\n'))
+      lines.append(_attribute("imports", [tree.import_root(group[0])]))
+    if rule == "py_binary":
+      lines.append(f'    main = "{group[0]}",\n')
+    deps = sorted({f":{_name(groups[path])}" for path in needed})
+    lines.append(_attribute("deps", deps))
+    targets.append((rule, name, f"{rule}(\n{''.join(lines)})\n"))
   order = ("py_library", "py_binary", "py_test")
   targets.sort(key=lambda target: (order.index(target[0]), target[1]))
+  names = [name for _, name, _ in targets]
+  if twice := {name for name in names if names.count(name) > 1}:
+    raise ValueError(f"expected targets of different names, got {twice} twice")
   return "\n".join((HEADER, *(text for _, _, text in targets)))
 
 
@@ -269,9 +281,9 @@ def test_a_package_that_imports_its_parts_is_one_target(tmp_path):
     "jaxroute/routing/api.py",
   ]
   assert "deps" not in targets["jaxroute"]
-  assert targets["jaxroute/linen"]["deps"] == [":jaxroute"]
+  assert targets["jaxroute_linen"]["deps"] == [":jaxroute"]
   # `import types` is that of Python also beside a file types.py.
-  assert targets["jaxroute/plot"]["deps"] == [":jaxroute"]
+  assert targets["jaxroute_plot"]["deps"] == [":jaxroute"]
 
 
 def test_neighbours_fixtures_and_data_are_found(tmp_path):
@@ -294,19 +306,20 @@ def test_neighbours_fixtures_and_data_are_found(tmp_path):
       "tests/system/train_test.py": "import json, train\n",
     },
   )
-  assert targets["examples/lm/train"] == {
+  assert targets["examples_lm_train"] == {
     "rule": "py_binary",
     "srcs": ["examples/lm/train.py"],
     "data": ["examples/lm/table.json"],
     "imports": ["examples/lm"],
-    "deps": [":examples/lm/config"],
+    "main": "examples/lm/train.py",
+    "deps": [":examples_lm_config"],
   }
-  assert targets["examples/lm/report"]["deps"] == [":examples/lm/train"]
-  assert targets["tests/system/train_test"] == {
+  assert targets["examples_lm_report"]["deps"] == [":examples_lm_train"]
+  assert targets["tests_system_train_test"] == {
     "rule": "py_test",
     "srcs": ["tests/system/train_test.py"],
     "data": [":checkout"],
-    "deps": [":examples/lm/train", ":tests/conftest"],
+    "deps": [":examples_lm_train", ":tests_conftest"],
   }
 
 

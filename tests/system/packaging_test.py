@@ -155,9 +155,12 @@ def test_setup_lists_every_package():
   assert listed == packages, f"write in setup.cfg:\n{wanted}"
 
 
-def test_version_is_the_attribute(built):
+def test_there_is_one_version(built):
   _, _, metadata = built
   assert f"\nVersion: {jaxroute.__version__}\n" in metadata
+  citation = ROOT / "CITATION.cff"
+  if citation.exists():
+    assert f"\nversion: {jaxroute.__version__}\n" in citation.read_text()
 
 
 def test_import_needs_neither_flax_nor_matplotlib():
