@@ -65,10 +65,12 @@ class Tree:
     self.sources = {}  # path -> the file's text
     self.others = set()  # paths of files that are not Python
     for folder in FOLDERS:
-      for file in sorted((root / folder).rglob("[!.]*.*")):
+      for file in sorted((root / folder).rglob("*.*")):
         path = file.relative_to(root).as_posix()
+        if "/." in path or not file.is_file():
+          continue
         # The link shows the files of `kernels` a second time.
-        if path.startswith("jaxroute/kernels/") or not file.is_file():
+        if path.startswith("jaxroute/kernels/"):
           continue
         if path.startswith("kernels/"):
           path = f"jaxroute/{path}"
@@ -88,7 +90,7 @@ class Tree:
     return [init for init in found if init != path]
 
   def import_root(self, path: str) -> str:
-    """The folder of sys.path below which `path` is a module; "." for `root`."""
+    """The folder of sys.path below which `path` is a module."""
     outermost = [path, *self.packages(path)][-1]
     folder = pathlib.PurePosixPath(outermost).parent
     inside = outermost.endswith("/__init__.py")
@@ -105,7 +107,7 @@ class Tree:
 
   @functools.cached_property
   def roots(self) -> list[str]:
-    """The folders of sys.path, in order."""
+    """The folders of sys.path that modules are found in."""
     return sorted({self.import_root(path) for path in self.sources})
 
   def imports(self, path: str) -> set[str]:
