@@ -6,7 +6,7 @@ import json
 import compare_rules
 import jax
 import pytest
-import train_lm
+import train as train_lib
 from absl.testing import flagsaver
 
 # Of optax's Adam.
@@ -70,7 +70,7 @@ def test_it_writes_a_table_and_figures_and_goes_on_from_what_is_there(
   def refuse(config):
     raise AssertionError(f"trained again: {config.out}")
 
-  monkeypatch.setattr(train_lm, "train", refuse)
+  monkeypatch.setattr(train_lib, "train", refuse)
   compare_rules.main([""])
   assert (_tiny / "table.md").read_text() == text
   with flagsaver.flagsaver(steps=5), pytest.raises(AssertionError):

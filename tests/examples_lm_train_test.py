@@ -10,16 +10,16 @@ import signal
 import subprocess
 import sys
 
+import checkpoint as checkpoint_lib
+import config as config_lib
+import data as data_lib
 import jax
-import lm_checkpoint
-import lm_config
-import lm_data
-import lm_report
 import numpy as np
 import oracle
 import orbax.checkpoint as ocp
 import pytest
-import train_lm
+import report as report_lib
+import train as train_lib
 from jax.experimental.compilation_cache import compilation_cache
 
 from jaxroute import assignment
@@ -28,11 +28,11 @@ pytestmark = [
   # Of optax's Adam.
   pytest.mark.implicit_promotion,
   # In one process: its runs compile the same programs.
-  pytest.mark.xdist_group("train_lm"),
+  pytest.mark.xdist_group("lm"),
 ]
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-SCRIPT = ROOT / "examples" / "train_lm.py"
+SCRIPT = ROOT / "examples" / "lm" / "train.py"
 STEPS = 12
 TINY = {
   "steps": STEPS,
@@ -83,14 +83,14 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture
 def config(corpus, tmp_path):
-  return lm_config.Config(data=str(corpus), out=str(tmp_path / "run"), **TINY)
+  return config_lib.Config(data=str(corpus), out=str(tmp_path / "run"), **TINY)
 
 
 @pytest.fixture(scope="module")
 def unbroken(corpus, tmp_path_factory):
   """A run that was never stopped."""
   out = tmp_path_factory.mktemp("unbroken")
-  train_lm.train(lm_config.Config(data=str(corpus), out=str(out), **TINY))
+  train_lib.train(config_lib.Config(data=str(corpus), out=str(out), **TINY))
   return out
 
 
@@ -99,10 +99,10 @@ def unbalanced(corpus, tmp_path_factory):
   """Settings of a longer run that nothing balances, and its summary."""
   longer = TINY | {"steps": 60, "eval_every": 60, "batch_size": 8}
   out = str(tmp_path_factory.mktemp("unbalanced"))
-  config = lm_config.Config(
+  config = config_lib.Config(
     data=str(corpus), out=out, **longer | {"rule": "none"}
   )
-  return config, train_lm.train(config)
+  return config, train_lib.train(config)
 
 
 def _rows(out):
@@ -149,14 +149,14 @@ def _arguments(config):
 
 def _at_step(monkeypatch, step, action):
   """Has `action` happen when a step is under way."""
-  add_step = lm_report.MetricsLog.add_step
+  add_step = report_lib.MetricsLog.add_step
 
   def patched(self, current, report):
     add_step(self, current, report)
     if current == step:
       action()
 
-  monkeypatch.setattr(lm_report.MetricsLog, "add_step", patched)
+  monkeypatch.setattr(report_lib.MetricsLog, "add_step", patched)
 
 
 def test_a_run_leaves_metrics_checkpoints_and_figures(unbroken):
@@ -186,7 +186,7 @@ def test_the_summary_is_what_the_rows_say(unbroken):
   assert summary["validation_bits_per_byte"] == last["bits_per_byte"]
   assert summary["dead_experts"] == (load == 0).sum()
   assert summary["steps"] == STEPS and summary["skipped_steps"] == 0
-  table = lm_report.table(summary)
+  table = report_lib.table(summary)
   assert f"{summary['max_vio_global']:.3f}" in table
   assert len({len(line) for line in table.splitlines()}) == 1
 
@@ -195,7 +195,7 @@ def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(
   config, unbroken, tmp_path
 ):
   again = dataclasses.replace(config, save_scores=True, out=str(tmp_path / "a"))
-  summary = train_lm.train(again)
+  summary = train_lib.train(again)
   with np.load(tmp_path / "a" / "scores.npz") as file:
     scores, bias = file["scores"], file["expert_bias"]
     assert file["top_k"] == config.top_k
@@ -216,7 +216,7 @@ def test_the_switch_loss_balances_and_is_not_in_the_metric(
   unbalanced, tmp_path
 ):
   config, _ = unbalanced
-  train_lm.train(
+  train_lib.train(
     dataclasses.replace(config, switch_weight=1.0, out=str(tmp_path))
   )
   before, after = (
@@ -236,8 +236,8 @@ def test_killed_in_the_middle_it_continues_bit_for_bit(config, unbroken):
   code = """
 import os, signal, sys
 from absl import app
-import lm_config, lm_report, train_lm
-add_step = lm_report.MetricsLog.add_step
+import config as config_lib, report as report_lib, train as train_lib
+add_step = report_lib.MetricsLog.add_step
 def patched(self, step, report):
   add_step(self, step, report)
   if step == 8:
@@ -245,9 +245,9 @@ def patched(self, step, report):
     self._file.write('{"kind": "tr')
     self.sync()
     os.kill(os.getpid(), signal.SIGKILL)
-lm_report.MetricsLog.add_step = patched
-lm_config.define_flags()
-app.run(train_lm.main)
+report_lib.MetricsLog.add_step = patched
+config_lib.define_flags()
+app.run(train_lib.main)
 """
   done = subprocess.run(
     [sys.executable, "-c", code, *_arguments(config)],
@@ -258,7 +258,7 @@ app.run(train_lm.main)
   assert done.returncode == -signal.SIGKILL, done.stderr
   assert _kept(config.out) == ["5"]
   assert (pathlib.Path(config.out) / "metrics.jsonl").read_text().endswith("tr")
-  train_lm.train(config)
+  train_lib.train(config)
   _assert_same_run(config.out, unbroken)
 
 
@@ -269,15 +269,15 @@ def test_a_signal_finishes_the_step_and_saves(
   handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
   with monkeypatch.context() as patch:
     _at_step(patch, 7, lambda: signal.raise_signal(number))
-    with pytest.raises(train_lm.Interrupted, match="saved after step 7") as e:
-      train_lm.train(config)
+    with pytest.raises(train_lib.Interrupted, match="saved after step 7") as e:
+      train_lib.train(config)
   assert e.value.exit_code == 128 + number
   assert _kept(config.out) == ["5", "7"]
   assert _rows(config.out)[-1]["step"] == 7
   assert handlers == [
     signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)
   ]
-  train_lm.train(config)
+  train_lib.train(config)
   _assert_same_run(config.out, unbroken)
 
 
@@ -288,7 +288,7 @@ def test_a_second_ctrl_c_aborts(config, monkeypatch):
 
   _at_step(monkeypatch, 7, twice)
   with pytest.raises(KeyboardInterrupt):
-    train_lm.train(config)
+    train_lib.train(config)
   assert _kept(config.out) == ["5"]
 
 
@@ -314,8 +314,8 @@ def test_sigterm_from_outside_ends_the_process_with_143(config):
 
 def test_a_finished_run_is_only_reported_again(unbroken, corpus):
   before = (unbroken / "metrics.jsonl").read_bytes()
-  summary = train_lm.train(
-    lm_config.Config(data=str(corpus), out=str(unbroken), **TINY)
+  summary = train_lib.train(
+    config_lib.Config(data=str(corpus), out=str(unbroken), **TINY)
   )
   assert (unbroken / "metrics.jsonl").read_bytes() == before
   assert summary == json.loads((unbroken / "summary.json").read_text())
@@ -324,22 +324,22 @@ def test_a_finished_run_is_only_reported_again(unbroken, corpus):
 def test_a_checkpoint_of_other_settings_is_refused(unbroken, corpus, config):
   other = dataclasses.replace(config, out=str(unbroken), rule="none", seed=3)
   with pytest.raises(
-    lm_config.SetupError,
+    config_lib.SetupError,
     match=r"--rule: 'sign' there, 'none' here; --seed: 0 there, 3 here\)\."
     r" Choose another --out, or --resume=false",
   ):
-    train_lm.train(other)
-  with pytest.raises(lm_config.SetupError, match="--data: '"):
-    train_lm.train(
+    train_lib.train(other)
+  with pytest.raises(config_lib.SetupError, match="--data: '"):
+    train_lib.train(
       dataclasses.replace(config, out=str(unbroken), data_bytes=9000)
     )
   assert _kept(unbroken) == ["10", "12"]
 
 
 def test_without_resume_it_starts_anew(config, unbroken):
-  train_lm.train(dataclasses.replace(config, seed=1))
+  train_lib.train(dataclasses.replace(config, seed=1))
   assert _timeless(_rows(config.out)) != _timeless(_rows(unbroken))
-  train_lm.train(dataclasses.replace(config, resume=False))
+  train_lib.train(dataclasses.replace(config, resume=False))
   _assert_same_run(config.out, unbroken)
 
 
@@ -358,7 +358,7 @@ def test_without_resume_it_starts_anew(config, unbroken):
 def test_a_full_disk_leaves_the_last_checkpoint(
   config, unbroken, error, monkeypatch
 ):
-  write = lm_checkpoint.Checkpoints._write
+  write = checkpoint_lib.Checkpoints._write
 
   def full(self, step, state):
     if step < 10:
@@ -369,19 +369,19 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     raise error
 
   with monkeypatch.context() as patch:
-    patch.setattr(lm_checkpoint.Checkpoints, "_write", full)
+    patch.setattr(checkpoint_lib.Checkpoints, "_write", full)
     with pytest.raises(
-      lm_checkpoint.SaveError,
+      checkpoint_lib.SaveError,
       match="saving step 10 in --out=.* failed: No space left on device. Earl",
     ):
-      train_lm.train(config)
+      train_lib.train(config)
   assert _kept(config.out) == ["5"]
-  train_lm.train(config)
+  train_lib.train(config)
   _assert_same_run(config.out, unbroken)
 
 
 def test_a_mesh_changes_nothing(config, unbroken):
-  train_lm.train(dataclasses.replace(config, mesh="2,2"))
+  train_lib.train(dataclasses.replace(config, mesh="2,2"))
   rows, expected = _rows(config.out), _rows(unbroken)
   assert rows[0]["load"] == expected[0]["load"]
   for row, other in zip(rows, expected, strict=True):
@@ -389,13 +389,13 @@ def test_a_mesh_changes_nothing(config, unbroken):
       other["bits_per_byte"], rel=2e-3
     )
   # And a run may move to a mesh in the middle.
-  train_lm.train(dataclasses.replace(config, mesh="1,4"))
+  train_lib.train(dataclasses.replace(config, mesh="1,4"))
 
 
 def test_experts_are_sharded_and_nothing_else(config):
   config = dataclasses.replace(config, mesh="2,4")
-  with train_lm._mesh(config) as mesh:
-    state = train_lm.Trainer(config, mesh).init()
+  with train_lib._mesh(config) as mesh:
+    state = train_lib.Trainer(config, mesh).init()
   sharded = {
     path[-1].key
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)
@@ -410,7 +410,7 @@ def test_experts_are_sharded_and_nothing_else(config):
 
 
 def test_micro_batches_change_no_load(config, unbroken):
-  train_lm.train(dataclasses.replace(config, micro_batches=2, steps=2))
+  train_lib.train(dataclasses.replace(config, micro_batches=2, steps=2))
   row, expected = _rows(config.out)[0], _rows(unbroken)[0]
   assert row["load"] == expected["load"]
   assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
@@ -419,17 +419,17 @@ def test_micro_batches_change_no_load(config, unbroken):
 @pytest.mark.parametrize("rule", ("sign", "quantile"))
 def test_the_rule_balances(unbalanced, rule, tmp_path):
   config, before = unbalanced
-  after = train_lm.train(
+  after = train_lib.train(
     dataclasses.replace(config, rule=rule, out=str(tmp_path))
   )
   assert before["max_vio_global"] > 2 * after["max_vio_global"]
 
 
 def test_batches_are_a_function_of_seed_and_step(config):
-  corpus = lm_data.load(config)
+  corpus = data_lib.load(config)
   batch = corpus.batch(config, 3)
   assert batch.shape == (4, 33) and batch.dtype == np.uint8
-  np.testing.assert_array_equal(batch, lm_data.load(config).batch(config, 3))
+  np.testing.assert_array_equal(batch, data_lib.load(config).batch(config, 3))
   assert np.any(batch != corpus.batch(config, 4))
   reseeded = dataclasses.replace(config, seed=1)
   assert np.any(batch != corpus.batch(reseeded, 3))
@@ -442,7 +442,7 @@ def test_every_tenth_file_is_held_out(tmp_path, config):
   (tmp_path / "sub" / "binary").write_bytes(b"\0" * 40)
   (tmp_path / ".hidden").write_bytes(b"hidden")
   (tmp_path / "loop").symlink_to(tmp_path / "nothing")
-  corpus = lm_data.load(dataclasses.replace(config, data=str(tmp_path)))
+  corpus = data_lib.load(dataclasses.replace(config, data=str(tmp_path)))
   assert bytes(corpus.validation) == b"J" * 40 + b"T" * 40
   assert len(corpus.train) == 18 * 40
   assert "Skipped 1 binary files." in corpus.description
@@ -452,7 +452,7 @@ def test_the_tail_of_a_single_file_is_held_out(tmp_path, config):
   path = tmp_path / "any"
   path.write_bytes(bytes(range(200)) * 2)
   config = dataclasses.replace(config, data=str(path))
-  corpus = lm_data.load(config)
+  corpus = data_lib.load(config)
   assert bytes(corpus.validation) == bytes(range(160, 200))
   windows = corpus.validation_batches(config)
   assert windows.shape == (1, 4, 33)
@@ -475,8 +475,8 @@ def test_the_tail_of_a_single_file_is_held_out(tmp_path, config):
 def test_an_unusable_corpus_is_named(tmp_path, config, make, message):
   path = tmp_path / "corpus"
   make(path)
-  with pytest.raises(lm_config.SetupError, match=f"--data={path} {message}"):
-    lm_data.load(dataclasses.replace(config, data=str(path)))
+  with pytest.raises(config_lib.SetupError, match=f"--data={path} {message}"):
+    data_lib.load(dataclasses.replace(config, data=str(path)))
 
 
 @pytest.mark.parametrize(
@@ -495,7 +495,7 @@ def test_an_unusable_corpus_is_named(tmp_path, config, make, message):
   ],
 )
 def test_an_impossible_setting_is_named(config, change, message):
-  with pytest.raises(lm_config.SetupError, match=message):
+  with pytest.raises(config_lib.SetupError, match=message):
     dataclasses.replace(config, **change)
 
 
@@ -507,11 +507,11 @@ def test_errors_come_without_a_traceback(tmp_path):
     text=True,
   )
   assert done.returncode == 2
-  assert done.stderr.splitlines()[-1].startswith("train_lm.py: --data=")
+  assert done.stderr.splitlines()[-1].startswith("train.py: --data=")
   assert "Traceback" not in done.stderr
 
 
 def test_more_devices_than_there_are_is_named(config):
   config = dataclasses.replace(config, batch_size=16, mesh="16,1")
-  with pytest.raises(lm_config.SetupError, match="needs 16 devices, found 8"):
-    train_lm.train(config)
+  with pytest.raises(config_lib.SetupError, match="needs 16 devices, found 8"):
+    train_lib.train(config)

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from lm_config import SetupError
+from config import SetupError
 
 
 class SaveError(OSError):

@@ -1,12 +1,12 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Balancing rules and auxiliary losses side by side: same data, same seeds.
 
-Every arm is `train_lm.py` with other flags, in a folder of its own, so whatever
+Every arm is `train.py` with other flags, in a folder of its own, so whatever
 stops this, the same command continues. --preset=cpu takes some 15 minutes on two
 cores; --preset=gpu is a model of some 180M parameters for one accelerator. In --out
 are at the end table.md, trade_off.png and max_vio.png.
 
-  python examples/compare_rules.py --out=runs/compare
+  python examples/lm/compare_rules.py --out=runs/compare
 """
 
 import json
@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import checkpoint as checkpoint_lib
+import config as config_lib
 import jax
-import lm_checkpoint
-import lm_config
 import numpy as np
-import train_lm
+import train as train_lib
 from absl import app, flags, logging
 
 from jaxroute import plot
@@ -32,7 +32,7 @@ _STEPS = flags.DEFINE_integer(
   "steps", 0, "Optimizer steps of a run; 0: the preset's.", lower_bound=0
 )
 
-# Name to the flags of train_lm.py that make the arm. Rates suit sigmoid scores.
+# Name to the flags of train.py that make the arm. Rates suit sigmoid scores.
 ARMS: dict[str, dict[str, Any]] = {
   "none": {"rule": "none"},
   "switch loss, 1e-3": {"rule": "none", "switch_weight": 1e-3},
@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(arm: str, seed: int) -> lm_config.Config:
+def config_of(arm: str, seed: int) -> config_lib.Config:
   """The settings of one run.
 
   Args:
@@ -96,7 +96,7 @@ def config_of(arm: str, seed: int) -> lm_config.Config:
   steps = settings["steps"]
   settings.setdefault("save_every", steps)
   folder = "".join(c if c.isalnum() or c == "-" else "_" for c in arm)
-  return lm_config.Config(
+  return config_lib.Config(
     **settings,
     **ARMS[arm],
     seed=seed,
@@ -105,12 +105,12 @@ def config_of(arm: str, seed: int) -> lm_config.Config:
   )
 
 
-def run(config: lm_config.Config) -> dict[str, Any]:
+def run(config: config_lib.Config) -> dict[str, Any]:
   """The summary of a run, with its rows; it is trained unless it is there."""
   out = pathlib.Path(config.out)
   done, identity = out / "done.json", config.identity()
   if not done.exists() or json.loads(done.read_text()) != identity:
-    train_lm.train(config)
+    train_lib.train(config)
     done.write_text(json.dumps(identity))
   with (out / "metrics.jsonl").open() as file:
     rows = [json.loads(line) for line in file]
@@ -186,9 +186,9 @@ def main(argv: Sequence[str]) -> None:
       for seed in range(_SEEDS.value):
         print(f"== {arm}, seed {seed}", flush=True)
         results.setdefault(arm, []).append(run(config_of(arm, seed)))
-  except (lm_config.SetupError, lm_checkpoint.SaveError) as error:
+  except (config_lib.SetupError, checkpoint_lib.SaveError) as error:
     sys.exit(f"compare_rules.py: {error}")
-  except train_lm.Interrupted as error:
+  except train_lib.Interrupted as error:
     print(f"{error}; the same command continues from there.", file=sys.stderr)
     sys.exit(error.exit_code)
   device = jax.devices()[0]

@@ -13,7 +13,7 @@ import sysconfig
 from collections.abc import Iterator
 
 import numpy as np
-from lm_config import Config, SetupError
+from config import Config, SetupError
 
 _HELD_OUT = 10
 # Tests and editors are not installed everywhere; the last is one huge string.

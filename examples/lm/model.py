@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from config import Config
 from flax import linen as nn
-from lm_config import Config
 
 import jaxroute
 import jaxroute.linen

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 import tqdm
-from lm_config import Config
+from config import Config
 
 from jaxroute import assignment, dual, metrics, plot
 

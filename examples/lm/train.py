@@ -6,7 +6,7 @@ two CPU cores it takes about three minutes. In --out it leaves checkpoints, from
 which the same command continues, bit for bit; metrics.jsonl and TensorBoard
 events; summary.json and figures.
 
-  python examples/train_lm.py --rule=none --out=runs/unbalanced
+  python examples/lm/train.py --rule=none --out=runs/unbalanced
 
 Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint; the exit
 code is then 130 or 143. A second one ends it at once. An impossible setting or an
@@ -23,14 +23,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import checkpoint as checkpoint_lib
+import config as config_lib
+import data as data_lib
 import jax
 import jax.numpy as jnp
-import lm_checkpoint
-import lm_config
-import lm_data
-import lm_model
-import lm_report
+import model as model_lib
 import numpy as np
+import report as report_lib
 from absl import app, flags, logging
 
 import jaxroute
@@ -54,15 +54,15 @@ class Trainer:
     mesh: with the axes "data" and "expert", or None for one device.
   """
 
-  def __init__(self, config: lm_config.Config, mesh: jax.sharding.Mesh | None):
+  def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh | None):
     self._config = config
     self._mesh = mesh
     partition = None
     if mesh is not None:
       partition = jaxroute.Partition(token_axes=("data",), expert_axis="expert")
-    self._model = lm_model.Transformer(config, partition)
+    self._model = model_lib.Transformer(config, partition)
     self._rule, self._optimizer = config.make_rule(), config.make_optimizer()
-    loss_fn = lm_model.make_loss_fn(self._model, config.switch_weight or None)
+    loss_fn = model_lib.make_loss_fn(self._model, config.switch_weight or None)
     self._train_step = functools.partial(
       jaxroute.train_step,
       loss_fn=loss_fn,
@@ -76,7 +76,7 @@ class Trainer:
       functools.partial(jaxroute.eval_step, loss_fn=loss_fn)
     )
     self._scores = jax.jit(
-      functools.partial(lm_model.router_scores, self._model)
+      functools.partial(model_lib.router_scores, self._model)
     )
 
   def init(self) -> jaxroute.TrainState:
@@ -109,17 +109,17 @@ class Trainer:
   def _step(self, state, batch):
     before = state.router.expert_bias
     state, report = self._train_step(state, batch)
-    gap = lm_report.duality_gap(before, report["load"])
+    gap = report_lib.duality_gap(before, report["load"])
     return state, report | {
       "duality_gap": gap,
       "expert_bias": state.router.expert_bias,
     }
 
   def _shardings(self, mesh):
-    return lm_model.shardings(jax.eval_shape(self._init), mesh)
+    return model_lib.shardings(jax.eval_shape(self._init), mesh)
 
 
-def train(config: lm_config.Config) -> dict[str, Any]:
+def train(config: config_lib.Config) -> dict[str, Any]:
   """Trains, or finishes a run that was stopped.
 
   Args:
@@ -134,25 +134,25 @@ def train(config: lm_config.Config) -> dict[str, Any]:
     Interrupted: after SIGINT or SIGTERM.
   """
   out = pathlib.Path(config.out)
-  corpus = lm_data.load(config)
+  corpus = data_lib.load(config)
   print(corpus.description)
   identity = config.identity() | {"data": corpus.sha256}
   with _mesh(config) as mesh, _stop_signal() as stop:
-    checkpoints = lm_checkpoint.Checkpoints(out, identity)
+    checkpoints = checkpoint_lib.Checkpoints(out, identity)
     if config.resume:
       checkpoints.check_settings()
     else:
       checkpoints.clear()
     trainer = Trainer(config, mesh)
     state = checkpoints.restore(trainer.init())
-    with lm_checkpoint.saving("opening metrics", out):
-      log = lm_report.MetricsLog(config, checkpoints.last_step)
+    with checkpoint_lib.saving("opening metrics", out):
+      log = report_lib.MetricsLog(config, checkpoints.last_step)
     with contextlib.closing(log):
       _loop(config, corpus, trainer, state, checkpoints, log, stop)
-  summary = lm_report.summarize(log.rows, config.batch_size * config.seq_len)
-  with lm_checkpoint.saving("writing figures", out):
+  summary = report_lib.summarize(log.rows, config.batch_size * config.seq_len)
+  with checkpoint_lib.saving("writing figures", out):
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    lm_report.write_figures(log.rows, out)
+    report_lib.write_figures(log.rows, out)
   return summary
 
 
@@ -163,15 +163,15 @@ def _loop(config, corpus, trainer, state, checkpoints, log, stop) -> None:
   for step in range(checkpoints.last_step + 1, config.steps + 1):
     state, report = trainer.step(state, place(corpus.batch(config, step)))
     is_last = step == config.steps
-    with lm_checkpoint.saving("writing metrics", out):
+    with checkpoint_lib.saving("writing metrics", out):
       log.add_step(step, report)
       if is_last or step % config.eval_every == 0:
         log.settle()
         reports = [trainer.evaluate(state, b) for b in map(place, validation)]
-        row = lm_report.validation_row(step, jax.device_get(reports))
+        row = report_lib.validation_row(step, jax.device_get(reports))
         scores = trainer.scores(state, place(validation[0]))
-        bias = lm_report.per_layer(jax.device_get(state.router.expert_bias))
-        row["gap"] = lm_report.gap(scores, bias, config.top_k)
+        bias = report_lib.per_layer(jax.device_get(state.router.expert_bias))
+        row["gap"] = report_lib.gap(scores, bias, config.top_k)
         log.add(row)
       if is_last or step % config.save_every == 0 or stop.number:
         log.sync()
@@ -181,22 +181,22 @@ def _loop(config, corpus, trainer, state, checkpoints, log, stop) -> None:
       raise Interrupted(stop.number, step, out)
   if config.save_scores:
     scores = [trainer.scores(state, b) for b in map(place, validation)]
-    with lm_checkpoint.saving("writing scores", out):
+    with checkpoint_lib.saving("writing scores", out):
       np.savez(
         out / "scores.npz",
         scores=np.concatenate(scores, axis=1),
-        expert_bias=lm_report.per_layer(state.router.expert_bias),
+        expert_bias=report_lib.per_layer(state.router.expert_bias),
         top_k=config.top_k,
       )
 
 
 @contextlib.contextmanager
-def _mesh(config: lm_config.Config) -> Iterator[jax.sharding.Mesh | None]:
+def _mesh(config: config_lib.Config) -> Iterator[jax.sharding.Mesh | None]:
   """Puts the mesh of --mesh in force; None for one device."""
   shape = config.mesh_shape
   count = shape[0] * shape[1]
   if count > jax.device_count():
-    raise lm_config.SetupError(
+    raise config_lib.SetupError(
       f"--mesh={config.mesh} needs {count} devices, found {jax.device_count()}."
       " On CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
       f"{count} to try it."
@@ -252,26 +252,26 @@ def main(argv: Sequence[str]) -> None:
   # Informational lines of JAX and Orbax would break the bar.
   logging.set_verbosity(logging.WARNING)
   try:
-    config = lm_config.from_flags()
+    config = config_lib.from_flags()
     summary = train(config)
-  except lm_config.SetupError as error:
+  except config_lib.SetupError as error:
     _exit(2, str(error))
-  except lm_checkpoint.SaveError as error:
+  except checkpoint_lib.SaveError as error:
     _exit(1, str(error))
   except Interrupted as error:
     _exit(error.exit_code, f"{error}; the same command continues from there.")
   except KeyboardInterrupt:
     _exit(128 + signal.SIGINT, "aborted; the last checkpoint is intact.")
-  print(lm_report.table(summary))
+  print(report_lib.table(summary))
   print(f"Figures, metrics and checkpoints: {config.out}")
 
 
 def _exit(code: int, message: str) -> NoReturn:
-  print(f"train_lm.py: {message}", file=sys.stderr)
+  print(f"train.py: {message}", file=sys.stderr)
   sys.exit(code)
 
 
 if __name__ == "__main__":
-  lm_config.define_flags()
-  flags.adopt_module_key_flags(lm_config)
+  config_lib.define_flags()
+  flags.adopt_module_key_flags(config_lib)
   app.run(main)
