@@ -2,9 +2,9 @@
 """Balancing rules and auxiliary losses side by side: same data, same seeds.
 
 Every arm is `train.py` with other flags, in a folder of its own, so whatever
-stops this, the same command continues. --preset=cpu takes some 15 minutes on two
-cores; --preset=gpu is a model of some 180M parameters for one accelerator. In --out
-are at the end table.md, trade_off.png and max_vio.png.
+stops this, the same command continues. --preset=cpu takes about 15 minutes on two
+cores; --preset=gpu is a model of 194M parameters for one accelerator. At the end,
+table.md, trade_off.png and max_vio.png are in --out.
 
   python examples/lm/compare_rules.py --out=runs/compare
 """
@@ -106,7 +106,7 @@ def config_of(arm: str, seed: int) -> config_lib.Config:
 
 
 def run(config: config_lib.Config) -> dict[str, Any]:
-  """The summary of a run, with its rows; it is trained unless it is there."""
+  """The summary of a run, with its rows; trains unless the run is there."""
   out = pathlib.Path(config.out)
   done, identity = out / "done.json", config.identity()
   if not done.exists() or json.loads(done.read_text()) != identity:
@@ -115,14 +115,14 @@ def run(config: config_lib.Config) -> dict[str, Any]:
   with (out / "metrics.jsonl").open() as file:
     rows = [json.loads(line) for line in file]
   rows = [r for r in rows if r["kind"] == "train"]
-  # Of its steps: the first of a process, which compiles, has none.
+  # The first step of a process compiles, and has no time.
   seconds = sum(r["seconds"] or 0.0 for r in rows)
   summary = json.loads((out / "summary.json").read_text())
   return summary | {"rows": rows, "seconds": seconds}
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-  """Markdown, a line for every arm: means over seeds, and the loss's deviation."""
+  """A line of Markdown for every arm: means over seeds, and the loss's deviation."""
   lines = [
     "| arm | validation bits/byte | MaxVio_global | MaxVio_batch, last quarter:"
     " mean | worst | gap to the optimum | seconds |",
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"expected flags only, got {argv[1:]}.")
   logging.set_verbosity(logging.WARNING)
   out = pathlib.Path(_OUT.value)
-  # Seeds of an arm, and a run that continues, compile the same programs.
+  # The seeds of an arm, and a run that continues, compile the same programs.
   jax.config.update("jax_compilation_cache_dir", str(out.resolve() / "cache"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   results = {}

@@ -72,7 +72,7 @@ class Block(nn.Module):
     x = x + Attention(c.num_heads, name="attention")(nn.RMSNorm()(x))
     y = nn.RMSNorm()(x)
     if self.dense:
-      # As wide as what a token meets in the other layers.
+      # A token meets the same width here as in the other layers.
       width = c.top_k * c.expert_size + c.shared_size
       return x + SwiGLU(width, name="mlp")(y), None
     y, out = jaxroute.linen.MoE(
@@ -82,8 +82,9 @@ class Block(nn.Module):
       partition=self.partition,
       name="moe",
     )(y)
-    # Computed only for callers that make these collections mutable.
-    assert out.logits is not None  # they are, unless the projection is fused
+    # These are computed only for callers that make the collections mutable.
+    # There are logits unless the projection is fused with the routing.
+    assert out.logits is not None
     self.sow("scores", "scores", scores.scores(out.logits, c.router))
     self.sow(
       "losses", "switch", losses.switch(out.logits, out.routing, c.router)
@@ -203,7 +204,7 @@ def shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
 
   def sharding(path, x):
     if getattr(path[-1], "key", None) in ("w_gate", "w_up", "w_down"):
-      # Before [E, D, F] comes the axis of the scan over layers.
+      # The axis of the scan over layers comes before [E, D, F].
       return jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 3), "expert"))
     return jax.NamedSharding(mesh, jax.P())
 

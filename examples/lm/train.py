@@ -1,16 +1,20 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Trains a byte-level language model with balanced Mixture-of-Experts layers.
 
-By default on the source of Python's own library, on whatever device JAX finds; on
-two CPU cores it takes about three minutes. In --out it leaves checkpoints, from
-which the same command continues, bit for bit; metrics.jsonl and TensorBoard
-events; summary.json and figures.
+By default it reads the source of Python's own library and runs on whatever device
+JAX finds; on two CPU cores it takes about three minutes. In --out it leaves
+checkpoints, from which the same command continues, bit for bit; metrics.jsonl and
+TensorBoard events; summary.json and figures.
 
   python examples/lm/train.py --rule=none --out=runs/unbalanced
 
 Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint; the exit
-code is then 130 or 143. A second one ends it at once. An impossible setting or an
-unusable file exits with 2, a failed save with 1.
+code is then 130 or 143. A second signal ends it at once. An impossible setting or
+an unusable file exits with 2, a failed save with 1.
+
+On a host with several accelerators, --mesh=DATA,EXPERT shards the batch and the
+experts over them. This is one process; examples/minimal.py shows what a pod of
+several hosts needs.
 """
 
 import contextlib
@@ -20,6 +24,7 @@ import pathlib
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
@@ -52,6 +57,11 @@ class Trainer:
   Args:
     config: the settings.
     mesh: with the axes "data" and "expert", or None for one device.
+
+  Attributes:
+    init: `() -> TrainState`, the state at step 0.
+    step: `(state, batch) -> (state, report)`; the state is donated.
+    evaluate: `(state, batch) -> report`, which changes nothing.
   """
 
   def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh | None):
@@ -70,19 +80,19 @@ class Trainer:
       rule=self._rule,
       micro_batches=config.micro_batches,
     )
-    out = None if mesh is None else (self._shardings(mesh), None)
-    self.step = jax.jit(self._step, donate_argnums=0, out_shardings=out)
+    placed = None if mesh is None else self._shardings(mesh)
+    self.init = jax.jit(self._init, out_shardings=placed)
+    self.step = jax.jit(
+      self._step,
+      donate_argnums=0,
+      out_shardings=None if mesh is None else (placed, None),
+    )
     self.evaluate = jax.jit(
       functools.partial(jaxroute.eval_step, loss_fn=loss_fn)
     )
     self._scores = jax.jit(
       functools.partial(model_lib.router_scores, self._model)
     )
-
-  def init(self) -> jaxroute.TrainState:
-    """The state at step 0."""
-    out = None if self._mesh is None else self._shardings(self._mesh)
-    return jax.jit(self._init, out_shardings=out)()
 
   def place(self, batch: np.ndarray) -> jax.Array:
     """A batch on the devices."""
@@ -91,12 +101,12 @@ class Trainer:
     return jax.device_put(batch, jax.NamedSharding(self._mesh, jax.P("data")))
 
   def scores(self, state: jaxroute.TrainState, batch: jax.Array) -> np.ndarray:
-    """`[Lyr, T, E]` float32: what the routers of a batch chose by, less the bias."""
+    """`[Lyr, T, E]` float32: the routers' scores of a batch, without the bias."""
     return jax.device_get(
       self._scores(state.params, state.router.expert_bias, batch)
     )
 
-  def _init(self):
+  def _init(self) -> jaxroute.TrainState:
     c = self._config
     variables = self._model.init(
       jax.random.key(c.seed), jnp.zeros((c.batch_size, c.seq_len), jnp.int32)
@@ -106,16 +116,19 @@ class Trainer:
       variables["params"], router, self._optimizer
     )
 
-  def _step(self, state, batch):
-    before = state.router.expert_bias
+  def _step(
+    self, state: jaxroute.TrainState, batch: jax.Array
+  ) -> tuple[jaxroute.TrainState, dict[str, Any]]:
+    routed_by = state.router.expert_bias
     state, report = self._train_step(state, batch)
-    gap = report_lib.duality_gap(before, report["load"])
     return state, report | {
-      "duality_gap": gap,
+      "complementary_slackness": report_lib.complementary_slackness(
+        routed_by, report["load"]
+      ),
       "expert_bias": state.router.expert_bias,
     }
 
-  def _shardings(self, mesh):
+  def _shardings(self, mesh: jax.sharding.Mesh) -> jaxroute.TrainState:
     return model_lib.shardings(jax.eval_shape(self._init), mesh)
 
 
@@ -140,7 +153,7 @@ def train(config: config_lib.Config) -> dict[str, Any]:
   with _mesh(config) as mesh, _stop_signal() as stop:
     checkpoints = checkpoint_lib.Checkpoints(out, identity)
     if config.resume:
-      checkpoints.check_settings()
+      checkpoints.check()
     else:
       checkpoints.clear()
     trainer = Trainer(config, mesh)
@@ -156,8 +169,16 @@ def train(config: config_lib.Config) -> dict[str, Any]:
   return summary
 
 
-def _loop(config, corpus, trainer, state, checkpoints, log, stop) -> None:
-  """Steps, validations and saves from the last checkpoint to the end."""
+def _loop(
+  config: config_lib.Config,
+  corpus: data_lib.Corpus,
+  trainer: Trainer,
+  state: jaxroute.TrainState,
+  checkpoints: checkpoint_lib.Checkpoints,
+  log: report_lib.MetricsLog,
+  stop: "_Stop",
+) -> None:
+  """Steps, validates and saves, from the last checkpoint to the end."""
   out = pathlib.Path(config.out)
   place, validation = trainer.place, corpus.validation_batches(config)
   for step in range(checkpoints.last_step + 1, config.steps + 1):
@@ -222,14 +243,14 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[_Stop]:
-  """Notes the first SIGINT or SIGTERM; the second acts as by default."""
+  """Notes the first SIGINT or SIGTERM; a second one has its default effect."""
   stop = _Stop()
   default = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
   }
 
-  def note(number, frame):
+  def note(number: int, frame: types.FrameType | None) -> None:
     del frame
     stop.number = number
     for each, handler in default.items():
@@ -249,7 +270,7 @@ def _stop_signal() -> Iterator[_Stop]:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"expected flags only, got {argv[1:]}.")
-  # Informational lines of JAX and Orbax would break the bar.
+  # JAX and Orbax would log in the middle of the progress bar.
   logging.set_verbosity(logging.WARNING)
   try:
     config = config_lib.from_flags()
