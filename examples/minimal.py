@@ -33,7 +33,9 @@ class Model(nn.Module):
     for _ in range(2):
       # The layer routes each row of x to 2 of 16 experts and counts the loads.
       y, _ = jaxroute.linen.MoE(
-        config, hidden_size=32, partition=jaxroute.Partition(token_axes=("data",))
+        config,
+        hidden_size=32,
+        partition=jaxroute.Partition(token_axes=("data",)),
       )(nn.RMSNorm()(x))
       x = x + y
     return nn.Dense(WIDTH)(x)
@@ -50,21 +52,23 @@ def loss_fn(params, expert_bias, batch):
 
 def make_batch(step):
   """Rows that share a direction, which routers left alone all follow."""
-  x = jax.random.normal(jax.random.fold_in(jax.random.key(0), step), (BATCH, WIDTH))
+  key, teacher_key = jax.random.split(jax.random.key(0))
+  x = jax.random.normal(jax.random.fold_in(key, step), (BATCH, WIDTH))
   x = x.at[:, 0].add(2.0)
-  teacher = jax.random.normal(jax.random.key(1), (WIDTH, WIDTH)) / WIDTH**0.5
+  teacher = jax.random.normal(teacher_key, (WIDTH, WIDTH)) / WIDTH**0.5
   return x, jnp.sin(2 * x @ teacher)
 
 
-def train(rule: optax.GradientTransformation, steps: int) -> list[float]:
-  """Trains, prints, and returns the MaxVio of every printed step."""
-  mesh = jax.make_mesh((jax.device_count(),), ("data",))
-  sharded = jax.NamedSharding(mesh, jax.P("data"))
+def train(name: str, rule: optax.GradientTransformation, steps: int):
+  """Trains and prints; returns the MaxVio of the steps that it prints."""
+  print(f"{name}:")
   optimizer = optax.adam(3e-3)
+  mesh = jax.make_mesh((jax.device_count(),), ("data",))
   with jax.set_mesh(mesh):
     # Every process makes its part of the batch, as it would read it from a file.
+    sharded = jax.NamedSharding(mesh, jax.P("data"))
     batch_of = jax.jit(make_batch, out_shardings=sharded)
-    variables = jax.jit(Model().init)(jax.random.key(2), batch_of(0)[0])
+    variables = jax.jit(Model().init)(jax.random.key(1), batch_of(0)[0])
     # The router state is the biases, the loads so far and the state of the rule.
     router = jaxroute.linen.init_router_state(variables, rule)
     state = jaxroute.init_train_state(variables["params"], router, optimizer)
@@ -77,23 +81,18 @@ def train(rule: optax.GradientTransformation, steps: int) -> list[float]:
     for step in range(steps + 1):
       state, report = step_fn(state, batch_of(step))
       # This waits for the step; examples/lm reads what the one before reported.
-      report = jax.device_get(report)
+      loss, max_vio = float(report["loss"]), float(report["max_vio"])
       if step % max(1, steps // 4) == 0:
-        loss, max_vio = report["loss"], float(report["max_vio"])
         history.append(max_vio)
         print(f"  step {step:3d}: loss {loss:.3f}, MaxVio {max_vio:.2f}")
   return history
 
 
 def main(steps: int = 200) -> dict[str, list[float]]:
-  """Trains with and without balancing, and returns what `train` does."""
+  """Trains with and without balancing; returns the MaxVio of both."""
   # A rule is any optax transformation; `set_to_zero` leaves the biases at 0.
   rules = {"balanced": dual.sign(3e-3), "unbalanced": optax.set_to_zero()}
-  result = {}
-  for name, rule in rules.items():
-    print(f"{name}:")
-    result[name] = train(rule, steps)
-  return result
+  return {name: train(name, rule, steps) for name, rule in rules.items()}
 
 
 if __name__ == "__main__":

@@ -90,25 +90,20 @@ class Checkpoints:
         " delete that run."
       )
 
-  def restore(self, state: Any) -> Any:
-    """The newest checkpoint, or `state` if there is none.
+  def restore(self, shapes: Any) -> Any:
+    """The state of the newest checkpoint; there must be one.
 
     Args:
-      state: a `jaxroute.TrainState`; arrays come back placed like its arrays.
+      shapes: the `jaxroute.TrainState` to expect, `jax.ShapeDtypeStruct`s for
+        its arrays; their shardings say where the arrays are put.
 
     Returns:
       A `jaxroute.TrainState`.
     """
-    if not self.last_step:
-      return state
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state,
-    )
     with _quiet():
       restored = self._manager.restore(
         self.last_step,
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)),
       )
     return restored["state"]
 

@@ -190,19 +190,22 @@ def router_scores(
   return scores
 
 
-def shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
+def shardings(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
   """Where a state lies: expert parameters over "expert", all else everywhere.
 
   Args:
     state: a `jaxroute.TrainState`, or its shapes; the optimizer's moments are
       named like the parameters they belong to.
-    mesh: with the axis "expert".
+    mesh: with the axis "expert", or None for one device.
 
   Returns:
-    A tree of `NamedSharding`, shaped like `state`.
+    A tree of shardings, shaped like `state`.
   """
+  if mesh is None:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: device, state)
 
-  def sharding(path, x):
+  def sharding(path: tuple[Any, ...], x: Any) -> jax.NamedSharding:
     if getattr(path[-1], "key", None) in ("w_gate", "w_up", "w_down"):
       # The axis of the scan over layers comes before [E, D, F].
       return jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 3), "expert"))

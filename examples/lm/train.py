@@ -59,7 +59,8 @@ class Trainer:
     mesh: with the axes "data" and "expert", or None for one device.
 
   Attributes:
-    init: `() -> TrainState`, the state at step 0.
+    init: `key -> TrainState`, the state at step 0.
+    shapes: what `init` returns, as `jax.ShapeDtypeStruct`s with shardings.
     step: `(state, batch) -> (state, report)`; the state is donated.
     evaluate: `(state, batch) -> report`, which changes nothing.
   """
@@ -80,12 +81,16 @@ class Trainer:
       rule=self._rule,
       micro_batches=config.micro_batches,
     )
-    placed = None if mesh is None else self._shardings(mesh)
+    shapes = jax.eval_shape(self._init, jax.random.key(0))
+    placed = model_lib.shardings(shapes, mesh)
+    self.shapes = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      placed,
+    )
     self.init = jax.jit(self._init, out_shardings=placed)
     self.step = jax.jit(
-      self._step,
-      donate_argnums=0,
-      out_shardings=None if mesh is None else (placed, None),
+      self._step, donate_argnums=0, out_shardings=(placed, None)
     )
     self.evaluate = jax.jit(
       functools.partial(jaxroute.eval_step, loss_fn=loss_fn)
@@ -106,10 +111,10 @@ class Trainer:
       self._scores(state.params, state.router.expert_bias, batch)
     )
 
-  def _init(self) -> jaxroute.TrainState:
+  def _init(self, key: jax.Array) -> jaxroute.TrainState:
     c = self._config
     variables = self._model.init(
-      jax.random.key(c.seed), jnp.zeros((c.batch_size, c.seq_len), jnp.int32)
+      key, jnp.zeros((c.batch_size, c.seq_len), jnp.int32)
     )
     router = jaxroute.linen.init_router_state(variables, self._rule)
     return jaxroute.init_train_state(
@@ -127,9 +132,6 @@ class Trainer:
       ),
       "expert_bias": state.router.expert_bias,
     }
-
-  def _shardings(self, mesh: jax.sharding.Mesh) -> jaxroute.TrainState:
-    return model_lib.shardings(jax.eval_shape(self._init), mesh)
 
 
 def train(config: config_lib.Config) -> dict[str, Any]:
@@ -157,7 +159,10 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     else:
       checkpoints.clear()
     trainer = Trainer(config, mesh)
-    state = checkpoints.restore(trainer.init())
+    if checkpoints.last_step:
+      state = checkpoints.restore(trainer.shapes)
+    else:
+      state = trainer.init(jax.random.key(config.seed))
     with checkpoint_lib.saving("opening metrics", out):
       log = report_lib.MetricsLog(config, checkpoints.last_step)
     with contextlib.closing(log):
