@@ -6,11 +6,11 @@ from jaxroute import (
   dispatch,
   dual,
   experts,
-  histogram,
   layer,
   losses,
   metrics,
-  sharding,
+  parallel,
+  routing,
 )
 from jaxroute.metrics import max_vio
 from jaxroute.remat import save_routing
@@ -25,6 +25,7 @@ from jaxroute.step import (
   update,
 )
 from jaxroute.types import (
+  Counts,
   MoEOutput,
   Partition,
   RouterConfig,
@@ -32,29 +33,33 @@ from jaxroute.types import (
   Routing,
 )
 
+__version__ = "0.1.0"
+
 __all__ = [
+  "Counts",
   "MoEOutput",
   "Partition",
   "RouterConfig",
   "RouterState",
   "Routing",
   "TrainState",
+  "__version__",
   "accumulate",
   "assignment",
   "dispatch",
   "dual",
   "eval_step",
   "experts",
-  "histogram",
   "init_router_state",
   "init_train_state",
   "layer",
   "losses",
   "max_vio",
   "metrics",
+  "parallel",
   "route",
+  "routing",
   "save_routing",
-  "sharding",
   "train_step",
   "update",
 ]

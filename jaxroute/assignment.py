@@ -278,9 +278,7 @@ def repair(
     >>> float(loss)
     0.25
   """
-  config = types.RouterConfig(
-    num_experts=scores.shape[-1], top_k=top_k, score_after_top_k=True
-  )
+  config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
   routes = routing.route(scores, expert_bias, config, token_mask)
   t, e = scores.shape
   real = routes.token_mask

@@ -4,29 +4,31 @@
 `jaxroute.linen` and `jaxroute.nnx` only hold the parameters and call these.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute import dispatch, experts, sharding, types
+from jaxroute import dispatch, experts, types
 from jaxroute import routing as routing_lib
+from jaxroute.parallel import all_gather
 
 
 def router(
   x: jax.Array,
-  kernel: jax.Array,
+  router_weight: jax.Array,
   expert_bias: jax.Array | None,
   config: types.RouterConfig,
   token_mask: jax.Array | None = None,
-  implementation: types.Implementation | None = None,
+  implementation: routing_lib.Implementation | None = None,
   fuse_projection: bool = False,
 ) -> tuple[types.Routing, jax.Array | None]:
   """Projects tokens to float32 logits, whatever their dtype, and routes them.
 
   Args:
     x: `[..., D]`. The leading axes are flattened into T.
-    kernel: `[D, E]`. The router projection.
+    router_weight: `[D, E]`. The router projection.
     expert_bias: `[E]` float32, or None.
     config: static router description.
     token_mask: bool, shaped like the leading axes of `x`. False is padding.
@@ -40,7 +42,7 @@ def router(
   Raises:
     ValueError: if a shape or dtype does not fit.
   """
-  routing_lib.check_kernel(kernel, x.shape[-1], config)
+  routing_lib.check_router_weight(router_weight, x.shape[-1], config)
   if token_mask is not None:
     if token_mask.shape != x.shape[:-1]:
       raise ValueError(
@@ -50,15 +52,15 @@ def router(
     token_mask = token_mask.reshape(-1)
   tokens = x.reshape(-1, x.shape[-1])
   if fuse_projection:
-    routing = routing_lib.project_and_route(
-      tokens, kernel, expert_bias, config, token_mask, implementation
+    routes = routing_lib.project_and_route(
+      tokens, router_weight, expert_bias, config, token_mask, implementation
     )
-    return routing, None
-  logits = routing_lib.project(tokens, kernel, token_mask)
-  routing = routing_lib.route(
+    return routes, None
+  logits = routing_lib.project(tokens, router_weight, token_mask)
+  routes = routing_lib.route(
     logits, expert_bias, config, token_mask, implementation
   )
-  return routing, logits
+  return routes, logits
 
 
 def moe(
@@ -97,18 +99,63 @@ def moe(
   )
   capacity = None
   if capacity_factor is not None:
-    shards = sharding.token_shards(partition)
     capacity = dispatch.expert_capacity(
-      config, tokens.shape[0] // shards, capacity_factor
+      config, tokens.shape[0], capacity_factor, partition
     )
+  run_experts = functools.partial(local_moe, capacity=capacity)
   if partition is None:
-    out, group_sizes = experts.moe(tokens, routing, params, capacity=capacity)
+    out, group_sizes = run_experts(tokens, routing, params)
   else:
-    out, group_sizes = sharding.moe(
-      tokens, routing, params, partition, capacity=capacity
+    out, group_sizes = all_gather.map_experts(
+      run_experts, tokens, routing, params, partition
     )
   if shared is not None:
     kept = routing.token_mask[:, None]
     tokens = jnp.where(kept, tokens, jnp.zeros((), tokens.dtype))
     out = out + experts.dense_swiglu(tokens, shared)
   return out.reshape(x.shape), group_sizes
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "implementation"))
+def local_moe(
+  x: jax.Array,
+  routing: types.Routing,
+  params: experts.ExpertParams,
+  *,
+  capacity: int | None = None,
+  implementation: experts.Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """Sends tokens to the experts that are here, and sums what these return.
+
+  Args:
+    x: `[T, D]`. Tokens.
+    routing: of those tokens. Tokens that its mask leaves out give 0, or NaN if
+      their weights are NaN, and reach no parameter's gradient.
+    params: with the E axis, of the dtype of `x`.
+    capacity: C. An expert keeps its first C assignments in token order and the
+      others are dropped; None drops nothing.
+    implementation: as in `jaxroute.experts.grouped_matmul`.
+
+  Returns:
+    `[T, D]`, the dtype of `x`, and `group_sizes`, `[E]` int32: the rows each
+    expert processed, `min(load, C)`.
+
+  Raises:
+    ValueError: if a rank, shape or dtype does not fit.
+  """
+  num_experts = params.w_gate.shape[0]
+  order = dispatch.sort_by_expert(
+    routing.expert_idx, num_experts, routing.token_mask, capacity
+  )
+  rows = dispatch.dispatch(x, order)
+  # On one shard of the experts N counts all assignments, but only this shard's
+  # experts own rows: expect their share.
+  expected_rows = -(-rows.shape[0] * num_experts // routing.load.shape[0])
+  rows = experts.swiglu(
+    rows,
+    params,
+    order.group_sizes,
+    implementation=implementation,
+    expected_rows=expected_rows,
+  )
+  return dispatch.combine(rows, routing.weights, order), order.group_sizes

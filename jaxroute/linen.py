@@ -4,19 +4,20 @@
 The bias and the load live in collections of their own, "expert_bias" and "load",
 out of reach of optimizers, weight decay and casts of "params". A forward pass only
 reads the bias. It counts when the caller makes "load" mutable, as with
-BatchNorm's statistics; initialisation never counts. The collections are the fields
-of a `jaxroute.RouterState`; a third, "histogram", is there if the `RouterConfig`
-has histograms, and is made mutable like "load":
+BatchNorm's statistics; initialisation never counts. A third collection, "histogram",
+is there if the `RouterConfig` has histograms, and is made mutable like "load":
 
     variables = model.init(key, x)
     state = jaxroute.linen.init_router_state(variables, rule)
     ...
     (y, _), counted = model.apply(
-        {"params": params, "expert_bias": state.expert_bias}, x, mutable=["load"])
-    state = dataclasses.replace(state, load=counted["load"])
+        {"params": params, "expert_bias": state.expert_bias}, x,
+        mutable=jaxroute.linen.COUNTED)
+    state = dataclasses.replace(state, counts=jaxroute.linen.counts(counted))
     state = jaxroute.update(state, rule)
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,9 +26,12 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from jaxroute import experts, layer, types
+from jaxroute import experts, layer, routing, types
 
 Initializer = jax.nn.initializers.Initializer
+
+COUNTED = ("load", "histogram")
+"""The collections that a training forward pass makes mutable, if it has them."""
 
 
 class Router(nn.Module):
@@ -45,8 +49,9 @@ class Router(nn.Module):
   """
 
   config: types.RouterConfig
+  _: dataclasses.KW_ONLY
   kernel_init: Initializer = nn.initializers.lecun_normal()
-  implementation: types.Implementation | None = None
+  implementation: routing.Implementation | None = None
   fuse_projection: bool = False
 
   @nn.compact
@@ -69,7 +74,7 @@ class Router(nn.Module):
     bias = self.variable(
       "expert_bias", "expert_bias", jnp.zeros, (e,), jnp.float32
     )
-    routing, logits = layer.router(
+    routes, logits = layer.router(
       x,
       kernel,
       bias.value,
@@ -78,10 +83,10 @@ class Router(nn.Module):
       self.implementation,
       self.fuse_projection,
     )
-    self._count("load", routing.load)
-    if routing.histogram is not None:
-      self._count("histogram", routing.histogram)
-    return routing, logits
+    self._count("load", routes.counts.load)
+    if routes.counts.histogram is not None:
+      self._count("histogram", routes.counts.histogram)
+    return routes, logits
 
   def _count(self, name: str, counts: jax.Array) -> None:
     """Adds to the variable, if the caller lets it change."""
@@ -117,6 +122,7 @@ class MoE(nn.Module):
   """
 
   config: types.RouterConfig
+  _: dataclasses.KW_ONLY
   hidden_size: int
   shared_hidden_size: int = 0
   capacity_factor: float | None = None
@@ -126,7 +132,7 @@ class MoE(nn.Module):
   expert_init: Initializer = nn.initializers.lecun_normal(batch_axis=(0,))
   shared_init: Initializer = nn.initializers.lecun_normal()
   partition: types.Partition | None = None
-  implementation: types.Implementation | None = None
+  implementation: routing.Implementation | None = None
   fuse_projection: bool = False
 
   @nn.compact
@@ -143,11 +149,11 @@ class MoE(nn.Module):
     Returns:
       `[..., D]`, the dtype of the computation, and what the router did.
     """
-    routing, logits = Router(
+    routes, logits = Router(
       self.config,
-      self.kernel_init,
-      self.implementation,
-      self.fuse_projection,
+      kernel_init=self.kernel_init,
+      implementation=self.implementation,
+      fuse_projection=self.fuse_projection,
       name="router",
     )(x, token_mask)
     e, d, f = self.config.num_experts, x.shape[-1], self.hidden_size
@@ -169,7 +175,7 @@ class MoE(nn.Module):
       )
     out, group_sizes = layer.moe(
       x,
-      routing,
+      routes,
       params,
       shared,
       config=self.config,
@@ -178,7 +184,7 @@ class MoE(nn.Module):
       partition=self.partition,
     )
     return out, types.MoEOutput(
-      routing=routing, logits=logits, group_sizes=group_sizes
+      routing=routes, logits=logits, group_sizes=group_sizes
     )
 
 
@@ -192,8 +198,8 @@ def init_router_state(
     rule: any optax transformation; see `jaxroute.dual`.
 
   Returns:
-    A `RouterState` whose fields are the collections "expert_bias", "load" and, if
-    there is one, "histogram": pytrees of `[..., E]`, of the last `[..., E, 16]`.
+    A `RouterState` with the collections "expert_bias" and, as `counts`, "load" and
+    "histogram": pytrees of `[..., E]`, of the last `[..., E, 16]`.
 
   Raises:
     ValueError: if the model has no router.
@@ -206,7 +212,28 @@ def init_router_state(
     )
   return types.RouterState(
     expert_bias=variables["expert_bias"],
-    load=variables["load"],
+    counts=counts(variables),
     rule_state=rule.init(variables["expert_bias"]),
-    histogram=variables.get("histogram"),
+  )
+
+
+def counts(collections: Mapping[str, Any]) -> types.Counts:
+  """What a model counted.
+
+  Args:
+    collections: what `model.apply(..., mutable=COUNTED)` returned beside the output.
+
+  Returns:
+    `Counts` of the collections "load" and, if there is one, "histogram".
+
+  Raises:
+    ValueError: if nothing was counted.
+  """
+  if "load" not in collections:
+    raise ValueError(
+      f"`collections` must hold 'load', got {sorted(collections)}. Pass what"
+      " `model.apply(..., mutable=jaxroute.linen.COUNTED)` returned."
+    )
+  return types.Counts(
+    load=collections["load"], histogram=collections.get("histogram")
   )

@@ -10,7 +10,8 @@ forward pass only reads the bias; it counts unless `model.eval()` was called.
     ...                                                   # forward, backward
     rule_state = jaxroute.nnx.update(model, rule, rule_state)
 
-Arguments and numbers are those of `jaxroute.linen`.
+Arguments and numbers are those of `jaxroute.linen`; `in_features` and `rngs`, which
+linen finds out, are given here.
 """
 
 from typing import Any
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxroute import experts, histogram, layer, step, types
+from jaxroute import experts, layer, routing, step, types
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -34,7 +35,7 @@ class Load(nnx.Variable):
 
 
 class Histogram(nnx.Variable):
-  """`Routing.histogram`s since the last update, `[..., E, 16]` int32."""
+  """`Counts.histogram` since the last update, `[..., E, 16]` int32."""
 
 
 # A linen collection of this name arrives as our type through nnx.bridge.
@@ -47,8 +48,8 @@ class Router(nnx.Module):
   """Projects tokens to logits and routes them.
 
   Args:
-    in_features: D.
     config: what to compute.
+    in_features: D.
     kernel_init: initializer of the projection.
     implementation: as in `jaxroute.route`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
@@ -57,11 +58,11 @@ class Router(nnx.Module):
 
   def __init__(
     self,
-    in_features: int,
     config: types.RouterConfig,
     *,
+    in_features: int,
     kernel_init: Initializer = nnx.initializers.lecun_normal(),
-    implementation: types.Implementation | None = None,
+    implementation: routing.Implementation | None = None,
     fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
@@ -77,7 +78,7 @@ class Router(nnx.Module):
     self.expert_bias = ExpertBias(jnp.zeros((e,), jnp.float32))
     self.load = Load(jnp.zeros((e,), jnp.int32))
     if config.histogram:
-      self.histogram = Histogram(jnp.zeros((e, histogram.BINS), jnp.int32))
+      self.histogram = Histogram(jnp.zeros((e, types.HISTOGRAM_BINS), jnp.int32))
 
   def __call__(
     self, x: jax.Array, token_mask: jax.Array | None = None
@@ -91,7 +92,7 @@ class Router(nnx.Module):
     Returns:
       The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
     """
-    routing, logits = layer.router(
+    routes, logits = layer.router(
       x,
       self.kernel[...],
       self.expert_bias[...],
@@ -101,18 +102,18 @@ class Router(nnx.Module):
       self.fuse_projection,
     )
     if not self.deterministic:
-      self.load[...] += routing.load
-      if routing.histogram is not None:
-        self.histogram[...] += routing.histogram
-    return routing, logits
+      self.load[...] += routes.counts.load
+      if routes.counts.histogram is not None:
+        self.histogram[...] += routes.counts.histogram
+    return routes, logits
 
 
 class MoE(nnx.Module):
   """A sparse SwiGLU feed-forward layer, with optional shared experts.
 
   Args:
-    in_features: D.
     config: what the router computes.
+    in_features: D.
     hidden_size: F, the width of one routed expert.
     shared_hidden_size: S, the joint width of the shared experts; 0 for none.
     capacity_factor: each expert keeps the first `ceil(factor * T * K / E)`
@@ -132,10 +133,10 @@ class MoE(nnx.Module):
 
   def __init__(
     self,
-    in_features: int,
     config: types.RouterConfig,
-    hidden_size: int,
     *,
+    in_features: int,
+    hidden_size: int,
     shared_hidden_size: int = 0,
     capacity_factor: float | None = None,
     dtype: Any = None,
@@ -144,7 +145,7 @@ class MoE(nnx.Module):
     expert_init: Initializer = nnx.initializers.lecun_normal(batch_axis=(0,)),
     shared_init: Initializer = nnx.initializers.lecun_normal(),
     partition: types.Partition | None = None,
-    implementation: types.Implementation | None = None,
+    implementation: routing.Implementation | None = None,
     fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
@@ -153,8 +154,8 @@ class MoE(nnx.Module):
     self.dtype = dtype
     self.partition = partition
     self.router = Router(
-      in_features,
       config,
+      in_features=in_features,
       kernel_init=kernel_init,
       implementation=implementation,
       fuse_projection=fuse_projection,
@@ -192,7 +193,7 @@ class MoE(nnx.Module):
     Returns:
       `[..., D]`, the dtype of the computation, and what the router did.
     """
-    routing, logits = self.router(x, token_mask)
+    routes, logits = self.router(x, token_mask)
     params = experts.ExpertParams(
       w_gate=self.w_gate[...], w_up=self.w_up[...], w_down=self.w_down[...]
     )
@@ -205,7 +206,7 @@ class MoE(nnx.Module):
       )
     out, group_sizes = layer.moe(
       x,
-      routing,
+      routes,
       params,
       shared,
       config=self.config,
@@ -214,7 +215,7 @@ class MoE(nnx.Module):
       partition=self.partition,
     )
     return out, types.MoEOutput(
-      routing=routing, logits=logits, group_sizes=group_sizes
+      routing=routes, logits=logits, group_sizes=group_sizes
     )
 
 
@@ -235,9 +236,11 @@ def router_state(
   """
   state = types.RouterState(
     expert_bias=nnx.to_pure_dict(nnx.state(model, ExpertBias)),
-    load=nnx.to_pure_dict(nnx.state(model, Load)),
+    counts=types.Counts(
+      load=nnx.to_pure_dict(nnx.state(model, Load)),
+      histogram=nnx.to_pure_dict(nnx.state(model, Histogram)) or None,
+    ),
     rule_state=rule_state,
-    histogram=nnx.to_pure_dict(nnx.state(model, Histogram)) or None,
   )
   if not state.expert_bias:
     raise ValueError(
@@ -285,8 +288,8 @@ def update(
   state = step.update(router_state(model, rule_state), rule, apply)
   for kind, values in (
     (ExpertBias, state.expert_bias),
-    (Load, state.load),
-    (Histogram, state.histogram or {}),
+    (Load, state.counts.load),
+    (Histogram, state.counts.histogram or {}),
   ):
     variables = nnx.state(model, kind)
     nnx.replace_by_pure_dict(variables, values)

@@ -10,7 +10,7 @@ forward pass. `save_routing` keeps the routes, 20 bytes per assignment.
 from typing import Any
 
 import jax
-from jax.ad_checkpoint import checkpoint_name
+from jax import ad_checkpoint
 
 _PREFIX = "jaxroute."
 _KEPT = (
@@ -33,17 +33,17 @@ def save_routing(prim: Any, *args: Any, **params: Any) -> Any:
   Join it to another by `jax.checkpoint_policies.save_from_both_policies`.
 
   Args:
-    prim: and the others are what `jax.checkpoint` asks a policy with.
-    *args: of the primitive.
-    **params: of the primitive.
+    prim: a primitive. `jax.checkpoint` calls a policy with it and the rest.
+    *args: what the primitive is applied to.
+    **params: its parameters.
 
   Returns:
-    Whether to keep what the primitive computes.
+    Whether to keep the result of the primitive.
   """
   return _policy(prim, *args, **params)
 
 
-def name(kept: str, x: jax.Array) -> jax.Array:
+def checkpoint_name(kept: str, x: jax.Array) -> jax.Array:
   """Names what `save_routing` keeps.
 
   Args:
@@ -54,4 +54,4 @@ def name(kept: str, x: jax.Array) -> jax.Array:
     `x`, to be used in its place.
   """
   assert kept in _KEPT
-  return checkpoint_name(x, _PREFIX + kept)
+  return ad_checkpoint.checkpoint_name(x, _PREFIX + kept)

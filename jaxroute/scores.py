@@ -33,7 +33,7 @@ def prepare_logits(logits: jax.Array, config: types.RouterConfig) -> jax.Array:
   return logits
 
 
-def score(logits: jax.Array, score_fn: types.ScoreFn) -> jax.Array:
+def apply_score_fn(logits: jax.Array, score_fn: types.ScoreFn) -> jax.Array:
   """Applies a score function over the last axis, NaN for NaN and 0 for -inf.
 
   A NaN logit does not reach the scores of its neighbours, also under softmax.
@@ -70,7 +70,7 @@ def scores(logits: jax.Array, config: types.RouterConfig) -> jax.Array:
     >>> scores(jnp.zeros((1, 2)), config)
     Array([[0.5, 0.5]], dtype=float32)
   """
-  return score(prepare_logits(logits, config), config.score_fn)
+  return apply_score_fn(prepare_logits(logits, config), config.score_fn)
 
 
 def selection_scores(
@@ -88,10 +88,10 @@ def selection_scores(
     NaN. Group limits are not applied. No gradient passes.
   """
   logits = jax.lax.stop_gradient(prepare_logits(logits, config))
-  if config.score_after_top_k or config.bias_space == "logits":
+  if config.selects_on_logits:
     selection = logits
   else:
-    selection = score(logits, config.score_fn)
+    selection = apply_score_fn(logits, config.score_fn)
   if expert_bias is not None:
     selection = selection + jax.lax.stop_gradient(expert_bias)[None]
   masked = (logits == -jnp.inf) | jnp.isnan(selection)
@@ -106,9 +106,9 @@ def _softmax(x: jax.Array) -> jax.Array:
 
 
 def _sqrt_softplus(x: jax.Array) -> jax.Array:
-  # Below -15 softplus(x) is exp(x) to the last bit or so; the square root of its
-  # underflow would have an infinite slope, exp(x / 2) has not.
+  # Below -15 softplus(x) is exp(x) to the last bit or so. The slope of a square
+  # root is infinite where softplus underflows; that of exp(x / 2) is not.
   far = x < -15.0
   near = jnp.sqrt(jax.nn.softplus(jnp.where(far, 0.0, x)))
-  # Nor may exp overflow where it is not taken: 0 * inf in the backward pass.
+  # exp must not overflow where it is not taken: the backward pass has 0 * inf then.
   return jnp.where(far, jnp.exp(jnp.where(far, x, -15.0) / 2), near)

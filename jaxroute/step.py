@@ -8,7 +8,6 @@ pytrees, to be jitted, donated, sharded and checkpointed like any other; under
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,14 +16,13 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
-from jaxroute import histogram as histogram_lib
 from jaxroute import metrics as metrics_lib
 from jaxroute import types
 
 # (params, expert_bias, batch) -> (loss, (counts, metrics)); see `train_step`.
 LossFn = Callable[
   [types.PyTree, types.PyTree, types.PyTree],
-  tuple[jax.Array, tuple[types.PyTree, dict[str, jax.Array]]],
+  tuple[jax.Array, tuple[types.Counts, dict[str, jax.Array]]],
 ]
 
 
@@ -57,12 +55,12 @@ def init_router_state(
     if size < 1:
       raise ValueError(f"`{name}` must be at least 1, got {size}.")
   expert_bias = jnp.zeros((num_layers, num_experts), jnp.float32)
-  counts = jnp.zeros((num_layers, num_experts, histogram_lib.BINS), jnp.int32)
+  load = jnp.zeros(expert_bias.shape, jnp.int32)
+  bins = jnp.zeros((*expert_bias.shape, types.HISTOGRAM_BINS), jnp.int32)
   return types.RouterState(
     expert_bias=expert_bias,
-    load=jnp.zeros((num_layers, num_experts), jnp.int32),
+    counts=types.Counts(load=load, histogram=bins if histogram else None),
     rule_state=rule.init(expert_bias),
-    histogram=counts if histogram else None,
   )
 
 
@@ -77,37 +75,35 @@ def accumulate(
       over layers returns), a sequence of Lyr `Routing`s, or one if Lyr is 1.
 
   Returns:
-    `state` with the loads, and histograms if it has any, added; the bias is
+    `state` with the counts added; histograms only if it has any. The bias is
     unchanged.
 
   Raises:
     ValueError: if the counts do not fit the state.
   """
+  if isinstance(routing, types.Routing):
+    routing = [routing]
+  counts = [r.counts for r in routing]
+  if state.counts.histogram is None:
+    counts = [types.Counts(load=c.load) for c in counts]
+  elif any(c.histogram is None for c in counts):
+    raise ValueError(
+      "`routing` must have a histogram, got None. Set `histogram=True` in the"
+      " `RouterConfig`, or leave it out of `init_router_state`."
+    )
 
-  def added(name):
-    total = getattr(state, name)
-    if total is None:
-      return None
-    if isinstance(routing, types.Routing):
-      counts = [getattr(routing, name)]
-    else:
-      counts = [getattr(r, name) for r in routing]
-    if any(x is None for x in counts):
+  def add(total, *layers):
+    is_stacked = len(layers) == 1 and layers[0].ndim == total.ndim
+    found = layers[0] if is_stacked else jnp.stack(layers)
+    if found.shape != total.shape:
       raise ValueError(
-        f"`routing` must have a {name}, got None. Set `{name}=True` in the"
-        " `RouterConfig`, or leave it out of `init_router_state`."
+        f"`routing` must hold counts of shape {total.shape} (layers, experts"
+        f" ...), got {found.shape}. Pass the routing of every layer at once."
       )
-    stacked = len(counts) == 1 and counts[0].ndim == total.ndim
-    counts = counts[0] if stacked else jnp.stack(counts)
-    if counts.shape != total.shape:
-      raise ValueError(
-        f"`routing` must hold {name}s of shape {total.shape} (layers, experts"
-        f" ...), got {counts.shape}. Pass the routing of every layer at once."
-      )
-    return total + counts
+    return total + found
 
   return dataclasses.replace(
-    state, load=added("load"), histogram=added("histogram")
+    state, counts=jax.tree.map(add, state.counts, *counts)
   )
 
 
@@ -147,30 +143,25 @@ def update(
     Array([[-0.5,  0.5]], dtype=float32)
   """
   with jax.named_scope("jaxroute.update"):
-    counts = state.load, state.histogram
+    counts = state.counts
     if axis_name is not None:
       counts = _psum(counts, axis_name)
-    load = _like_bias(counts[0], state.expert_bias)
-    histogram = counts[1]
-    if histogram is not None:
-      histogram = _like_bias(histogram, state.expert_bias, "histogram")
+    summed = _like_bias(counts, state.expert_bias)
     updates, rule_state = optax.with_extra_args_support(rule).update(
-      jax.tree.map(metrics_lib.violation, load),
+      jax.tree.map(metrics_lib.violation, summed.load),
       state.rule_state,
       state.expert_bias,
-      load=load,
-      histogram=histogram,
+      load=summed.load,
+      histogram=summed.histogram,
     )
     expert_bias = optax.apply_updates(state.expert_bias, updates)
-    expert_bias, rule_state = _where(
+    expert_bias, rule_state = optax.tree.where(
       apply, (expert_bias, rule_state), (state.expert_bias, state.rule_state)
     )
-    zero = functools.partial(jax.tree.map, jnp.zeros_like)
     return types.RouterState(
       expert_bias=expert_bias,
-      load=zero(counts[0]),
+      counts=optax.tree.zeros_like(counts),
       rule_state=rule_state,
-      histogram=zero(counts[1]),
     )
 
 
@@ -235,13 +226,12 @@ def train_step(
   Args:
     state: from `init_train_state`; may be donated.
     batch: pytree of arrays whose leading axis is split into micro-batches.
-    loss_fn: `(params, expert_bias, batch) -> (loss, (load, metrics))`: the mean
-      loss over the batch, the int32 loads shaped like `expert_bias`, and a dict
-      of scalars to average. Where `state.router` has a histogram, instead of
-      the load the pair of load and histogram. Static, as are the next three.
-    optimizer: transformation of the gradients of `params`.
-    rule: transformation of the load violation; see `jaxroute.dual`.
-    micro_batches: parts the batch is processed in, one after the other.
+    loss_fn: (static) `(params, expert_bias, batch) -> (loss, (counts, metrics))`:
+      the mean loss over the batch, the `Counts` of all layers, with loads shaped
+      like `expert_bias`, and a dict of scalars to average.
+    optimizer: (static) transformation of the gradients of `params`.
+    rule: (static) transformation of the load violation; see `jaxroute.dual`.
+    micro_batches: (static) parts the batch is processed in, one after the other.
     freeze_bias: `[]` bool. True trains the parameters and leaves the bias.
     skip: `[]` bool. True skips the step whatever the gradient.
 
@@ -251,36 +241,32 @@ def train_step(
     `jaxroute.metrics.summary` says of it and of the next bias.
 
   Raises:
-    ValueError: if `micro_batches` does not divide the batch, or the load does
-      not fit the bias.
+    ValueError: if `micro_batches` does not divide the batch, or the counts do
+      not fit the router state.
   """
   (loss, (counts, aux)), grads = _accumulated_grad(
     loss_fn, state.params, state.router.expert_bias, batch, micro_batches
   )
-  load, histogram = _load_and_histogram(counts, state.router)
+  counts = _checked_counts(counts, state.router)
   grad_norm = optax.tree.norm(grads)
   ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~jnp.asarray(skip)
 
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  params, opt_state = _where(
+  params, opt_state = optax.tree.where(
     ok, (params, opt_state), (state.params, state.opt_state)
   )
-  router = update(
-    dataclasses.replace(
-      state.router,
-      load=_add(state.router.load, load),
-      histogram=_add(state.router.histogram, histogram),
-    ),
-    rule,
-    apply=ok & ~jnp.asarray(freeze_bias),
+  counted = dataclasses.replace(
+    state.router, counts=jax.tree.map(jnp.add, state.router.counts, counts)
   )
+  router = update(counted, rule, apply=ok & ~jnp.asarray(freeze_bias))
   next_state = TrainState(
     step=state.step + 1, params=params, opt_state=opt_state, router=router
   )
-  report = dict(aux, loss=loss, grad_norm=grad_norm, load=load)
+  report = dict(aux, loss=loss, grad_norm=grad_norm, load=counts.load)
   report["skipped"] = 1 - ok.astype(jnp.int32)
-  return next_state, report | metrics_lib.summary(load, router.expert_bias)
+  summary = metrics_lib.summary(counts.load, router.expert_bias)
+  return next_state, report | summary
 
 
 def eval_step(
@@ -299,12 +285,18 @@ def eval_step(
     `max_vio` of the loads summed over all batches.
   """
   loss, (counts, aux) = loss_fn(state.params, state.router.expert_bias, batch)
-  load, _ = _load_and_histogram(counts, state.router)
-  return dict(aux, loss=loss, load=load)
+  counts = _checked_counts(counts, state.router)
+  return dict(aux, loss=loss, load=counts.load)
 
 
-def _accumulated_grad(loss_fn, params, expert_bias, batch, micro_batches):
-  """Value and gradient, averaged, with loads summed, over the micro-batches."""
+def _accumulated_grad(
+  loss_fn: LossFn,
+  params: types.PyTree,
+  expert_bias: types.PyTree,
+  batch: types.PyTree,
+  micro_batches: int,
+) -> Any:
+  """Value and gradient, averaged, with counts summed, over the micro-batches."""
   grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
   if micro_batches == 1:
     return grad_fn(params, expert_bias, batch)
@@ -327,7 +319,7 @@ def _accumulated_grad(loss_fn, params, expert_bias, batch, micro_batches):
   return (loss, (counts, aux)), grads
 
 
-def _split(x, parts):
+def _split(x: jax.Array, parts: int) -> jax.Array:
   """[B, ...] to [parts, B / parts, ...], every part strided through the batch.
 
   Contiguous parts would live on a few devices each when B is sharded; strided
@@ -341,57 +333,67 @@ def _split(x, parts):
   return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
 
-def _load_and_histogram(counts, router):
-  """What a loss function counted, checked against the state it is for."""
-  load, histogram = counts, None
-  if router.histogram is not None:
-    if not isinstance(counts, tuple) or len(counts) != 2:
-      raise ValueError(
-        "`loss_fn` must return the pair (load, histogram), for the router state"
-        f" has histograms, got a {type(counts).__name__}."
-      )
-    load, histogram = counts
-    _like_bias(histogram, router.expert_bias, "histogram")
-  _like_bias(load, router.expert_bias)
-  return load, histogram
+def _checked_counts(
+  counts: types.Counts, router: types.RouterState
+) -> types.Counts:
+  """What a loss function counted, in the tree structure of the state it is for."""
+  if not isinstance(counts, types.Counts):
+    raise ValueError(
+      "`loss_fn` must return (loss, (counts, metrics)) with a `jaxroute.Counts`, got"
+      f" a {type(counts).__name__} for the counts. Wrap the loads:"
+      " `jaxroute.Counts(load=...)`, or `jaxroute.linen.counts(...)`."
+    )
+  if router.counts.histogram is None:
+    counts = types.Counts(load=counts.load)
+  elif counts.histogram is None:
+    raise ValueError(
+      "`loss_fn` must count a histogram, which the router state has, got None. Set"
+      " `histogram=True` in the `RouterConfig`."
+    )
+  _like_bias(counts, router.expert_bias)
+  return jax.tree.unflatten(
+    jax.tree.structure(router.counts), jax.tree.leaves(counts)
+  )
 
 
-def _add(total, counts):
-  """The sum, in the tree structure of the total."""
-  return jax.tree.map(jnp.add, total, _like(counts, total))
-
-
-def _psum(counts, axis_name):
-  """Sums the arrays of a tree over devices, all of them in one all-reduce."""
+def _psum(counts: types.Counts, axis_name: str | Sequence[str]) -> types.Counts:
+  """Sums the arrays over devices, all of them in one all-reduce."""
   flat, unravel = jax.flatten_util.ravel_pytree(counts)
   return unravel(jax.lax.psum(flat, axis_name))
 
 
-def _like_bias(counts, expert_bias, name="load"):
+def _like_bias(
+  counts: types.Counts, expert_bias: types.PyTree
+) -> types.Counts:
   """`counts` in the tree structure of `expert_bias`, checked leaf by leaf."""
-  arrays, biases = jax.tree.leaves(counts), jax.tree.leaves(expert_bias)
-  bins = () if name == "load" else (histogram_lib.BINS,)
-  if [x.shape for x in arrays] != [x.shape + bins for x in biases]:
-    raise ValueError(
-      f"`{name}` must hold an array {'[..., E, 16]' if bins else '[..., E]'} for"
-      " each of `expert_bias`, got shapes"
-      f" {[x.shape for x in arrays]} for {[x.shape for x in biases]}."
-    )
+  biases = jax.tree.leaves(expert_bias)
   for x in biases:
     if x.dtype != jnp.float32:
       raise ValueError(
         f"`expert_bias` must be float32, got {x.dtype}. Leave it out of casts"
         " of the model."
       )
-  return _like(counts, expert_bias)
+  shapes = [x.shape for x in biases]
+  load = _in_structure("load", counts.load, shapes, expert_bias)
+  histogram = counts.histogram
+  if histogram is not None:
+    shapes = [(*shape, types.HISTOGRAM_BINS) for shape in shapes]
+    histogram = _in_structure("histogram", histogram, shapes, expert_bias)
+  return types.Counts(load=load, histogram=histogram)
 
 
-def _like(tree, structure):
-  """The leaves of `tree` in another structure, the names of leaves aside."""
-  return jax.tree.unflatten(
-    jax.tree.structure(structure), jax.tree.leaves(tree)
-  )
-
-
-def _where(condition, new, old):
-  return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+def _in_structure(
+  name: str,
+  tree: types.PyTree,
+  shapes: list[tuple[int, ...]],
+  like: types.PyTree,
+) -> types.PyTree:
+  """The arrays of `tree`, of these shapes, in the structure of another tree."""
+  arrays = jax.tree.leaves(tree)
+  found = [x.shape for x in arrays]
+  if found != shapes:
+    raise ValueError(
+      f"`{name}` must hold an array for each of `expert_bias`, of the shapes"
+      f" {shapes}, got {found}."
+    )
+  return jax.tree.unflatten(jax.tree.structure(like), arrays)

@@ -24,8 +24,10 @@ import jax
 ScoreFn = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 BiasSpace = Literal["scores", "logits"]
 GroupScore = Literal["top1", "top2", "top_k"]
-Implementation = Literal["xla", "tpu", "gpu"]
 PyTree = Any
+
+HISTOGRAM_BINS = 16
+"""Bins of `Counts.histogram` per expert; `jaxroute.routing.bias_histogram`."""
 
 
 def _choices(literal) -> tuple[str, ...]:
@@ -42,9 +44,8 @@ class RouterConfig:
     score_fn: logits to scores. "sigmoid" (DeepSeek-V3), "softmax" over the E
       experts, or "sqrtsoftplus" = `sqrt(log(1 + exp(x)))` (DeepSeek-V4).
     score_after_top_k: choose on `logits + expert_bias` and apply `score_fn` to
-      the K chosen logits only (softmax then runs over K). The bias lives in
-      logit space whatever `bias_space` says, for there are no scores to choose
-      on.
+      the K chosen logits only (softmax then runs over K). The bias is added to
+      logits whatever `bias_space` says: there are no scores to choose by.
     bias_space: what `expert_bias` is added to for selection, "scores" or
       "logits".
     num_groups: G. Experts form G contiguous groups of E / G; a token may only
@@ -58,8 +59,8 @@ class RouterConfig:
     scaling_factor: multiplies the weights at the end.
     logit_soft_cap: if given, logits become `cap * tanh(logits / cap)`.
     logit_multiplier: multiplies the logits before the cap.
-    histogram: also count `Routing.histogram`, by which `jaxroute.dual.quantile`
-      moves the bias.
+    histogram: whether to count `Counts.histogram`, by which
+      `jaxroute.dual.quantile` moves the bias.
 
   Raises:
     ValueError: if a value is out of range or the groups do not divide.
@@ -154,10 +155,67 @@ class RouterConfig:
           f" divide `top_k`={self.top_k}. Use 'top1' or 'top2'."
         )
 
+  @classmethod
+  def on_scores(cls, num_experts: int, top_k: int) -> "RouterConfig":
+    """A router whose "logits" are scores: it compares them, plus the bias, as they are.
+
+    Args:
+      num_experts: E.
+      top_k: K.
+
+    Returns:
+      A `RouterConfig` for `jaxroute.route(scores, expert_bias, config)`.
+    """
+    return cls(num_experts=num_experts, top_k=top_k, score_after_top_k=True)
+
   @property
   def group_size(self) -> int:
     """Experts per group, E / G."""
     return self.num_experts // self.num_groups
+
+  @property
+  def limits_groups(self) -> bool:
+    """Whether a token may use the experts of some groups only."""
+    return self.group_top_k < self.num_groups
+
+  @property
+  def group_score_count(self) -> int:
+    """How many of a group's best selection scores make up its score."""
+    counts = {
+      "top1": 1,
+      "top2": 2,
+      "top_k": self.top_k // self.group_top_k,
+    }
+    return counts[self.group_score]
+
+  @property
+  def selects_on_logits(self) -> bool:
+    """Whether experts are chosen by logits, not scores, plus the bias."""
+    return self.score_after_top_k or self.bias_space == "logits"
+
+  @property
+  def needs_row_softmax(self) -> bool:
+    """Whether an expert's score depends on the logits of all experts."""
+    return self.score_fn == "softmax" and not self.score_after_top_k
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Counts:
+  """What a dual rule moves the bias by. Counts of parts of a batch add up:
+
+  `jax.tree.map(jnp.add, a, b)` are the counts of both.
+
+  Attributes:
+    load: `[E]` int32. Assignments per expert, of the tokens that count, before any
+      drop. In a state: `[Lyr, E]`, or a pytree of `[..., E]` arrays.
+    histogram: `[E, 16]` int32, if `RouterConfig.histogram`: how far the bias of each
+      expert is from changing the choice of each token, in the bins of
+      `jaxroute.routing.bias_histogram`; else None.
+  """
+
+  load: PyTree
+  histogram: PyTree = None
 
 
 @jax.tree_util.register_dataclass
@@ -170,21 +228,23 @@ class Routing:
     weights: `[T, K]` float32. From the *unbiased* scores; 0 where a token is
       masked, NaN where one of its chosen logits is NaN. The only field with a
       gradient.
-    load: `[E]` int32. Assignments per expert, over the tokens of `token_mask`.
-    cutoff: `[T]` float32. The best selection score that was not chosen (the
-      (K+1)-th): the token's dual price. -inf if there is none.
-    token_mask: `[T]` bool. The tokens that are counted and dispatched: the
-      caller's mask, less the tokens with a NaN among their chosen logits.
-    histogram: `[E, 16]` int32, if `RouterConfig.histogram`: over the same tokens,
-      how many are how far from choosing an expert; see `jaxroute.histogram`.
+    counts: `Counts`, with `[E]` int32 loads, over the tokens of `token_mask`.
+    cutoff: `[T]` float32. The best selection score that was not chosen, the
+      (K+1)-th; -inf if there is none.
+    token_mask: `[T]` bool. The tokens that are counted and dispatched: those of
+      the caller's mask without a NaN among their chosen logits.
   """
 
   expert_idx: jax.Array
   weights: jax.Array
-  load: jax.Array
+  counts: Counts
   cutoff: jax.Array
   token_mask: jax.Array
-  histogram: jax.Array | None = None
+
+  @property
+  def load(self) -> jax.Array:
+    """`[E]` int32. Assignments per expert: `counts.load`."""
+    return self.counts.load
 
 
 @jax.tree_util.register_dataclass
@@ -195,7 +255,7 @@ class MoEOutput:
   Attributes:
     routing: the routes taken.
     logits: `[T, E]` float32. What was routed; None if `fuse_projection`.
-    group_sizes: `[E]` int32. Rows each expert processed: `routing.load` less
+    group_sizes: `[E]` int32. Rows each expert processed: `routing.load` minus
       the drops.
   """
 
@@ -226,13 +286,17 @@ class RouterState:
   Attributes:
     expert_bias: `[Lyr, E]` float32, or a pytree of `[..., E]` arrays (a Flax
       collection, say). Added to the scores for selection only.
-    load: int32, shaped like `expert_bias`. Assignments since the last update.
+    counts: `Counts` since the last update: int32, loads shaped like
+      `expert_bias`, histograms (for `jaxroute.dual.quantile`; else None) with an
+      axis of 16 bins behind that.
     rule_state: the state of the dual rule, `rule.init(expert_bias)`.
-    histogram: int32, as `load` with an axis of 16 bins at the end, for
-      `jaxroute.dual.quantile`; None for rules that need only loads.
   """
 
   expert_bias: PyTree
-  load: PyTree
+  counts: Counts
   rule_state: PyTree
-  histogram: PyTree = None
+
+  @property
+  def load(self) -> PyTree:
+    """int32, shaped like `expert_bias`: `counts.load`."""
+    return self.counts.load

@@ -94,7 +94,7 @@ def test_the_bias_gets_no_gradient():
   np.testing.assert_array_equal(grad, 0)
 
 
-def test_a_kernel_of_another_shape_is_named():
+def test_a_router_weight_of_another_shape_is_named():
   x, kernel, *_ = _inputs()
-  with pytest.raises(ValueError, match=r"`kernel` must be \[D=16, E=8\], got"):
+  with pytest.raises(ValueError, match=r"`router_weight` must be \[D=16, E=8\], got"):
     layer.router(x, kernel[:, :4], None, CONFIG)

@@ -164,9 +164,9 @@ def test_gradient_is_that_of_plain_indexing(name):
     x = scores.prepare_logits(x, config)
     rows = jnp.arange(5)[:, None]
     if config.score_after_top_k:
-      w = scores.score(x[rows, idx], config.score_fn)
+      w = scores.apply_score_fn(x[rows, idx], config.score_fn)
     else:
-      w = scores.score(x, config.score_fn)[rows, idx]
+      w = scores.apply_score_fn(x, config.score_fn)[rows, idx]
     if config.normalize_weights:
       w = w / (w.sum(axis=1, keepdims=True) + config.norm_eps)
     return jnp.sum(out * w * config.scaling_factor)

@@ -2,8 +2,8 @@
 """Balancing rules: optax transformations of the load violation; and solvers."""
 
 from jaxroute.dual import solvers
-from jaxroute.dual.coordinate import exact_quantile, quantile
-from jaxroute.dual.in_batch import Solution, solve
+from jaxroute.dual.quantile import quantile, quantile_bias
+from jaxroute.dual.solve import Solution, solve
 from jaxroute.dual.rules import (
   PidState,
   TripleMomentumState,
@@ -21,12 +21,12 @@ __all__ = [
   "Solution",
   "TripleMomentumState",
   "center",
-  "exact_quantile",
   "inverse",
   "inverse_sqrt",
   "pid",
   "proportional",
   "quantile",
+  "quantile_bias",
   "sign",
   "smebu",
   "solve",

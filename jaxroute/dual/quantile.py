@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxroute import histogram as histogram_lib
 from jaxroute import metrics, routing, types
+from jaxroute.routing import bias_histogram, float_keys
 
 
 def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
@@ -46,7 +46,7 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
     >>> rule, bias = quantile(), jnp.zeros(2)
     >>> updates, _ = rule.update(
     ...   bias, rule.init(bias), bias,
-    ...   load=routing.load, histogram=routing.histogram)
+    ...   load=routing.load, histogram=routing.counts.histogram)
     >>> [round(float(u), 3) for u in updates]
     [-0.141, 0.141]
 
@@ -83,7 +83,7 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
   return optax.GradientTransformationExtraArgs(init, update)
 
 
-def exact_quantile(
+def quantile_bias(
   scores: jax.Array,
   expert_bias: jax.Array,
   top_k: int,
@@ -112,9 +112,7 @@ def exact_quantile(
   References:
     Su, 2026, https://kexue.fm/archives/11619.
   """
-  config = types.RouterConfig(
-    num_experts=scores.shape[-1], top_k=top_k, score_after_top_k=True
-  )
+  config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
   routes = routing.route(scores, expert_bias, config, token_mask)
   found = quantile_prices(scores, expert_bias, routes)
   return found - jnp.mean(found)
@@ -126,7 +124,7 @@ def quantile_prices(
   routes: types.Routing,
   lowest_cutoff: float = -math.inf,
 ) -> jax.Array:
-  """The prices of rank `floor(T K / E) + 1` that `exact_quantile` centres.
+  """The prices of rank `floor(T K / E) + 1` that `quantile_bias` centres.
 
   Args:
     scores: `[T, E]` float32.
@@ -157,8 +155,7 @@ def order_statistic(x: jax.Array, rank: jax.Array) -> jax.Array:
   Returns:
     `[E]` float32.
   """
-  bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-  keys = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+  keys = float_keys.to_keys(x)
 
   def add_bit(i, low):
     # From the lowest int32 up: the first bit is the sign's, so it wraps to 0.
@@ -168,8 +165,7 @@ def order_statistic(x: jax.Array, rank: jax.Array) -> jax.Array:
 
   lowest = jnp.full(x.shape[1:], jnp.iinfo(jnp.int32).min)
   found = jax.lax.fori_loop(0, 32, add_bit, lowest)
-  bits = found ^ ((found >> 31) & 0x7FFFFFFF)
-  return jax.lax.bitcast_convert_type(bits, jnp.float32)
+  return float_keys.from_keys(found)
 
 
 def _step(load, histogram):
@@ -179,7 +175,7 @@ def _step(load, histogram):
   mean, _ = metrics.mean_load(load)
   rank = jnp.minimum(mean, counted - 1)
   found = jnp.sum(up_to <= rank[..., None], axis=-1)
-  found = jnp.minimum(found, histogram_lib.BINS - 1)
+  found = jnp.minimum(found, bias_histogram.BINS - 1)
 
   def at_found(x):
     return jnp.take_along_axis(x, found[..., None], axis=-1)[..., 0]
@@ -189,6 +185,6 @@ def _step(load, histogram):
   share = (before + 0.5) / jnp.maximum(within, 1).astype(jnp.float32)
   low, high = (
     jnp.asarray(edges)[found]
-    for edges in (histogram_lib.EDGES[:-1], histogram_lib.EDGES[1:])
+    for edges in (bias_histogram.EDGES[:-1], bias_histogram.EDGES[1:])
   )
   return jnp.where(counted > 0, low + share * (high - low), 0.0)

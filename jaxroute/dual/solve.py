@@ -110,9 +110,7 @@ def solve(
 def _solve(
   scores, expert_bias, token_mask, tolerance, top_k, solver, max_iterations
 ):
-  config = types.RouterConfig(
-    num_experts=scores.shape[-1], top_k=top_k, score_after_top_k=True
-  )
+  config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
   routing.check_inputs(scores, expert_bias, config, token_mask)
   # Routing passes a NaN by; here it has to show.
   is_nan = jnp.isnan(scores)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jaxroute import metrics, types
-from jaxroute.dual import coordinate
+from jaxroute.dual.quantile import quantile_prices
 
 
 class Problem(NamedTuple):
@@ -57,7 +57,7 @@ def alternating_quantiles() -> Solver:
 
   def step(problem, state, expert_bias, routing, value):
     del value
-    found = coordinate.quantile_prices(problem.scores, expert_bias, routing)
+    found = quantile_prices(problem.scores, expert_bias, routing)
     return found - jnp.mean(found), state
 
   return Solver(_no_state, step)
@@ -76,7 +76,7 @@ def truncated_alternation() -> Solver:
 
   def step(problem, state, expert_bias, routing, value):
     del value
-    found = coordinate.quantile_prices(
+    found = quantile_prices(
       problem.scores, expert_bias, routing, lowest_cutoff=0.0
     )
     return jnp.minimum(found, 0.0), state

@@ -1,14 +1,22 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Walking rows by many experts at once, in batched products: for NVIDIA GPUs.
+"""The products of the experts by batches, many experts' rows at once: for NVIDIA GPU.
 
 There XLA makes of `jax.lax.ragged_dot` a dense product of every row with every
-expert. Here the first round takes up to R rows of each of the E experts, a little
-more than their share, with the parameters where they are. Balanced, that is all.
-What is left is cut into chunks and taken some chunks a round, with the parameters
-of their experts gathered, in as many rounds as the loads need. So the work follows
-the rows: 1.25 N of them when balanced and some 2.4 N at worst.
+expert. Here the first batch takes up to R rows of each of the E experts, a little
+more than an even share, with the parameters where they are. When loads are balanced
+that is all. What is left is cut into chunks of R / 2 rows of one expert, and E / 4
+chunks are a batch, with the parameters of their experts gathered; as many batches as
+the loads need. Three experts of 5, 2 and 9 rows, R = 4:
+
+    rows      0 0 0 0 0 1 1 2 2 2 2 2 2 2 2 2
+    first     0 0 0 0   1 1 . .   2 2 2 2           [3, 4] rows, one product
+    chunks            0 .       2 2 | 2 2 | 2 .     [1, 2] rows a batch, a product each
+
+So the work follows the rows: 1.25 N of them when loads are balanced and about 2.4 N
+at worst.
 """
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,110 +24,163 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxroute import blocks
+from jaxroute.experts import blocks
+from jaxroute.experts import products as products_lib
 
-# Of the first round over an equal share. Less padding costs more later rounds.
+# R over an even share. A smaller one pads less and leaves more to later batches.
 _SLACK = 1.25
-# Chunks of a later round per expert, and rows of a chunk per row of the first
-# round: an eighth of its rows. Smaller chunks pad less and gather more.
-_CHUNKS = 1 / 4
-_CHUNK = 1 / 2
-# What rows are rounded up to.
-_STEP = 8
+# A later batch has an eighth of the rows of the first: E / 4 chunks of R / 2 rows.
+# Smaller chunks pad less and gather more parameters.
+_CHUNKS_PER_EXPERT = 1 / 4
+_CHUNK_SHARE_OF_R = 1 / 2
+# Numbers of rows are multiples of this.
+_ROW_MULTIPLE = 8
 
 
-class Round(NamedTuple):
-  """Up to R rows of each of G experts.
+class Batch(NamedTuple):
+  """Up to R rows of each of B experts; a `blocks.Block`.
 
   Attributes:
-    experts: `[G]` int32, E for a chunk that is not there; None for all E in order.
-    index: `[G, R]` int32. The rows, distinct numbers from N on for none.
+    experts: `[B]` int32, E for a chunk that is not there; None for all E in order.
+    index: `[B, R]` int32. The rows, distinct numbers from N on for none.
   """
 
   experts: jax.Array | None
   index: jax.Array
 
-  def read(self, x):
+  def read(self, x: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
     return x.at[self.index].get(mode="fill", fill_value=0)
 
-  def write(self, x, rows):
+  def write(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
     return x.at[self.index].set(
       rows.astype(x.dtype), mode="drop", unique_indices=True
     )
 
-  def of(self, w):
+  def gather_weights(self, w: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
     return w if self.experts is None else w.at[self.experts].get(mode="clip")
 
-  def add(self, w, value):
+  def accumulate(self, w: jax.Array, value: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
     if self.experts is None:
       return w + value
-    # Chunks of one expert are summed before one of them is added: a scatter of
-    # all would sum in an order that changes from run to run.
-    same = self.experts[:, None] == self.experts[None]
-    total = jnp.sum(jnp.where(same[:, :, None, None], value[None], 0), axis=1)
-    chunk = jnp.arange(same.shape[0], dtype=jnp.int32)
-    first = jnp.argmax(same, axis=1) == chunk
-    at = jnp.where(first, self.experts, w.shape[0] + chunk)
-    return w.at[at].add(total, mode="drop", unique_indices=True)
+    # A scatter of all chunks would add those of one expert in an order that changes
+    # from run to run. They are summed before, and one of them is scattered.
+    is_same = self.experts[:, None] == self.experts[None]
+    total = jnp.sum(jnp.where(is_same[:, :, None, None], value[None], 0), axis=1)
+    chunk = jnp.arange(is_same.shape[0], dtype=jnp.int32)
+    is_first = jnp.argmax(is_same, axis=1) == chunk
+    target = jnp.where(is_first, self.experts, w.shape[0] + chunk)
+    return w.at[target].add(total, mode="drop", unique_indices=True)
 
 
-def fold(
+class _Chunks(NamedTuple):
+  """What the first batch leaves, cut into chunks; experts in order.
+
+  Attributes:
+    rows: of a chunk; static.
+    first_row: `[E]` int32. The first row of an expert's first chunk.
+    end: `[E]` int32. The row after the last of an expert.
+    count: `[E]` int32. Chunks per expert.
+    num_before: `[E]` int32. Chunks up to and with those of an expert.
+  """
+
+  rows: int
+  first_row: jax.Array
+  end: jax.Array
+  count: jax.Array
+  num_before: jax.Array
+
+
+def products(expected_rows: int | None) -> products_lib.Products:
+  """The products, in batches for a number of rows.
+
+  Args:
+    expected_rows: of the groups when loads are balanced; None for N.
+
+  Returns:
+    `Products`.
+  """
+  return blocks.products_over(
+    functools.partial(for_each_batch, expected_rows=expected_rows)
+  )
+
+
+def for_each_batch(
   body: blocks.Body,
-  init: Any,
+  carry: Any,
   group_sizes: jax.Array,
   n: int,
   expected_rows: int | None = None,
 ) -> Any:
-  """Folds `body(round, carry)` over rounds that cover every group exactly.
+  """Folds `body(batch, carry)` over batches that cover every group exactly.
 
   Args:
-    body: of a `Round` and the carry; returns the carry.
-    init: pytree of arrays.
+    body: of a `Batch` and the carry; returns the carry.
+    carry: pytree of arrays.
     group_sizes: `[E]` int32. At most N in sum.
     n: N.
-    expected_rows: of the groups when balanced, what the rounds are cut for; None
-      for N.
+    expected_rows: of the groups when loads are balanced, which R follows; None for N.
 
   Returns:
-    The carry after the last round.
+    The carry after the last batch.
   """
   if n == 0:
-    return init
+    return carry
   num_experts = group_sizes.shape[0]
-  expected = n if expected_rows is None else expected_rows
-  rows = min(n, _round_up(_SLACK * expected / num_experts))
+  if expected_rows is None:
+    expected_rows = n
+  rows = min(n, _round_up(_SLACK * expected_rows / num_experts))
   ends = jnp.cumsum(group_sizes)
   begins = ends - group_sizes
-  carry = body(Round(None, _index(begins, ends, rows, n)), init)
+  carry = body(Batch(None, _row_index(begins, ends, rows, n)), carry)
   if rows == n:
     return carry
-  size, count = _round_up(_CHUNK * rows), math.ceil(_CHUNKS * num_experts)
-  begins = jnp.minimum(begins + rows, ends)
-  chunks = -((begins - ends) // size)
-  stops = jnp.cumsum(chunks)
+  chunks = _cut(begins + rows, ends, _round_up(_CHUNK_SHARE_OF_R * rows))
+  batch_size = math.ceil(_CHUNKS_PER_EXPERT * num_experts)
 
-  def more(state):
-    return state[0] < stops[-1]
+  def has_more(state):
+    next_chunk, _ = state
+    return next_chunk < chunks.num_before[-1]
 
-  def step(state):
-    chunk = state[0] + jnp.arange(count, dtype=jnp.int32)
-    experts = jnp.sum(stops[None] <= chunk[:, None], axis=1, dtype=jnp.int32)
-    e = jnp.minimum(experts, num_experts - 1)
-    begin = begins[e] + (chunk - stops[e] + chunks[e]) * size
-    # Of the last expert if there is no such chunk: it begins where that ends.
-    carry = body(Round(experts, _index(begin, ends[e], size, n)), state[1])
-    return state[0] + count, carry
+  def run_batch(state):
+    next_chunk, carry = state
+    numbers = next_chunk + jnp.arange(batch_size, dtype=jnp.int32)
+    return next_chunk + batch_size, body(_batch(numbers, chunks, n), carry)
 
-  start = blocks.zeros((), jnp.int32, group_sizes)
-  return lax.while_loop(more, step, (start, carry))[1]
+  start = blocks.zeros((), jnp.int32, group_sizes), carry
+  return lax.while_loop(has_more, run_batch, start)[1]
 
 
-def _round_up(rows):
-  return max(1, math.ceil(rows / _STEP)) * _STEP
+def _cut(begins: jax.Array, ends: jax.Array, rows: int) -> _Chunks:
+  begins = jnp.minimum(begins, ends)
+  count = -((begins - ends) // rows)
+  return _Chunks(rows, begins, ends, count, jnp.cumsum(count))
 
 
-def _index(begins, ends, rows, n):
-  """`[G, rows]`: row numbers from `begins` on; past `ends` distinct, from n on."""
+def _batch(numbers: jax.Array, chunks: _Chunks, n: int) -> Batch:
+  """The chunks of some numbers, `[B]` int32."""
+  experts = jnp.sum(
+    chunks.num_before[None] <= numbers[:, None], axis=1, dtype=jnp.int32
+  )
+  # Past the last chunk e is the last expert, and `begin` is its end or beyond: the
+  # chunk is empty.
+  e = jnp.minimum(experts, chunks.count.shape[0] - 1)
+  in_expert = numbers - chunks.num_before[e] + chunks.count[e]
+  begin = chunks.first_row[e] + in_expert * chunks.rows
+  return Batch(experts, _row_index(begin, chunks.end[e], chunks.rows, n))
+
+
+def _round_up(rows: float) -> int:
+  return max(1, math.ceil(rows / _ROW_MULTIPLE)) * _ROW_MULTIPLE
+
+
+def _row_index(
+  begins: jax.Array, ends: jax.Array, rows: int, n: int
+) -> jax.Array:
+  """`[B, rows]`: row numbers from `begins` on; past `ends` distinct, from n on."""
   slot = jnp.arange(begins.shape[0] * rows, dtype=jnp.int32)
   slot = slot.reshape(-1, rows)
   row = begins[:, None] + slot[:1]

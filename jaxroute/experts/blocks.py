@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Grouped matrix products from dense ones over blocks of rows.
+"""The products of the experts, from dense ones over blocks of rows.
 
-A `fold` walks the rows in blocks that cover every group exactly: one expert's at a
-time (`tiles`) or those of many at once (`rounds`). What is done with a block is
-written once, here and in `experts`; R and the axes before it are the block's.
+`tiled` and `batched` walk the rows in blocks that cover every group exactly: one
+expert's rows at a time, or those of many experts at once. What is done with a block
+is written once, here. R is the number of a block's rows.
 """
 
 import functools
@@ -13,11 +13,13 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jaxroute import dispatch
+from jaxroute.experts import products
+from jaxroute.experts.params import ExpertParams
+from jaxroute.parallel import mesh
 
 
 class Block(Protocol):
-  """Rows of one expert, `[R, ...]`, or of G experts, `[G, R, ...]`."""
+  """Rows of one expert, `[R, ...]`, or of B experts, `[B, R, ...]`."""
 
   def read(self, x: jax.Array) -> jax.Array:
     """The block's rows of `x`, `[N, ...]`; 0 where it has none."""
@@ -27,53 +29,145 @@ class Block(Protocol):
     """`x` with the block's rows replaced."""
     ...
 
-  def of(self, w: jax.Array) -> jax.Array:
+  def gather_weights(self, w: jax.Array) -> jax.Array:
     """What `w`, `[E, ...]`, holds for the block's experts."""
     ...
 
-  def add(self, w: jax.Array, value: jax.Array) -> jax.Array:
+  def accumulate(self, w: jax.Array, value: jax.Array) -> jax.Array:
     """`w`, `[E, ...]`, with a value added for each of the block's experts."""
     ...
 
 
-Body = Callable[[Block, Any], Any]
-# (body, carry, group_sizes, number of rows) -> carry
-Fold = Callable[[Body, Any, jax.Array, int], Any]
+Body = Callable[[Any, Any], Any]
+# (body of a block and the carry, carry, group_sizes, number of rows) -> carry
+ForEachBlock = Callable[[Body, Any, jax.Array, int], Any]
 
 # A product of the last two axes with float32 sums and a float32 result.
 dot = functools.partial(jnp.matmul, preferred_element_type=jnp.float32)
 
 
 def zeros(shape: tuple[int, ...], dtype: Any, like: jax.Array) -> jax.Array:
-  """Zeros, `[*shape]`, that vary over the mesh like another array, as loop carries must."""
-  return dispatch.vary_alike((jnp.zeros(shape, dtype), like))[0]
+  """Zeros that vary over the mesh like another array, as loop carries must.
+
+  Args:
+    shape: of the zeros.
+    dtype: of the zeros.
+    like: the other array.
+
+  Returns:
+    `[*shape]`.
+  """
+  return mesh.vary_alike((jnp.zeros(shape, dtype), like))[0]
 
 
-def matmul(
-  fold: Fold,
-  dtype: Any,
+def products_over(for_each_block: ForEachBlock) -> products.Products:
+  """The products of an implementation that walks the rows in blocks.
+
+  Args:
+    for_each_block: folds a body over blocks that cover every group exactly.
+
+  Returns:
+    Its `Products`.
+  """
+  return products.Products(
+    *(
+      functools.partial(product, for_each_block)
+      for product in (_matmul, _outer, _swiglu, _swiglu_gradient)
+    )
+  )
+
+
+def _matmul(
+  for_each_block: ForEachBlock,
   lhs: jax.Array,
   rhs: jax.Array,
   group_sizes: jax.Array,
+  *,
+  dtype: Any,
 ) -> jax.Array:
-  """`[N, D]` times `[E, D, F]` by groups; see `experts.grouped_matmul`."""
   n = lhs.shape[0]
 
   def body(block, out):
-    return block.write(out, dot(block.read(lhs), block.of(rhs)))
+    return block.write(out, dot(block.read(lhs), block.gather_weights(rhs)))
 
   out = zeros((n, rhs.shape[2]), dtype, lhs)
-  return fold(body, out, group_sizes, n)
+  return for_each_block(body, out, group_sizes, n)
 
 
-def outer(
-  fold: Fold, lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
+def _outer(
+  for_each_block: ForEachBlock,
+  lhs: jax.Array,
+  d_out: jax.Array,
+  group_sizes: jax.Array,
 ) -> jax.Array:
-  """`[E, D, F]`: per group, the transpose of its `lhs` rows times `d_out`."""
-
   def body(block, total):
-    return block.add(total, dot(block.read(lhs).mT, block.read(d_out)))
+    return block.accumulate(total, dot(block.read(lhs).mT, block.read(d_out)))
 
   shape = (group_sizes.shape[0], lhs.shape[1], d_out.shape[1])
   total = zeros(shape, jnp.float32, lhs)
-  return fold(body, total, group_sizes, lhs.shape[0]).astype(lhs.dtype)
+  total = for_each_block(body, total, group_sizes, lhs.shape[0])
+  return total.astype(lhs.dtype)
+
+
+def _swiglu(
+  for_each_block: ForEachBlock,
+  x: jax.Array,
+  params: ExpertParams,
+  group_sizes: jax.Array,
+  *,
+  keep: bool,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  """One pass over the rows: what lies between two products stays in cache."""
+
+  def body(block, carry):
+    out, kept = carry
+    rows = block.read(x)
+    gate = dot(rows, block.gather_weights(params.w_gate))
+    up = dot(rows, block.gather_weights(params.w_up))
+    hidden = products.gate_hidden(gate, up).astype(x.dtype)
+    rows_out = dot(hidden, block.gather_weights(params.w_down))
+    if keep:
+      kept = block.write(kept[0], gate), block.write(kept[1], up)
+    return block.write(out, rows_out), kept
+
+  n, f = x.shape[0], params.w_gate.shape[2]
+  kept = (zeros((n, f), x.dtype, x),) * 2 if keep else ()
+  carry = zeros(x.shape, x.dtype, x), kept
+  return for_each_block(body, carry, group_sizes, n)
+
+
+def _swiglu_gradient(
+  for_each_block: ForEachBlock,
+  x: jax.Array,
+  kept: tuple[jax.Array, ...],
+  params: ExpertParams,
+  group_sizes: jax.Array,
+  d_out: jax.Array,
+) -> tuple[jax.Array, ExpertParams]:
+  gate, up = kept
+
+  def body(block, carry):
+    d_x, d_params = carry
+    weights = jax.tree.map(block.gather_weights, params)
+    rows, d_rows = block.read(x), block.read(d_out)
+    d_hidden = dot(d_rows, weights.w_down.mT)
+    hidden, d_gate, d_up = (
+      v.astype(x.dtype)
+      for v in products.gate_hidden_pullback(
+        block.read(gate), block.read(up), d_hidden
+      )
+    )
+    d_x = block.write(
+      d_x, dot(d_gate, weights.w_gate.mT) + dot(d_up, weights.w_up.mT)
+    )
+    d_weights = ExpertParams(
+      w_gate=dot(rows.mT, d_gate),
+      w_up=dot(rows.mT, d_up),
+      w_down=dot(hidden.mT, d_rows),
+    )
+    return d_x, jax.tree.map(block.accumulate, d_params, d_weights)
+
+  totals = jax.tree.map(lambda w: zeros(w.shape, jnp.float32, x), params)
+  carry = zeros(x.shape, x.dtype, x), totals
+  d_x, totals = for_each_block(body, carry, group_sizes, x.shape[0])
+  return d_x, jax.tree.map(lambda t: t.astype(x.dtype), totals)

@@ -1,22 +1,29 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Grouped matrix products where XLA has them: TPU.
+"""The products of the experts where XLA has them: TPU.
 
-The same two functions as in `blocks`. What `jax.lax.ragged_dot` does with rows
-past the groups differs by platform, so they are zeroed before and after.
+What `jax.lax.ragged_dot` does with rows past the groups differs by platform, so they
+are zeroed before and after.
 """
 
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxroute.experts import products
+from jaxroute.experts.params import ExpertParams
 
-def _owned(x, group_sizes):
+
+def _owned(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
   """Rows past the groups as 0: a NaN there must not meet a product's 0."""
   row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
   return jnp.where(row < jnp.sum(group_sizes), x, 0)
 
 
-def matmul(dtype, lhs, rhs, group_sizes):
-  """`[N, D]` times `[E, D, F]` by groups; see `experts.grouped_matmul`."""
+def _matmul(
+  lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: Any
+) -> jax.Array:
   out = lax.ragged_dot(
     _owned(lhs, group_sizes),
     rhs,
@@ -26,8 +33,9 @@ def matmul(dtype, lhs, rhs, group_sizes):
   return _owned(out, group_sizes).astype(dtype)
 
 
-def outer(lhs, d_out, group_sizes):
-  """`[E, D, F]`: per group, the transpose of its `lhs` rows times `d_out`."""
+def _outer(
+  lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
   dimensions = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
     lhs_ragged_dimensions=(0,),
@@ -41,3 +49,42 @@ def outer(lhs, d_out, group_sizes):
     preferred_element_type=jnp.float32,
   )
   return out.astype(lhs.dtype)
+
+
+def _swiglu(
+  x: jax.Array, params: ExpertParams, group_sizes: jax.Array, *, keep: bool
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  gate = _matmul(x, params.w_gate, group_sizes, dtype=x.dtype)
+  up = _matmul(x, params.w_up, group_sizes, dtype=x.dtype)
+  f32 = jnp.float32
+  hidden = products.gate_hidden(gate.astype(f32), up.astype(f32))
+  out = _matmul(
+    hidden.astype(x.dtype), params.w_down, group_sizes, dtype=x.dtype
+  )
+  return out, (gate, up) if keep else ()
+
+
+def _swiglu_gradient(
+  x: jax.Array,
+  kept: tuple[jax.Array, ...],
+  params: ExpertParams,
+  group_sizes: jax.Array,
+  d_out: jax.Array,
+) -> tuple[jax.Array, ExpertParams]:
+  def back(d_out, w):
+    return _matmul(d_out, w.mT, group_sizes, dtype=jnp.float32)
+
+  hidden, d_gate, d_up = (
+    v.astype(x.dtype)
+    for v in products.gate_hidden_pullback(*kept, back(d_out, params.w_down))
+  )
+  d_x = back(d_gate, params.w_gate) + back(d_up, params.w_up)
+  d_params = ExpertParams(
+    w_gate=_outer(x, d_gate, group_sizes),
+    w_up=_outer(x, d_up, group_sizes),
+    w_down=_outer(hidden, d_out, group_sizes),
+  )
+  return d_x.astype(x.dtype), d_params
+
+
+PRODUCTS = products.Products(_matmul, _outer, _swiglu, _swiglu_gradient)

@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Walking rows by tiles, one expert's at a time: for the CPU.
+"""The products of the experts by tiles, one expert's rows at a time: for CPU.
 
 A tile is a fixed number of consecutive rows of which those of one group count.
 Its product is a dense one over a slice of the rows, which runs near the speed of
@@ -12,16 +12,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxroute import blocks
+from jaxroute.experts import blocks
 
-# A tile's fixed cost is that of some 50 rows, hence large ones; a group's last
-# tile is the smallest that holds what is left, in steps of the second number.
+# A tile's fixed cost is that of some 50 rows, hence large tiles. The last tile of a
+# group is the smallest multiple of _TILE_STEP rows that holds what is left.
 _MAX_TILE = 512
 _TILE_STEP = 64
 
 
 class Tile(NamedTuple):
   """R consecutive rows, of which those of `mask` belong to `expert`.
+
+  A `blocks.Block`.
 
   Attributes:
     expert: int32 scalar.
@@ -33,32 +35,53 @@ class Tile(NamedTuple):
   start: jax.Array
   mask: jax.Array
 
-  def read(self, x):
+  def read(self, x: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
     rows = lax.dynamic_slice_in_dim(x, self.start, self.mask.shape[0])
     return jnp.where(self.mask, rows, 0)
 
-  def write(self, x, rows):
+  def write(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
     old = lax.dynamic_slice_in_dim(x, self.start, self.mask.shape[0])
     new = jnp.where(self.mask, rows.astype(x.dtype), old)
     return lax.dynamic_update_slice_in_dim(x, new, self.start, 0)
 
-  def of(self, w):
+  def gather_weights(self, w: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
     return lax.dynamic_index_in_dim(w, self.expert, keepdims=False)
 
-  def add(self, w, value):
-    new = (self.of(w) + value)[None]
+  def accumulate(self, w: jax.Array, value: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
+    new = (self.gather_weights(w) + value)[None]
     return lax.dynamic_update_slice_in_dim(w, new, self.expert, 0)
 
 
-def fold(body: blocks.Body, init: Any, group_sizes: jax.Array, n: int) -> Any:
+class _TilesOfOneSize(NamedTuple):
+  """Where the tiles of one size lie; experts in order, each with its tiles in order.
+
+  Attributes:
+    count: `[E]` int32. Tiles of this size per expert.
+    first_row: `[E]` int32. The first row of an expert's first tile of this size.
+    num_before: `[E]` int32. Tiles of this size up to and with those of an expert.
+  """
+
+  count: jax.Array
+  first_row: jax.Array
+  num_before: jax.Array
+
+
+def for_each_tile(
+  body: blocks.Body, carry: Any, group_sizes: jax.Array, n: int
+) -> Any:
   """Folds `body(tile, carry)` over tiles that cover every group exactly.
 
   A group of r rows is `r // _MAX_TILE` full tiles and one for the rest, rounded
-  up to steps. One loop per tile size: shapes in it are static, its length isn't.
+  up to a multiple of _TILE_STEP. One loop per tile size: the shapes in it are static,
+  its length is not.
 
   Args:
     body: of a `Tile` and the carry; returns the carry.
-    init: pytree of arrays.
+    carry: pytree of arrays.
     group_sizes: `[E]` int32. At most N in sum.
     n: N.
 
@@ -66,30 +89,49 @@ def fold(body: blocks.Body, init: Any, group_sizes: jax.Array, n: int) -> Any:
     The carry after the last tile.
   """
   if n == 0:
-    return init
-  step = _TILE_STEP
-  largest = min(_MAX_TILE, -(-n // step) * step)
+    return carry
+  largest = min(_MAX_TILE, _round_up(n))
   ends = jnp.cumsum(group_sizes)
+  for size in range(largest, 0, -_TILE_STEP):
+    tiles = _tiles_of(size, largest, group_sizes, ends)
+
+    def run_tile(i, carry, size=size, tiles=tiles):
+      return body(_tile(i, min(size, n), tiles, ends, n), carry)
+
+    carry = lax.fori_loop(0, tiles.num_before[-1], run_tile, carry)
+  return carry
+
+
+def _tiles_of(
+  size: int, largest: int, group_sizes: jax.Array, ends: jax.Array
+) -> _TilesOfOneSize:
   full = group_sizes // largest
-  rest = -(-(group_sizes % largest) // step) * step
-  for size in range(largest, 0, -step):
-    rows = min(size, n)
-    count = (rest == size).astype(jnp.int32)
-    first = ends - group_sizes
-    if size == largest:
-      count += full
-    else:
-      first += full * largest
-    stops = jnp.cumsum(count)
+  rest = _round_up(group_sizes % largest)
+  count = (rest == size).astype(jnp.int32)
+  first_row = ends - group_sizes
+  if size == largest:
+    count += full
+  else:
+    first_row += full * largest
+  return _TilesOfOneSize(count, first_row, jnp.cumsum(count))
 
-    def at(i, carry, rows=rows, count=count, first=first, stops=stops):
-      e = jnp.sum(stops <= i, dtype=jnp.int32)
-      begin = first[e] + (i - stops[e] + count[e]) * rows
-      # A tile that would stick out at the end starts earlier and masks more.
-      start = jnp.minimum(begin, n - rows)
-      row = start + jnp.arange(rows, dtype=jnp.int32)
-      mask = (begin <= row) & (row < ends[e])
-      return body(Tile(e, start, mask[:, None]), carry)
 
-    init = lax.fori_loop(0, stops[-1], at, init)
-  return init
+def _tile(
+  i: jax.Array, rows: int, tiles: _TilesOfOneSize, ends: jax.Array, n: int
+) -> Tile:
+  """The i-th tile of a size."""
+  e = jnp.sum(tiles.num_before <= i, dtype=jnp.int32)
+  number = i - tiles.num_before[e] + tiles.count[e]
+  begin = tiles.first_row[e] + number * rows
+  # A tile that would stick out at the end starts earlier and masks more.
+  start = jnp.minimum(begin, n - rows)
+  row = start + jnp.arange(rows, dtype=jnp.int32)
+  mask = (begin <= row) & (row < ends[e])
+  return Tile(e, start, mask[:, None])
+
+
+def _round_up(rows: Any) -> Any:
+  return -(-rows // _TILE_STEP) * _TILE_STEP
+
+
+PRODUCTS = blocks.products_over(for_each_tile)

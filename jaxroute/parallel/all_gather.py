@@ -15,47 +15,36 @@ and reduce-scatter expert parallelism); else the partial outputs are summed.
 """
 
 import dataclasses
-import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute import experts, types
+from jaxroute import types
+from jaxroute.parallel import mesh as mesh_lib
+
+# (tokens, their routing, parameters of experts) -> (output, group_sizes)
+RunExperts = Callable[
+  [jax.Array, types.Routing, types.PyTree], tuple[jax.Array, jax.Array]
+]
 
 
-def token_shards(partition: types.Partition | None) -> int:
-  """Number of shards that the tokens of one dispatch come from.
-
-  Args:
-    partition: layout on the mesh in force, or None.
-
-  Returns:
-    How many dispatches share the tokens: 1 without a partition.
-  """
-  if partition is None:
-    return 1
-  mesh = _mesh(partition)
-  return math.prod(
-    mesh.shape[a] for a in partition.token_axes if a != partition.expert_axis
-  )
-
-
-def moe(
+def map_experts(
+  run_experts: RunExperts,
   x: jax.Array,
   routing: types.Routing,
-  params: experts.ExpertParams,
+  params: types.PyTree,
   partition: types.Partition,
-  *,
-  capacity: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """`jaxroute.experts.moe` over the mesh in force.
+  """Runs every device's experts on the tokens that chose them.
 
   Args:
+    run_experts: what a device does with the tokens it sees and the experts it holds:
+      an index of as many as it holds stands for an expert of another device.
     x: `[T, D]`, sharded over `partition.token_axes`.
     routing: of those tokens.
-    params: `[E, ...]`, sharded over `partition.expert_axis`.
+    params: pytree of `[E, ...]`, sharded over `partition.expert_axis`.
     partition: layout on the mesh of `jax.set_mesh`.
-    capacity: rows per expert *and token shard*, or None.
 
   Returns:
     `[T, D]`, sharded like `x`, and the global `group_sizes`, `[E]` int32.
@@ -64,70 +53,76 @@ def moe(
     ValueError: if no mesh is in force, it lacks an axis, or T or E does not
       divide.
   """
-  mesh = _mesh(partition)
+  mesh = mesh_lib.mesh_of(partition)
   tokens, expert = partition.token_axes, partition.expert_axis
-  num_experts = params.w_gate.shape[0]
-  _check_divides("tokens", x.shape[0], mesh, tokens)
-  _check_divides("experts", num_experts, mesh, (expert,) if expert else ())
+  num_experts = jax.tree.leaves(params)[0].shape[0]
+  expert_axes = (expert,) if expert else ()
+  mesh_lib.check_divides("tokens", x.shape[0], mesh, tokens)
+  mesh_lib.check_divides("experts", num_experts, mesh, expert_axes)
   over_tokens, over_experts = jax.P(tokens or None), jax.P(expert)
-  gather = expert is not None and expert in tokens
 
-  def local(x, routing, params):
-    def everyone(v):
-      return jax.lax.all_gather(v, expert, tiled=True) if gather else v
+  def run_shard(x, routing, params):
+    x, routing = _bring_tokens(x, routing, params, partition)
+    out, group_sizes = run_experts(x, routing, params)
+    return _take_outputs_back(out, group_sizes, partition)
 
-    expert_idx = everyone(routing.expert_idx)
-    if expert is not None:
-      count = params.w_gate.shape[0]
-      expert_idx = expert_idx - jax.lax.axis_index(expert) * count
-      here = (expert_idx >= 0) & (expert_idx < count)
-      expert_idx = jnp.where(here, expert_idx, count)
-    routing = dataclasses.replace(
-      routing,
-      expert_idx=expert_idx,
-      weights=everyone(routing.weights),
-      token_mask=everyone(routing.token_mask),
-    )
-    out, group_sizes = experts.moe(
-      everyone(x), routing, params, capacity=capacity
-    )
-    if gather:
-      out = jax.lax.psum_scatter(out, expert, tiled=True)
-    elif expert is not None:
-      out = jax.lax.psum(out, expert)
-    sums = tuple(a for a in tokens if a != expert)
-    if sums:
-      group_sizes = jax.lax.psum(group_sizes, sums)
-    return out, group_sizes
-
-  # The load is of the global batch already, as is a histogram, which no expert
-  # needs; the rest is per token.
-  routing = dataclasses.replace(routing, histogram=None)
+  # The load is of the global batch already; no expert needs a histogram.
+  routing = dataclasses.replace(
+    routing, counts=types.Counts(load=routing.load)
+  )
   routes = jax.tree.map(lambda _: over_tokens, routing)
-  routes = dataclasses.replace(routes, load=jax.P())
+  routes = dataclasses.replace(routes, counts=types.Counts(load=jax.P()))
   return jax.shard_map(
-    local,
+    run_shard,
     mesh=mesh,
     in_specs=(over_tokens, routes, over_experts),
     out_specs=(over_tokens, over_experts),
   )(x, routing, params)
 
 
-def _mesh(partition):
-  mesh = jax.sharding.get_abstract_mesh()
-  wanted = set(partition.token_axes) | {partition.expert_axis} - {None}
-  if not wanted <= set(mesh.axis_names):
-    raise ValueError(
-      f"`partition` names the mesh axes {sorted(wanted)}, got a mesh with"
-      f" {mesh.axis_names}. Put the call under `jax.set_mesh(mesh)`."
-    )
-  return mesh
+def _is_gathered(partition: types.Partition) -> bool:
+  """Whether a device's tokens are fewer than those its experts have to see."""
+  return partition.expert_axis in partition.token_axes
 
 
-def _check_divides(what, size, mesh, axes):
-  shards = math.prod(mesh.shape[a] for a in axes)
-  if size % shards:
-    raise ValueError(
-      f"`partition` shards {size} {what} over the mesh axes {axes}, {shards}"
-      " devices, which does not divide. Pad, or choose other axes."
-    )
+def _bring_tokens(
+  x: jax.Array,
+  routing: types.Routing,
+  params: types.PyTree,
+  partition: types.Partition,
+) -> tuple[jax.Array, types.Routing]:
+  """What a device's experts have to see, with experts numbered from its first."""
+  expert = partition.expert_axis
+
+  def everyone(v):
+    if not _is_gathered(partition):
+      return v
+    return jax.lax.all_gather(v, expert, tiled=True)
+
+  expert_idx = everyone(routing.expert_idx)
+  if expert is not None:
+    count = jax.tree.leaves(params)[0].shape[0]
+    expert_idx = expert_idx - jax.lax.axis_index(expert) * count
+    is_here = (expert_idx >= 0) & (expert_idx < count)
+    expert_idx = jnp.where(is_here, expert_idx, count)
+  return everyone(x), dataclasses.replace(
+    routing,
+    expert_idx=expert_idx,
+    weights=everyone(routing.weights),
+    token_mask=everyone(routing.token_mask),
+  )
+
+
+def _take_outputs_back(
+  out: jax.Array, group_sizes: jax.Array, partition: types.Partition
+) -> tuple[jax.Array, jax.Array]:
+  """A device's own tokens, summed over the experts of all; rows of all tokens."""
+  expert = partition.expert_axis
+  if _is_gathered(partition):
+    out = jax.lax.psum_scatter(out, expert, tiled=True)
+  elif expert is not None:
+    out = jax.lax.psum(out, expert)
+  sums = tuple(a for a in partition.token_axes if a != expert)
+  if sums:
+    group_sizes = jax.lax.psum(group_sizes, sums)
+  return out, group_sizes

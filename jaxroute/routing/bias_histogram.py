@@ -1,28 +1,29 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""How far the bias of every expert is from the tokens' cutoffs, counted.
+"""How far the bias of every expert is from the tokens' cutoffs, counted, in XLA.
 
-Token i chooses expert e while `expert_bias[e]` is above its price,
-`cutoff[i] - score[i, e]`. The distance `price - bias` is negative where the expert
-is chosen and positive where it is not, and the quantile of it that leaves T K / E
-tokens below is how far the bias has to move. Sixteen bins per expert, eight on
-either side, each eight times as wide as the one before, hold distances of all
-sizes: where the bias is nearly right they are fine, whatever the score function.
+Token i chooses expert e while `cutoff[i] - (score[i, e] + expert_bias[e])` is
+negative. That distance says how far the bias of e alone would have to move to change
+the choice of token i, and its quantile with T K / E tokens below is how far the bias
+has to move for balance. Sixteen bins per expert, eight on either side, each eight
+times as wide as the one before, hold distances of all sizes: where the bias is nearly
+right they are fine, whatever the score function.
 
-What all devices and micro-batches counted adds up.
+Counts of devices and micro-batches add up.
 """
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute import dispatch
+from jaxroute import types
+from jaxroute.parallel import mesh
 
-_SIDE = 8
-_OCTAVES = 3
-_FIRST = -16
+BINS = types.HISTOGRAM_BINS
+"""Bins per expert, by distance: negative ones, of tokens that chose it, first."""
 
-BINS = 2 * _SIDE
-"""Bins per expert, by distance: those of chosen tokens first."""
+_SIDE = BINS // 2
+# Octaves of a bin, and the exponent at which the bins nearest to 0 end.
+_OCTAVES, _FIRST = 3, -16
 
 _UPPER = 2.0 ** (_FIRST + _OCTAVES * np.arange(_SIDE))
 EDGES = np.concatenate([-_UPPER[::-1], [0.0], _UPPER]).astype(np.float32)
@@ -33,7 +34,8 @@ The first and the last also hold what is beyond them.
 
 _LARGEST = float(np.finfo(np.float32).max)
 
-# Rows whose 4-bit fields are summed in one word, and words in one of 8-bit fields.
+# Rows that are summed in 4-bit fields before these could overflow (8 * 1 < 16), and
+# words of these that are summed in 8-bit fields (16 * 8 < 256).
 _NIBBLES, _BYTES = 8, 16
 
 
@@ -43,7 +45,7 @@ def count(
   cutoff: jax.Array,
   token_mask: jax.Array,
 ) -> jax.Array:
-  """Counts distances.
+  """Counts distances; see the module.
 
   Args:
     selection: `[T, E]` float32, not NaN. Selection scores; -inf where an expert
@@ -70,9 +72,14 @@ def count(
   )
 
 
-def _count(selection, expert_idx, cutoff, token_mask):
+def _count(
+  selection: jax.Array,
+  expert_idx: jax.Array,
+  cutoff: jax.Array,
+  token_mask: jax.Array,
+) -> jax.Array:
   cutoff = jnp.where(token_mask, cutoff, jnp.nan)
-  # Below 0 are only the chosen: few to gather and scatter, which a CPU does fast.
+  # Only chosen experts have a distance below 0: few, which a CPU gathers fast.
   below = jax.lax.platform_dependent(
     selection,
     expert_idx,
@@ -84,12 +91,15 @@ def _count(selection, expert_idx, cutoff, token_mask):
   return jnp.concatenate([below, above]).T
 
 
-def _count_chosen(selection, expert_idx, cutoff):
+def _count_chosen(
+  selection: jax.Array, expert_idx: jax.Array, cutoff: jax.Array
+) -> jax.Array:
+  """`[8, E]` counts of the distances below 0, from the chosen experts alone."""
   chosen = jnp.take_along_axis(
     selection, expert_idx, axis=1, mode="promise_in_bounds"
   )
   distance = cutoff[:, None] - chosen
-  zeros, row, expert_idx, ones = dispatch.vary_alike(
+  zeros, row, expert_idx, ones = mesh.vary_alike(
     (
       jnp.zeros((_SIDE, selection.shape[1]), jnp.int32),
       _SIDE - 1 - _bin(-distance),
@@ -100,13 +110,16 @@ def _count_chosen(selection, expert_idx, cutoff):
   return zeros.at[row, expert_idx].add(ones, mode="promise_in_bounds")
 
 
-def _count_below(selection, expert_idx, cutoff):
+def _count_below(
+  selection: jax.Array, expert_idx: jax.Array, cutoff: jax.Array
+) -> jax.Array:
+  """`[8, E]` counts of the distances below 0, from those of all experts."""
   del expert_idx
   distance = jnp.maximum(cutoff[:, None] - selection, -_LARGEST)
   return _count_side(-distance)[::-1]
 
 
-def _count_side(distance):
+def _count_side(distance: jax.Array) -> jax.Array:
   """`[8, E]` counts of the distances that are finite, and not -0 or below.
 
   Eight 4-bit counters fit a word, so that one pass over `[T, E]` adds a word per
@@ -128,10 +141,10 @@ def _count_side(distance):
   return jnp.stack(counts).reshape(_SIDE, e)
 
 
-def _bin(distance):
+def _bin(distance: jax.Array) -> jax.Array:
   """0 to 7 by the exponent of a float32 that is not negative."""
   bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
   octave = (bits >> 23) - (127 + _FIRST - _OCTAVES)
   octave = jnp.clip(octave, 0, _OCTAVES * _SIDE - 1)
-  # octave // 3, which is exact below 30.
+  # That is octave // 3 for octaves below 30.
   return (octave * 11) >> 5

@@ -11,8 +11,6 @@ one word per token and sublane holds 32 experts, of which a shift and a mask mak
 two rows of bfloat16 at once. Expert e is row e of the matrix, so that it is
 bit (e / 16) % 16 + 16 (e % 2) of word e / 256 on sublane (e / 2) % 8. Assignments
 to no expert (index E) may share a token, so they are counted in a row of their own.
-
-Counts are float32, exact below 2^24.
 """
 
 import functools
@@ -28,12 +26,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels.tpu import device, registers
 
-MAX_ASSIGNMENTS = 2**24
-"""T * K has to be smaller."""
-
-MAX_TOP_K = 128
-"""K: a token's assignments to no expert, doubled, are exact in bfloat16 to 256."""
-
+# Counts are float32: exact below this many assignments, T * K.
+_MAX_ASSIGNMENTS = 2**24
+# A token's assignments to no expert, doubled, are exact in bfloat16 up to 256.
+_MAX_TOP_K = 128
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 # Tokens of one block.
 _BLOCK = 2048
@@ -44,6 +40,26 @@ _WORD = 256
 _TWOS = np.int32(0x40004000)
 
 
+def unsupported(num_tokens: int, top_k: int) -> str | None:
+  """Why the kernels cannot count so many assignments exactly, or None if they can.
+
+  Args:
+    num_tokens: T.
+    top_k: K.
+
+  Returns:
+    The reason, for an error message.
+  """
+  if num_tokens * top_k >= _MAX_ASSIGNMENTS:
+    return (
+      f"the TPU kernel counts fewer than {_MAX_ASSIGNMENTS} assignments, got"
+      f" {num_tokens} x {top_k}"
+    )
+  if top_k > _MAX_TOP_K:
+    return f"K is at most {_MAX_TOP_K} in the TPU kernel, got {top_k}"
+  return None
+
+
 @functools.partial(jax.jit, static_argnames=("num_experts", "interpret"))
 def count_assignments(
   expert_idx: jax.Array, *, num_experts: int, interpret: Any = False
@@ -52,7 +68,7 @@ def count_assignments(
 
   Args:
     expert_idx: `[T, K]` int32 from `[0, E]`, distinct within a token below E.
-      T * K is less than `MAX_ASSIGNMENTS`.
+      T and K are not `unsupported`.
     num_experts: E; static.
     interpret: what `pallas_call` takes.
 

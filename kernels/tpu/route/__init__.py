@@ -18,7 +18,7 @@ pass by, so that few of them leave none of its width empty.
 import dataclasses
 import functools
 import types
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +36,27 @@ _LANES, _SUBLANES = device.LANES, device.SUBLANES
 _PARTS = plan_lib.PARTS
 # What is left for a projection of the smallest VMEM, the 64 MiB of v7x.
 _MAX_PROJECTION = 20 * 2**20
+
+
+class Outputs(NamedTuple):
+  """What the kernel returns.
+
+  Attributes:
+    expert_idx: `[T, K]` int32.
+    weights: `[T, K]` float32.
+    load: `[E]` int32.
+    cutoff: `[T]` float32.
+    histogram: `[E, 16]` int32, if `config.histogram`.
+    chosen: `[T, K]` float32, if asked for. The logits of the chosen experts, or their
+      scores if those depend on the logits of all experts.
+  """
+
+  expert_idx: jax.Array
+  weights: jax.Array
+  load: jax.Array
+  cutoff: jax.Array
+  histogram: jax.Array | None = None
+  chosen: jax.Array | None = None
 
 
 def unsupported(config: Any) -> str | None:
@@ -131,7 +152,7 @@ def route(
   config: Any,
   with_chosen: bool = False,
   interpret: Any = False,
-) -> tuple[Any, ...]:
+) -> Outputs:
   """Routes tokens; see `jaxroute.route`, which checks the arguments.
 
   Args:
@@ -144,10 +165,7 @@ def route(
       simulator.
 
   Returns:
-    `expert_idx` `[T, K]` int32, `weights` `[T, K]` float32, `load` `[E]` int32,
-    `cutoff` `[T]` float32, `histogram` `[E, 16]` int32 or None, and, if asked for,
-    the logits of the chosen experts, `[T, K]` float32, or their scores if those
-    depend on all logits. No gradient is defined.
+    `Outputs`. No gradient is defined.
   """
   plan = _plan(config, logits, expert_bias, token_mask, with_chosen, interpret)
   e, block = plan.num_experts, plan.step_tokens
@@ -170,7 +188,7 @@ def project_and_route(
   config: Any,
   with_chosen: bool = False,
   interpret: Any = False,
-) -> tuple[Any, ...]:
+) -> Outputs:
   """As `route`, of the logits `tokens @ router_weight`, which are not written to HBM.
 
   Args:
@@ -234,11 +252,15 @@ def _call(plan, operands, in_specs, expert_bias, token_mask, interpret):
   config, with_chosen = plan.config, plan.with_chosen
   t, e, k = plan.tokens, plan.num_experts, config.top_k
   if t == 0:
-    empty = jnp.zeros((0, k), jnp.int32), jnp.zeros((0, k), jnp.float32)
-    others = jnp.zeros((e,), jnp.int32), jnp.zeros((0,), jnp.float32)
-    none = jnp.zeros((e, histogram.BINS), jnp.int32)
-    counts = none if config.histogram else None
-    return *empty, *others, counts, *(empty[1:] if with_chosen else ())
+    bins = jnp.zeros((e, histogram.BINS), jnp.int32)
+    return Outputs(
+      expert_idx=jnp.zeros((0, k), jnp.int32),
+      weights=jnp.zeros((0, k), jnp.float32),
+      load=jnp.zeros((e,), jnp.int32),
+      cutoff=jnp.zeros((0,), jnp.float32),
+      histogram=bins if config.histogram else None,
+      chosen=jnp.zeros((0, k), jnp.float32) if with_chosen else None,
+    )
   block, c = plan.step_tokens, plan.blocks * plan.columns
 
   def routed(i):
@@ -290,9 +312,14 @@ def _call(plan, operands, in_specs, expert_bias, token_mask, interpret):
     ),
     name="jaxroute_route",
   )(*operands)
-  counts = others.pop(0)[:e] if config.histogram else None
-  chosen = [x.T for x in others]
-  return idx.T, weights.T, load, cutoff.reshape(t), counts, *chosen
+  return Outputs(
+    expert_idx=idx.T,
+    weights=weights.T,
+    load=load,
+    cutoff=cutoff.reshape(t),
+    histogram=others.pop(0)[:e] if config.histogram else None,
+    chosen=others[-1].T if with_chosen else None,
+  )
 
 
 def _vmem_limit(plan):

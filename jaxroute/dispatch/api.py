@@ -1,0 +1,160 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Expert order: the permutation that groups the N = T * K assignments by expert.
+
+Those that no expert receives (padding, tokens with NaN weights, drops) come last,
+after the first `sum(group_sizes)` rows. So every shape is static and nothing is lost
+from sight: `load - group_sizes` is what was dropped.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute import ladder, remat, types
+from jaxroute.dispatch import pallas_tpu, xla
+from jaxroute.parallel import mesh
+
+Implementation = Literal["xla", "pallas_tpu"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Permutation:
+  """Assignments in expert order; assignment n is choice n % K of token n // K.
+
+  Attributes:
+    permutation: `[N]` int32. Row i of the expert order is assignment
+      `permutation[i]`. Assignments of one expert keep the order of the tokens.
+    inverse_permutation: `[N]` int32. Assignment n is in row
+      `inverse_permutation[n]`.
+    group_sizes: `[E]` int32. Rows per expert; the rows after their sum belong
+      to no expert.
+  """
+
+  permutation: jax.Array
+  inverse_permutation: jax.Array
+  group_sizes: jax.Array
+
+
+def expert_capacity(
+  config: types.RouterConfig,
+  num_tokens: int,
+  capacity_factor: float,
+  partition: types.Partition | None = None,
+) -> int:
+  """Rows that each expert accepts: `ceil(capacity_factor * T * K / E)`.
+
+  Args:
+    config: static router description.
+    num_tokens: T, of all devices.
+    capacity_factor: 1.0 leaves no slack over perfect balance.
+    partition: how the tokens lie on the mesh in force; None for one device. Every
+      token shard has a capacity of its own, for its part of T.
+
+  Returns:
+    C, at least 1.
+
+  Raises:
+    ValueError: if `capacity_factor` is not positive and finite.
+  """
+  if not 0 < capacity_factor < math.inf:
+    raise ValueError(
+      f"`capacity_factor` must be positive and finite, got {capacity_factor}."
+      " Leave the capacity out (None) to drop nothing."
+    )
+  num_tokens //= mesh.token_shards(partition)
+  mean_load = num_tokens * config.top_k / config.num_experts
+  return max(1, math.ceil(capacity_factor * mean_load))
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("num_experts", "capacity", "implementation", "interpret"),
+)
+def sort_by_expert(
+  expert_idx: jax.Array,
+  num_experts: int,
+  token_mask: jax.Array | None = None,
+  capacity: int | None = None,
+  implementation: Implementation | None = None,
+  interpret: Any = False,
+) -> Permutation:
+  """Puts the assignments in expert order, stably.
+
+  Args:
+    expert_idx: `[T, K]` int32. The chosen experts, distinct within a token;
+      an index of E stands for an expert that is not here, and is in no group.
+    num_experts: E.
+    token_mask: `[T]` bool. Assignments of False tokens come last and are in no
+      group. `Routing.token_mask` also leaves out tokens with NaN weights.
+    capacity: C. An expert keeps its first C assignments in token order; the
+      others are dropped. None drops nothing.
+    implementation: "pallas_tpu", a kernel that counts ranks on the MXU; "xla"; or
+      None for the first of them that can do this here. As in `jaxroute.route`, but
+      the kernel is for one device or for the inside of `jax.shard_map`.
+    interpret: as in `jaxroute.route`.
+
+  Returns:
+    A `Permutation`, with `group_sizes = min(load, C)`.
+
+  Raises:
+    ValueError: if a shape, dtype or `capacity` does not fit.
+    NotImplementedError: if `implementation` cannot do this; "xla" always can.
+  """
+  if expert_idx.ndim != 2 or not jnp.issubdtype(expert_idx.dtype, jnp.integer):
+    raise ValueError(
+      "`expert_idx` must be integer [T, K], got"
+      f" {expert_idx.dtype} {expert_idx.shape}."
+    )
+  if capacity is not None and capacity < 1:
+    raise ValueError(
+      f"`capacity` must be at least 1 row per expert, got {capacity}. Use None"
+      " to drop nothing."
+    )
+  key = expert_idx.astype(jnp.int32)
+  if token_mask is not None:
+    key = jnp.where(token_mask[:, None], key, num_experts)
+  load, permutation, inverse = _sort(
+    key, num_experts, capacity, implementation, interpret
+  )
+  group_sizes = load[:num_experts]
+  if capacity is not None:
+    group_sizes = jnp.minimum(group_sizes, capacity)
+  return Permutation(
+    permutation=remat.checkpoint_name("permutation", permutation),
+    inverse_permutation=remat.checkpoint_name("inverse_permutation", inverse),
+    group_sizes=remat.checkpoint_name("group_sizes", group_sizes),
+  )
+
+
+def _sort(
+  key: jax.Array,
+  num_experts: int,
+  capacity: int | None,
+  implementation: Implementation | None,
+  interpret: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Load `[E + 1]`, permutation and inverse `[N]` of keys `[T, K]` in [0, E]."""
+
+  def by_xla():
+    if interpret:
+      raise NotImplementedError(
+        f"there is no kernel to interpret, and `interpret` is {interpret!r}"
+      )
+    return xla.sort(key, num_experts, capacity)
+
+  def by_pallas_tpu():
+    by_name = implementation is not None
+    return pallas_tpu.sort(
+      key, num_experts, capacity, by_name=by_name, interpret=interpret
+    )
+
+  return ladder.climb(
+    "sort_by_expert",
+    {"pallas_tpu": by_pallas_tpu, "xla": by_xla},
+    implementation,
+  )

@@ -1,0 +1,75 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Expert order on TPU: ranks by a kernel, then one sort of words."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute import ladder
+from jaxroute.dispatch import xla
+from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu import sort as kernel
+from jaxroute.parallel import mesh
+
+
+def sort(
+  key: jax.Array,
+  num_experts: int,
+  capacity: int | None,
+  *,
+  by_name: bool,
+  interpret: Any,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Load, permutation and inverse.
+
+  Args:
+    key: `[T, K]` int32 in `[0, E]`; E is no expert.
+    num_experts: E.
+    capacity: C, or None.
+    by_name: whether the kernel was asked for, and may be on its way to a TPU that
+      is not here.
+    interpret: as in `jaxroute.route`.
+
+  Returns:
+    `[E + 1]`, `[N]` and `[N]`, all int32. Drops may count for E in the load.
+
+  Raises:
+    NotImplementedError: if the kernel cannot do this, or not here.
+  """
+  reason = kernel.unsupported(*key.shape)
+  if not interpret:
+    reason = reason or mesh.kernel_refusal(by_name)
+    reason = reason or (None if by_name else device.unavailable())
+  if reason:
+    raise NotImplementedError(reason)
+  if interpret:
+    return _sort(num_experts, capacity, interpret, key)
+  call = functools.partial(_sort, num_experts, capacity, interpret)
+  return ladder.lower_only_for("tpu", call, key)
+
+
+def _sort(
+  num_experts: int, capacity: int | None, interpret: Any, key: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Counts the inverse, and sorts for the permutation all the same.
+
+  To invert the inverse would be a scatter: 55 cycles per token on v6e, where the
+  sort of words is 2.
+  """
+  count = functools.partial(
+    kernel.count_assignments, num_experts=num_experts, interpret=interpret
+  )
+  rows = functools.partial(kernel.assignment_rows, interpret=interpret)
+  if capacity is not None:
+    zeros = jnp.zeros(num_experts + 1, jnp.int32)
+    rank = rows(*mesh.vary_alike((key, zeros)))
+    key = jnp.where(rank < capacity, key, num_experts)
+  load = count(key)
+  inverse = rows(key, jnp.cumsum(load) - load).reshape(-1)
+  order = jnp.arange(key.size, dtype=jnp.int32)
+  _, permutation = xla.sort_pairs(
+    key.reshape(-1), order, num_experts + 1, key.size
+  )
+  return load, permutation, inverse

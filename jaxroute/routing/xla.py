@@ -1,0 +1,149 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""`route` in plain XLA: it runs on every platform and takes every `RouterConfig`."""
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute import remat, types
+from jaxroute import scores as scores_lib
+from jaxroute.routing import bias_histogram, float_keys, weights
+
+# Above so many rounds one sort is faster, and quicker to compile.
+_MAX_ROUNDS = 16
+_CHUNK = 8
+"""Keys whose largest is kept as one head; see `_largest`."""
+
+
+def route(
+  logits: jax.Array,
+  expert_bias: jax.Array | None,
+  config: types.RouterConfig,
+  token_mask: jax.Array | None,
+) -> types.Routing:
+  """See `jaxroute.route`, which checks the arguments."""
+  keys = _selection_keys(logits, expert_bias, config)
+  expert_idx, cutoff = _select(keys, config)
+  expert_idx = remat.checkpoint_name("expert_idx", expert_idx)
+  routing_weights, token_mask = weights.weigh(
+    logits, expert_idx, config, token_mask
+  )
+  histogram = None
+  if config.histogram:
+    selection = float_keys.from_keys(keys)
+    histogram = bias_histogram.count(selection, expert_idx, cutoff, token_mask)
+  load = _count_load(expert_idx, token_mask, config.num_experts)
+  return types.Routing(
+    expert_idx=expert_idx,
+    weights=remat.checkpoint_name("weights", routing_weights),
+    counts=types.Counts(load=load, histogram=histogram),
+    cutoff=cutoff,
+    token_mask=token_mask,
+  )
+
+
+def _selection_keys(
+  logits: jax.Array,
+  expert_bias: jax.Array | None,
+  config: types.RouterConfig,
+) -> jax.Array:
+  """`[T, E]` int32: selection scores as keys, that of -inf outside the best groups."""
+  selection = scores_lib.selection_scores(logits, expert_bias, config)
+  # XLA may compute a value anew in every fusion that reads it, with other bits.
+  keys = jax.lax.optimization_barrier(float_keys.to_keys(selection))
+  return _keep_best_groups(keys, config) if config.limits_groups else keys
+
+
+def _select(
+  keys: jax.Array, config: types.RouterConfig
+) -> tuple[jax.Array, jax.Array]:
+  """The K best experts `[T, K]`, and the (K+1)-th selection score `[T]`."""
+  k = config.top_k
+  top, idx = _largest(keys, min(k + 1, config.num_experts))
+  if k < config.num_experts:
+    cutoff = float_keys.from_keys(top[:, k])
+  else:
+    cutoff = jnp.full_like(float_keys.from_keys(top[:, 0]), -jnp.inf)
+  return idx[:, :k], cutoff
+
+
+def _keep_best_groups(
+  keys: jax.Array, config: types.RouterConfig
+) -> jax.Array:
+  """Sets the keys outside the best `group_top_k` groups to that of -inf."""
+  t = keys.shape[0]
+  grouped = keys.reshape(t, config.num_groups, config.group_size)
+  best = float_keys.from_keys(_largest(grouped, config.group_score_count)[0])
+  group_score = best[..., 0]
+  for i in range(1, config.group_score_count):
+    group_score = group_score + best[..., i]
+  # inf + -inf is NaN: a group with an infinite member is the best there is.
+  group_score = jnp.where(best[..., 0] == jnp.inf, jnp.inf, group_score)
+  score_keys = jax.lax.optimization_barrier(float_keys.to_keys(group_score))
+  _, kept = _largest(score_keys, config.group_top_k)
+  keep = jnp.any(kept[..., None] == _iota(config.num_groups, 3), axis=1)
+  masked = float_keys.to_keys(jnp.float32(-jnp.inf))
+  return jnp.where(keep[..., None], grouped, masked).reshape(keys.shape)
+
+
+def _largest(keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+  """The `count` largest of `[..., n]` keys and their indices, best first.
+
+  One round per result. `heads` holds the largest key left in each chunk, so a
+  round reads n / 8 heads and one chunk instead of n keys. Equal keys come in
+  index order, so the keys left are those after the last result.
+  """
+  if count > _MAX_ROUNDS:
+    return jax.lax.top_k(keys, count)
+  n = keys.shape[-1]
+  pad = [(0, 0)] * (keys.ndim - 1) + [(0, -n % _CHUNK)]
+  keys = jnp.pad(keys, pad, constant_values=float_keys.BELOW_ALL)
+  chunks = keys.reshape(*keys.shape[:-1], -(-n // _CHUNK), _CHUNK)
+  heads = jnp.max(chunks, axis=-1)
+  lane = _iota(_CHUNK, keys.ndim)
+  chunk_idx = _iota(heads.shape[-1], keys.ndim)
+  last, idx = jnp.iinfo(jnp.int32).max, -1
+  tops, indices = [], []
+  for _ in range(count):
+    top = jnp.max(heads, axis=-1, keepdims=True)
+    chunk = _first(heads == top)
+    row = jnp.take_along_axis(
+      chunks, chunk[..., None], axis=-2, mode="promise_in_bounds"
+    )[..., 0, :]
+    row_idx = chunk * _CHUNK + lane
+    is_left = (row < last) | ((row == last) & (row_idx > idx))
+    row = jnp.where(is_left, row, float_keys.BELOW_ALL)
+    hit = _first(row == top)
+    rest = jnp.where(lane == hit, float_keys.BELOW_ALL, row)
+    rest = jnp.max(rest, axis=-1, keepdims=True)
+    heads = jnp.where(chunk_idx == chunk, rest, heads)
+    last, idx = top, chunk * _CHUNK + hit
+    tops.append(top)
+    indices.append(idx)
+  return jnp.concatenate(tops, axis=-1), jnp.concatenate(indices, axis=-1)
+
+
+def _first(flags: jax.Array) -> jax.Array:
+  """Index of the first True of the last axis, which is kept with size 1."""
+  n = flags.shape[-1]
+  # A select between unsharded operands would lose the sharding; a product keeps it.
+  from_end = flags.astype(jnp.int32) * (n - _iota(n, flags.ndim))
+  return n - jnp.max(from_end, axis=-1, keepdims=True)
+
+
+def _iota(n: int, ndim: int) -> jax.Array:
+  """0 to n - 1 along the last of `ndim` axes."""
+  return jnp.arange(n, dtype=jnp.int32).reshape((1,) * (ndim - 1) + (n,))
+
+
+def _count_load(
+  expert_idx: jax.Array, token_mask: jax.Array, num_experts: int
+) -> jax.Array:
+  """`[E]` int32: assignments per expert, over every device that holds tokens."""
+  mesh = jax.typeof(expert_idx).sharding.mesh
+  # Under explicit sharding the sum over shards has to be asked for.
+  replicated = None if mesh.empty else jax.NamedSharding(mesh, jax.P(None))
+  load = jnp.zeros(num_experts, jnp.int32)
+  ones = jnp.broadcast_to(token_mask[:, None], expert_idx.shape)
+  return load.at[expert_idx].add(
+    ones.astype(jnp.int32), mode="promise_in_bounds", out_sharding=replicated
+  )
