@@ -44,10 +44,9 @@ class Model(nn.Module):
 def loss_fn(params, expert_bias, batch):
   """The mean squared error, and what the routers counted."""
   x, target = batch
-  y, counted = Model().apply(
-    {"params": params, "expert_bias": expert_bias}, x, mutable=["load"]
-  )
-  return jnp.mean((y - target) ** 2), (counted["load"], {})
+  variables = {"params": params, "expert_bias": expert_bias}
+  y, counted = Model().apply(variables, x, mutable=jaxroute.linen.COUNTED)
+  return jnp.mean((y - target) ** 2), (jaxroute.linen.counts(counted), {})
 
 
 def make_batch(step):
@@ -59,7 +58,9 @@ def make_batch(step):
   return x, jnp.sin(2 * x @ teacher)
 
 
-def train(name: str, rule: optax.GradientTransformation, steps: int):
+def train(
+  name: str, rule: optax.GradientTransformation, steps: int
+) -> list[float]:
   """Trains and prints; returns the MaxVio of the steps that it prints."""
   print(f"{name}:")
   optimizer = optax.adam(3e-3)

@@ -47,8 +47,7 @@ class Transformer(nn.Module):
       variable_axes={
         "params": 0,
         "expert_bias": 0,
-        "load": 0,
-        "histogram": 0,
+        **dict.fromkeys(jaxroute.linen.COUNTED, 0),
         "scores": 0,
         "losses": 0,
       },
@@ -150,7 +149,7 @@ def make_loss_fn(
     switch_weight: if given, the Switch loss, averaged over layers, is added with
       this weight.
   """
-  mutable = ["load", "histogram"]
+  mutable = list(jaxroute.linen.COUNTED)
   if switch_weight is not None:
     mutable.append("losses")
 
@@ -169,10 +168,7 @@ def make_loss_fn(
     if switch_weight is not None:
       (switch,) = jax.tree.leaves(found["losses"])
       loss += switch_weight * jnp.mean(switch)
-    counts = found["load"]
-    if "histogram" in found:
-      counts = counts, found["histogram"]
-    return loss, (counts, metrics)
+    return loss, (jaxroute.linen.counts(found), metrics)
 
   return loss_fn
 
