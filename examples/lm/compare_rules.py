@@ -130,7 +130,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
   ]
   for arm, runs in results.items():
 
-    def mean(name, runs=runs):
+    def mean(name: str, runs: list[dict[str, Any]] = runs) -> float:
       return statistics.fmean(r[name] for r in runs)
 
     losses = [r["validation_bits_per_byte"] for r in runs]
