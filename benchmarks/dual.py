@@ -4,7 +4,7 @@
 Gaps are to the exact optimum. One process, so a busy machine slows all alike. For
 scores of a real router, train one first:
 
-  python examples/train_lm.py --num_experts=64 --top_k=8 --expert_size=32 \\
+  python examples/lm/train.py --num_experts=64 --top_k=8 --expert_size=32 \\
     --steps=300 --save_scores --out=runs/scores
   python benchmarks/dual.py --scores=runs/scores/scores.npz
 """
@@ -25,7 +25,9 @@ from jaxroute import assignment, dual
 from jaxroute.dual import solvers
 
 _SCORES = flags.DEFINE_string(
-  "scores", "", "A scores.npz of train_lm.py; its last layer is an instance."
+  "scores",
+  "",
+  "A scores.npz of examples/lm/train.py; its last layer is an instance.",
 )
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Tokens of every instance.")
 _ITERATIONS = flags.DEFINE_integer("iterations", 200, "Of every solver.")
