@@ -72,7 +72,7 @@ TPUS = {
   "v7x": ("tpu7x:2x2x1", 1.9, 7380 / 2),
 }
 
-# Of the tokens that are projected.
+# D of the tokens that are projected.
 _WIDTH = 2048
 
 _V3 = dict(num_groups=8, group_top_k=4)

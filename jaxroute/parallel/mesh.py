@@ -103,7 +103,7 @@ def check_divides(
   """Raises ValueError unless a number of things is cut evenly over mesh axes.
 
   Args:
-    what: the things, for the message.
+    what: their name, for the message.
     size: how many there are.
     mesh: that holds the axes.
     axes: their names.
