@@ -39,7 +39,7 @@ def main(argv: list[str]) -> None:
   }
   layers = next(iter(runs.values())).shape[1]
   fig = figure.Figure(figsize=(8, 5), layout="constrained")
-  rows = list(np.ravel(fig.subfigures(2, 1, hspace=0.04)))
+  rows = np.asarray(fig.subfigures(2, 1, hspace=0.04)).ravel()
   for row, (title, load) in zip(rows, runs.items(), strict=True):
     late = load[-max(1, len(load) // 4) :].max(axis=-1).mean()
     row.suptitle(

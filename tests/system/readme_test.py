@@ -62,3 +62,20 @@ def test_the_tests_that_pages_name_exist():
 def test_every_public_name_is_documented():
   for name in jaxroute.__all__:
     assert getattr(jaxroute, name).__doc__, name
+
+
+def test_the_map_has_every_module():
+  tree = (_ROOT / "docs" / "architecture.md").read_text()
+  modules = [
+    path
+    for folder in ("jaxroute", "kernels")
+    for path in (_ROOT / folder).rglob("*.py")
+    if path.name != "__init__.py"
+  ]
+  assert len(modules) > 30
+  missing = [
+    str(path.relative_to(_ROOT))
+    for path in modules
+    if path.name not in tree and f" {path.stem} " not in tree
+  ]
+  assert not missing
