@@ -27,7 +27,15 @@ RULES = {
 def descend(
   scores: jnp.ndarray, rule: optax.GradientTransformation | None
 ) -> list[float]:
-  """The second expert's bias minus the first's, step by step; None: quantile."""
+  """Runs a rule and records the second expert's bias minus the first's.
+
+  Args:
+    scores: `[T, 2]` float32.
+    rule: the rule to run; None for quantile balancing, from the scores.
+
+  Returns:
+    The difference before each step.
+  """
   bias = jnp.zeros(2)
   state = rule.init(bias) if rule else ()
   offsets = []
@@ -61,7 +69,7 @@ def main(argv: list[str]) -> None:
   for i, (label, rule) in enumerate(rules.items()):
     path = descend(scores, rule)
     style = dict(color=f"C{i}", marker="osD^"[i], markersize=4, linewidth=1)
-    # All paths lie on one curve, so each is drawn a little higher.
+    # The paths all lie on the curve: each is drawn above the one before.
     left.plot(path, [excess(x) + 0.8 * (i + 1) for x in path], **style)
     gaps = np.maximum([excess(x) / best for x in path], 1e-5)
     right.plot(range(STEPS), gaps, label=label, **style)

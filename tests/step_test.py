@@ -114,6 +114,44 @@ def test_accumulate_takes_stacked_listed_and_single_routings():
   assert single.load.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("count", (2**24 + 1, 2**30 + 1))
+def test_counts_add_up_exactly_beyond_what_float32_and_int16_hold(count):
+  rule = dual.sign(0.5)
+  state = jaxroute.init_router_state(rule, E)
+  load = jnp.full((1, E), count, jnp.int32)
+  state = dataclasses.replace(state, counts=jaxroute.Counts(load=load))
+  routing = jaxroute.route(jnp.zeros((3, E)), None, CONFIG)
+  after = jaxroute.accumulate(state, routing)
+  np.testing.assert_array_equal(
+    after.load[0], [count + 3] * K + [count] * (E - K)
+  )
+  assert after.load.dtype == jnp.int32
+
+
+def test_a_train_step_adds_to_what_the_state_has_counted():
+  rule, optimizer = dual.sign(0.5), optax.set_to_zero()
+  config = jaxroute.RouterConfig(num_experts=2, top_k=1)
+
+  def loss_fn(params, expert_bias, batch):
+    routing = jaxroute.route(batch * params, expert_bias[0], config)
+    counts = jax.tree.map(lambda x: x[None], routing.counts)
+    return jnp.sum(routing.weights), (counts, {})
+
+  router = jaxroute.init_router_state(rule, 2)
+  # The step counts 3 tokens for expert 0, the state 5 for expert 1 before.
+  counted = jaxroute.Counts(load=jnp.array([[0, 5]], jnp.int32))
+  router = dataclasses.replace(router, counts=counted)
+  after, report = jaxroute.train_step(
+    jaxroute.init_train_state(jnp.float32(1), router, optimizer),
+    jnp.array([[1.0, 0.0]] * 3),
+    loss_fn=loss_fn,
+    optimizer=optimizer,
+    rule=rule,
+  )
+  np.testing.assert_array_equal(report["load"], [[3, 0]])
+  np.testing.assert_array_equal(after.router.expert_bias, [[0.5, -0.5]])
+
+
 def test_update_takes_any_pytree_of_biases():
   rule = dual.sign(0.5)
   bias = {
