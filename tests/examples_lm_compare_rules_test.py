@@ -52,7 +52,7 @@ def compared(tmp_path_factory):
   ):
     preset = TINY | {"data": str(corpus)}
     patch.setitem(compare_rules.PRESETS, "cpu", preset)
-    patch.setattr(train_lib, "Trainer", lm_runs.trainer)
+    lm_runs.share_programs(patch)
     compare_rules.main([""])
     yield out, printed.getvalue()
   for name, value in before.items():

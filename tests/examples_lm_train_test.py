@@ -52,7 +52,7 @@ def unbroken(corpus, tmp_path_factory):
   out = tmp_path_factory.mktemp("unbroken")
   config = config_lib.Config(data=str(corpus), out=str(out), **TINY)
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lib, "Trainer", lm_runs.trainer)
+    lm_runs.share_programs(patch, figures=True)
     train_lib.train(config)
   return config
 

@@ -74,9 +74,15 @@ def _trainer(
 def train(config: config_lib.Config) -> dict[str, Any]:
   """Trains with shared programs, and draws nothing."""
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(train_lib, "Trainer", trainer)
-    patch.setattr(report_lib, "write_figures", lambda rows, out: None)
+    share_programs(patch)
     return train_lib.train(config)
+
+
+def share_programs(patch: pytest.MonkeyPatch, *, figures: bool = False) -> None:
+  """Has runs share their programs and, unless told to, draw no figures."""
+  patch.setattr(train_lib, "Trainer", trainer)
+  if not figures:
+    patch.setattr(report_lib, "write_figures", lambda rows, out: None)
 
 
 def unbalanced_rows(config: config_lib.Config, corpus: Any) -> list[dict]:
