@@ -134,7 +134,6 @@ def test_the_rule_balances(unbroken):
 
 
 @pytest.mark.any_jax
-@pytest.mark.any_jax
 def test_a_finished_run_is_only_reported_again(unbroken):
   out = pathlib.Path(unbroken.out)
   before = (out / "metrics.jsonl").read_bytes()
@@ -143,6 +142,7 @@ def test_a_finished_run_is_only_reported_again(unbroken):
   assert summary == json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.any_jax
 def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(unbroken):
   summary = lm_runs.train(dataclasses.replace(unbroken, save_scores=True))
   with np.load(pathlib.Path(unbroken.out) / "scores.npz") as file:
@@ -238,7 +238,6 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
 
 
 @pytest.mark.any_jax
-@pytest.mark.any_jax
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(
   config, unbroken, number, monkeypatch
@@ -258,6 +257,7 @@ def test_a_signal_finishes_the_step_and_saves(
   _assert_same_run(config, unbroken)
 
 
+@pytest.mark.any_jax
 def test_a_second_ctrl_c_aborts(config, monkeypatch):
   def twice():
     signal.raise_signal(signal.SIGINT)
@@ -269,7 +269,6 @@ def test_a_second_ctrl_c_aborts(config, monkeypatch):
   assert lm_runs.kept(config.out) == ["50", "55"]
 
 
-@pytest.mark.any_jax
 @pytest.mark.any_jax
 def test_a_checkpoint_of_other_settings_is_refused(unbroken):
   other = dataclasses.replace(unbroken, rule="none", seed=3)
@@ -284,6 +283,7 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken):
   assert lm_runs.kept(unbroken.out) == ["50", "60"]
 
 
+@pytest.mark.any_jax
 def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   unbroken, tmp_path
 ):
