@@ -140,7 +140,7 @@ def _smallest_difference(scores):
 def test_under_a_small_step_loads_stay_within_e_minus_1_of_the_mean(k):
   t, e = 20, 4
   rng = np.random.default_rng(k)
-  # Differences of float32 scores that are some 2^-12 apart.
+  # Differences of float32 scores that are about 2^-12 apart.
   scores = rng.permutation(t * e).reshape(t, e) ** 1.5
   scores = (scores / scores.max()).astype(np.float32)
   u = 0.9 * _smallest_difference(scores)
