@@ -3,6 +3,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -44,7 +45,7 @@ def test_padding_is_invisible():
   np.testing.assert_allclose(padded.expert_bias, kept.expert_bias, atol=5e-6)
   np.testing.assert_allclose(padded.dual_values, kept.dual_values, rtol=1e-6)
   np.testing.assert_allclose(padded.primal_value, kept.primal_value, rtol=1e-6)
-  x, _ = assignment.round_to_balanced(
+  x, _ = jax.jit(assignment.round_to_balanced, static_argnums=2)(
     masked, kept.expert_bias, K, jnp.asarray(mask)
   )
   np.testing.assert_array_equal(x[~mask], 0)
