@@ -45,7 +45,6 @@ import subprocess
 import sys
 import tempfile
 from typing import Any
-from unittest import mock
 
 from absl import app, flags
 
@@ -128,26 +127,25 @@ def _programs(config):
   import jax.numpy as jnp
 
   import jaxroute
-  from jaxroute.kernels import route_tpu
 
   e = config.num_experts
 
   def ours(logits, bias):
-    r = jaxroute.route(logits, bias, config, implementation="tpu")
+    r = jaxroute.route(logits, bias, config, implementation="pallas_tpu")
     return r.expert_idx, r.weights, r.load, r.cutoff
 
   def histogram(logits, bias):
     counted = dataclasses.replace(config, histogram=True)
-    r = jaxroute.route(logits, bias, counted, implementation="tpu")
-    return r.expert_idx, r.weights, r.load, r.histogram
+    r = jaxroute.route(logits, bias, counted, implementation="pallas_tpu")
+    return r.expert_idx, r.weights, r.load, r.counts.histogram
 
-  def project(tokens, kernel, bias):
-    logits = jaxroute.routing.project(tokens, kernel)
+  def project(tokens, router_weight, bias):
+    logits = jaxroute.routing.project(tokens, router_weight)
     return ours(logits, bias)
 
-  def project_fused(tokens, kernel, bias):
+  def project_fused(tokens, router_weight, bias):
     r = jaxroute.routing.project_and_route(
-      tokens, kernel, bias, config, implementation="tpu"
+      tokens, router_weight, bias, config, implementation="pallas_tpu"
     )
     return r.expert_idx, r.weights, r.load, r.cutoff
 
@@ -165,9 +163,7 @@ def _programs(config):
     return out, aux, pull(d_weights)
 
   def sort(expert_idx):
-    # As where JAX runs on the TPU: without one it would not take the kernel.
-    with mock.patch.object(route_tpu, "runs_here", lambda: True):
-      return jaxroute.dispatch.sort_by_expert(expert_idx, e)
+    return jaxroute.dispatch.sort_by_expert(expert_idx, e)
 
   def argsort(expert_idx):
     permutation = jnp.argsort(expert_idx.reshape(-1), stable=True)
@@ -245,7 +241,7 @@ def compile_for(generation: str, case: str, candidate: str):
 
 def _child(generation, case, candidate, folder):
   """Compiles, and writes what the compiler says to `folder`/result.json."""
-  from jaxroute.kernels import route_tpu
+  from jaxroute.kernels.tpu.route import plan
 
   compiled = compile_for(generation, case, candidate)
   memory = compiled.memory_analysis()
@@ -256,7 +252,7 @@ def _child(generation, case, candidate, folder):
     same[op].append(name)
   used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   result = {
-    "grid": route_tpu.grid(_config(case), CASES[case][0]),
+    "grid": plan.Plan(config=_config(case), tokens=CASES[case][0]).grid_steps,
     "vmem": max(map(int, re.findall(used, compiled.as_text())), default=0),
     "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     "same": [names for names in same.values() if len(names) > 1],
