@@ -4,7 +4,7 @@
 # Trains a balanced Mixture-of-Experts language model: from any machine with Python.
 #
 #   ./demo.sh                                   a few minutes on two CPU cores
-#   ./demo.sh --rule=none --out=runs/none       arguments go to train_lm.py; --help
+#   ./demo.sh --rule=none --out=runs/none       arguments go to train.py; --help
 #   PYTHON=python3.13 ./demo.sh                 another interpreter
 set -euo pipefail
 
@@ -49,4 +49,4 @@ then
   touch "$installed"
 fi
 
-exec "$python" "$root/examples/train_lm.py" --out="$root/runs/lm" "$@"
+exec "$python" "$root/examples/lm/train.py" --out="$root/runs/lm" "$@"

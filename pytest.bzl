@@ -1,13 +1,17 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """A `py_test` that runs its file under pytest, as `test.sh` does."""
 
-def py_test(name, srcs, deps, **kwargs):
-    native.py_test(
+load("@rules_python//python:defs.bzl", _py_test = "py_test")
+
+def py_test(name, srcs, deps, data = []):
+    _py_test(
         name = name,
-        srcs = srcs + [":run_pytest"],
-        main = "tests/run_pytest.py",
+        timeout = "long",
+        srcs = srcs + ["tests/run_pytest.py"],
         args = srcs,
-        data = ["setup.cfg"],
-        deps = deps + [":conftest"],
-        **kwargs
+        data = data + ["setup.cfg"],
+        # pytest takes a folder with an __init__.py for a package.
+        legacy_create_init = 0,
+        main = "tests/run_pytest.py",
+        deps = deps,
     )

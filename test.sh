@@ -3,7 +3,8 @@
 #
 # Lint, types, build, install the wheel, test it: from any machine with Python.
 #
-#   ./test.sh                     everything
+#   ./test.sh                     all but the long tables
+#   ./test.sh --all               all
 #   ./test.sh -x -k routing       arguments go to pytest
 #   PYTHON=python3.13 ./test.sh   another interpreter, its own environment
 set -euo pipefail
@@ -64,7 +65,8 @@ step "types"
 cd "$scratch"
 step "tests"
 "$python" -m pytest -c "$root/setup.cfg" --rootdir "$root" --numprocesses 2 \
-  --dist loadgroup --doctest-modules "$root/tests" --pyargs jaxroute "$@"
+  --dist loadgroup --durations=20 --durations-min=2 \
+  --doctest-modules "$root/tests" --pyargs jaxroute "$@"
 
 echo "test.sh: passed in $SECONDS s with Python $version," \
   "jax $("$python" -c 'import jax; print(jax.__version__)')"

@@ -17,7 +17,7 @@ import timing
 from absl import app, flags
 
 import jaxroute
-from jaxroute import dispatch, experts
+from jaxroute import dispatch, experts, layer
 
 _SECTION = flags.DEFINE_enum(
   "section",
@@ -201,10 +201,10 @@ def matmul_section(repeats: int) -> None:
   )
 
 
-def layer(x, kernel, params, config):
+def sparse_layer(x, router_weight, params, config):
   """A sparse SwiGLU layer on `[T, D]`, its router included."""
-  routing = jaxroute.route(x @ kernel, None, config)
-  return experts.moe(x, routing, params)[0]
+  routing = jaxroute.route(x @ router_weight, None, config)
+  return layer.local_moe(x, routing, params)[0]
 
 
 def dense_pair(x, w_in, hidden, w_out):
@@ -232,7 +232,7 @@ def layer_section(repeats: int) -> None:
   }
   functions = {
     "dense pair": dense_pair,
-    "jaxroute": functools.partial(layer, config=config),
+    "jaxroute": functools.partial(sparse_layer, config=config),
   }
 
   def with_gradients(f, d_out, *args):

@@ -1,10 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Solvers of the balanced assignment's dual: iterations and time to a gap.
 
-Gaps are to the exact optimum. One process, so a busy machine slows all alike. For
-scores of a real router, train one first:
+Gaps are to the exact optimum. One process runs all, so a busy machine slows all
+alike. For scores of a real router, train one first:
 
-  python examples/train_lm.py --num_experts=64 --top_k=8 --expert_size=32 \\
+  python examples/lm/train.py --num_experts=64 --top_k=8 --expert_size=32 \\
     --steps=300 --save_scores --out=runs/scores
   python benchmarks/dual.py --scores=runs/scores/scores.npz
 """
@@ -25,20 +25,24 @@ from jaxroute import assignment, dual
 from jaxroute.dual import solvers
 
 _SCORES = flags.DEFINE_string(
-  "scores", "", "A scores.npz of train_lm.py; its last layer is an instance."
+  "scores",
+  "",
+  "A scores.npz of examples/lm/train.py; its last layer is an instance.",
 )
 _TOKENS = flags.DEFINE_integer("tokens", 16_384, "Tokens of every instance.")
-_ITERATIONS = flags.DEFINE_integer("iterations", 200, "Of every solver.")
+_ITERATIONS = flags.DEFINE_integer(
+  "iterations", 200, "Iterations of every solver."
+)
 _HIGHS_SECONDS = flags.DEFINE_float(
   "highs_seconds",
   120.0,
-  "When to stop HiGHS on the whole program; 0: leave out.",
+  "When to stop HiGHS on the whole program; 0 leaves it out.",
 )
 
 # Rates and temperatures are in units of the scores' standard deviation.
 SOLVERS = {
   "alternating quantiles": solvers.alternating_quantiles(),
-  "truncated alternation (BIP)": solvers.truncated_alternation(),
+  "BIP": solvers.bip(),
   "sign, 0.3 / sqrt(n)": solvers.subgradient(dual.sign(dual.inverse_sqrt(0.3))),
   "proportional, 0.2": solvers.subgradient(dual.proportional(0.2)),
   "heavy ball, 0.2, 0.5": solvers.subgradient(optax.sgd(0.2, 0.5)),
@@ -53,16 +57,16 @@ SOLVERS = {
 
 TARGETS = (1e-3, 1e-4, 1e-6)
 
-# A tolerance below 0: no proof ends the solver.
+# With a tolerance below 0 no proof ends the solver.
 NEVER = jnp.float32(-1)
 
 
 def instances(tokens: int) -> dict[str, tuple[np.ndarray, int]]:
-  """Title to scores [T, E] and K."""
+  """The instances by title: scores `[T, E]` and K."""
   rng = np.random.default_rng(0)
   noise = rng.normal(size=(tokens, 64))
   skewed = noise + np.linspace(0, 2, 64)
-  # Tokens of 32 kinds, as a corpus has, that agree on their experts.
+  # Tokens of one kind want the same experts, as in a corpus.
   kinds = rng.normal(size=(32, 64))[rng.integers(0, 32, tokens)]
   softmax = np.exp(1.5 * kinds + 0.5 * noise)
   found = {
@@ -80,7 +84,7 @@ def instances(tokens: int) -> dict[str, tuple[np.ndarray, int]]:
 
 
 def seconds_of(call: Callable[[], object]) -> float:
-  """The least of three times, after a first call that compiles."""
+  """The shortest of three calls, after one that compiles."""
   jax.block_until_ready(call())
   times = []
   for _ in range(3):
@@ -91,7 +95,7 @@ def seconds_of(call: Callable[[], object]) -> float:
 
 
 def solve_by_highs(scores: np.ndarray, top_k: int) -> None:
-  """SciPy's HiGHS on the program as it stands, T E variables."""
+  """Solves the whole program, with T E variables, by SciPy's HiGHS."""
   t, e = scores.shape
   n = np.arange(t * e)
   constraints = scipy.sparse.csr_array(
@@ -109,7 +113,7 @@ def solve_by_highs(scores: np.ndarray, top_k: int) -> None:
 
 
 def highs_seconds(scores: np.ndarray, top_k: int, limit: float) -> str:
-  """Its time, in a process of its own: its own limit is not always kept."""
+  """The time of HiGHS, in a process to kill: it may exceed its own limit."""
   process = multiprocessing.get_context("fork").Process(
     target=solve_by_highs, args=(scores, top_k)
   )
@@ -125,7 +129,7 @@ def highs_seconds(scores: np.ndarray, top_k: int, limit: float) -> str:
 
 
 def print_instance(title: str, scores: np.ndarray, top_k: int) -> None:
-  """The table of one instance."""
+  """Solves one instance by every solver and prints the table."""
   t, e = scores.shape
   start = time.perf_counter()
   best = assignment.solve(scores, top_k).value
@@ -143,7 +147,9 @@ def print_instance(title: str, scores: np.ndarray, top_k: int) -> None:
   )
   for name, solver in SOLVERS.items():
 
-    def solve(tolerance, solver=solver):
+    def solve(
+      tolerance: jax.typing.ArrayLike, solver: solvers.Solver = solver
+    ) -> dual.Solution:
       return dual.solve(
         scores,
         top_k,
@@ -160,7 +166,7 @@ def print_instance(title: str, scores: np.ndarray, top_k: int) -> None:
     steps = [np.flatnonzero(gap <= x) for x in TARGETS]
     cells += [f"{s[0] if s.size else '-':>7}" for s in steps]
     cells += [f"{f'{s[0] * step:.3f}' if s.size else '-':>7}" for s in steps]
-    # Sums of float32 end at 1e-7.
+    # A sum in float32 is no nearer than 1e-7.
     cells.append(f"{max(gap.min(), 1e-7):9.1e}")
     if proven.converged:
       took = seconds_of(lambda solve=solve: solve(1e-4))

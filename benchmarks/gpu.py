@@ -23,7 +23,8 @@ import timing
 from absl import app, flags
 from jax.experimental import topologies
 
-from jaxroute import experts, rounds
+from jaxroute import experts
+from jaxroute.experts import batched
 
 _TARGET = flags.DEFINE_string("target", "", "A GPU's description, to compile.")
 _ROWS = flags.DEFINE_integer("rows", 49_152, "N, tokens times K.")
@@ -33,7 +34,11 @@ _MODEL_SIZE = flags.DEFINE_integer("model_size", 512, "D.")
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 256, "F.")
 _REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls per candidate.")
 
-CANDIDATES = {"dense": "xla", "jaxroute": "gpu", "ragged_dot": "xla"}
+CANDIDATES = {
+  "dense": "ragged_dot",
+  "jaxroute": "batched",
+  "ragged_dot": "ragged_dot",
+}
 
 
 def loads() -> dict[str, np.ndarray]:
@@ -55,12 +60,12 @@ def loads() -> dict[str, np.ndarray]:
 
 @jax.jit
 def rows_multiplied(group_sizes: jax.Array) -> jax.Array:
-  """Rows in the products of `implementation="gpu"`, padding included."""
+  """Rows in the products of `implementation="batched"`, padding included."""
 
   def body(block, total):
     return total + block.index.size
 
-  return rounds.fold(body, jnp.int32(0), group_sizes, _ROWS.value)
+  return batched.for_each_batch(body, jnp.int32(0), group_sizes, _ROWS.value)
 
 
 def step(implementation, x, params, group_sizes, d_out):

@@ -72,7 +72,7 @@ TPUS = {
   "v7x": ("tpu7x:2x2x1", 1.9, 7380 / 2),
 }
 
-# Of the tokens that are projected.
+# D of the tokens that are projected.
 _WIDTH = 2048
 
 _V3 = dict(num_groups=8, group_top_k=4)
@@ -163,7 +163,9 @@ def _programs(config):
     return out, aux, pull(d_weights)
 
   def sort(expert_idx):
-    return jaxroute.dispatch.sort_by_expert(expert_idx, e)
+    return jaxroute.dispatch.sort_by_expert(
+      expert_idx, e, implementation="pallas_tpu"
+    )
 
   def argsort(expert_idx):
     permutation = jnp.argsort(expert_idx.reshape(-1), stable=True)
@@ -241,8 +243,9 @@ def compile_for(generation: str, case: str, candidate: str):
 
 def _child(generation, case, candidate, folder):
   """Compiles, and writes what the compiler says to `folder`/result.json."""
-  from jaxroute.kernels.tpu.route import plan
+  from jaxroute.kernels.tpu.route import plan as plan_lib
 
+  plan = plan_lib.Plan(config=_config(case), tokens=CASES[case][0])
   compiled = compile_for(generation, case, candidate)
   memory = compiled.memory_analysis()
   # The compiler estimates one of several ops that are the same.
@@ -252,7 +255,7 @@ def _child(generation, case, candidate, folder):
     same[op].append(name)
   used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   result = {
-    "grid": plan.Plan(config=_config(case), tokens=CASES[case][0]).grid_steps,
+    "grid": plan.grid_steps,
     "vmem": max(map(int, re.findall(used, compiled.as_text())), default=0),
     "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     "same": [names for names in same.values() if len(names) > 1],

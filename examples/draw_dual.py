@@ -16,7 +16,7 @@ from jaxroute import assignment, dual, metrics
 _OUT = flags.DEFINE_string("out", "dual.png", "File to write.")
 
 T, STEPS = 64, 12
-CONFIG = jaxroute.RouterConfig(num_experts=2, top_k=1, score_after_top_k=True)
+CONFIG = jaxroute.RouterConfig.on_scores(num_experts=2, top_k=1)
 RULES = {
   "sign, u = 0.3: a cycle": dual.sign(0.3),
   "sign, u = 0.3 / sqrt(n)": dual.sign(dual.inverse_sqrt(0.3)),
@@ -27,14 +27,22 @@ RULES = {
 def descend(
   scores: jnp.ndarray, rule: optax.GradientTransformation | None
 ) -> list[float]:
-  """The second expert's bias less the first's, step by step; None: quantile."""
+  """Runs a rule and records the second expert's bias minus the first's.
+
+  Args:
+    scores: `[T, 2]` float32.
+    rule: the rule to run; None for quantile balancing, from the scores.
+
+  Returns:
+    The difference before each step.
+  """
   bias = jnp.zeros(2)
   state = rule.init(bias) if rule else ()
   offsets = []
   for _ in range(STEPS):
     offsets.append(float(bias[1] - bias[0]))
     if rule is None:
-      bias = dual.exact_quantile(scores, bias, CONFIG.top_k)
+      bias = dual.quantile_bias(scores, bias, CONFIG.top_k)
       continue
     load = jaxroute.route(scores, bias, CONFIG).load
     updates, state = rule.update(metrics.violation(load), state, bias)
@@ -49,7 +57,7 @@ def main(argv: list[str]) -> None:
   scores = jnp.asarray(rng.normal(size=(T, 2)) + [1.2, 0.0], jnp.float32)
   best = assignment.solve(scores, CONFIG.top_k).value
 
-  def excess(offset):
+  def excess(offset: float) -> float:
     bias = jnp.array([-offset / 2, offset / 2], jnp.float32)
     return float(assignment.dual_value(scores, bias, CONFIG.top_k)) - best
 
@@ -61,13 +69,13 @@ def main(argv: list[str]) -> None:
   for i, (label, rule) in enumerate(rules.items()):
     path = descend(scores, rule)
     style = dict(color=f"C{i}", marker="osD^"[i], markersize=4, linewidth=1)
-    # Set apart, for they all lie on one curve.
+    # The paths all lie on the curve: each is drawn above the one before.
     left.plot(path, [excess(x) + 0.8 * (i + 1) for x in path], **style)
     gaps = np.maximum([excess(x) / best for x in path], 1e-5)
     right.plot(range(STEPS), gaps, label=label, **style)
   left.set(
-    xlabel="bias of expert 2 less that of expert 1",
-    ylabel="dual value less its minimum (paths raised)",
+    xlabel="bias of expert 2 minus bias of expert 1",
+    ylabel="dual value minus its minimum (paths raised)",
     title="Where the steps go",
   )
   right.set_yscale("log")

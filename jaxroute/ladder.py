@@ -83,9 +83,7 @@ def lower_only_for(
     zeros, _ = mesh.vary_alike((zeros, operands))
     return jax.tree.map(lambda x: _refuse.bind(x, platform=platform), zeros)
 
-  return lax.platform_dependent(
-    *operands, **{platform: kernel}, default=refuse
-  )
+  return lax.platform_dependent(*operands, **{platform: kernel}, default=refuse)
 
 
 def _raise_refusal(*args: Any, platform: str) -> Any:

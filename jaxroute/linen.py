@@ -49,6 +49,7 @@ class Router(nn.Module):
   """
 
   config: types.RouterConfig
+  _: dataclasses.KW_ONLY
   kernel_init: Initializer = nn.initializers.lecun_normal()
   implementation: routing.Implementation | None = None
   fuse_projection: bool = False
@@ -121,6 +122,7 @@ class MoE(nn.Module):
   """
 
   config: types.RouterConfig
+  _: dataclasses.KW_ONLY
   hidden_size: int
   shared_hidden_size: int = 0
   capacity_factor: float | None = None

@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Auxiliary losses: optional partners of, or baselines for, the selection bias.
+"""Auxiliary losses: optional partners of the selection bias, or its baselines.
 
-All are without their coefficient, are means over the tokens of the mask, and see
-unbiased scores only, so the bias gets no gradient from them either.
+They come without their coefficient and are means over the tokens of the mask.
+They see unbiased scores only, so the bias gets no gradient from them either.
 """
 
 import dataclasses
@@ -20,11 +20,12 @@ def switch(
 ) -> jax.Array:
   """Switch load-balancing loss, `E * sum_e f_e P_e`.
 
-  `f_e` is the share of assignments that expert e got, `P_e` its mean score, with
-  scores of a token normalised to sum 1; 1 at perfect balance.
+  `f_e` is the share of the assignments that expert e got, and `P_e` its mean
+  score, where the scores of each token are normalised to sum to 1. The loss is
+  1 at perfect balance.
 
   Args:
-    logits: `[T, E]` floating point, the ones that were routed.
+    logits: `[T, E]` floating point, as they were routed.
     routing: what `jaxroute.route` returned for them.
     config: static router description.
 
@@ -43,11 +44,11 @@ def global_batch(
   config: types.RouterConfig,
   token_mask: jax.Array | None = None,
 ) -> jax.Array:
-  """Switch loss with the assignment shares of the global batch.
+  """The Switch loss with the assignment shares of the global batch.
 
-  Under gradient accumulation the load of one micro-batch is a noisy share, and
-  the loss then asks every micro-batch to be balanced by itself. Pass the load
-  summed over micro-batches and devices instead.
+  With the load of each micro-batch for itself, the loss would ask every
+  micro-batch to be balanced by itself. Pass the load summed over micro-batches
+  and devices.
 
   Args:
     logits: `[T, E]` floating point, of this micro-batch.
@@ -74,13 +75,14 @@ def sequence_wise(
 ) -> jax.Array:
   """DeepSeek-V3's complementary loss: balance within every sequence.
 
-  The assignment shares are those of the *unbiased* top-k over all experts, as in
-  the paper, not of the routes taken.
+  The assignment shares are those of the *unbiased* top-k over all experts, as
+  in the paper, not of the routes taken.
 
   Args:
-    logits: `[T, E]` floating point; T is `num_sequences` sequences in a row.
+    logits: `[T, E]` floating point. Sequences of equal length one after the
+      other.
     config: static router description.
-    num_sequences: how many sequences T is made of.
+    num_sequences: how many sequences; divides T.
     token_mask: `[T]` bool. False tokens are left out.
 
   Returns:
@@ -98,21 +100,21 @@ def sequence_wise(
       f"`num_sequences` must divide T={t}, got {num_sequences}. `logits` holds"
       " whole sequences of one length, padded if need be."
     )
-  unbiased = dataclasses.replace(config, num_groups=1, group_top_k=1)
+  ungrouped = dataclasses.replace(config, num_groups=1, group_top_k=1)
   if token_mask is None:
     token_mask = jnp.ones((t,), jnp.bool_)
 
-  def one(logits, token_mask):
-    routing = routing_lib.route(logits, None, unbiased, token_mask)
-    return (
-      global_batch(logits, routing.load, config, routing.token_mask),
-      jnp.any(token_mask),
-    )
+  def loss_of_one(logits: jax.Array, token_mask: jax.Array) -> jax.Array:
+    routing = routing_lib.route(logits, None, ungrouped, token_mask)
+    return global_batch(logits, routing.load, config, routing.token_mask)
 
-  loss, counts = jax.vmap(one)(
-    logits.reshape(num_sequences, -1, e), token_mask.reshape(num_sequences, -1)
+  token_masks = token_mask.reshape(num_sequences, -1)
+  losses = jax.vmap(loss_of_one)(
+    logits.reshape(num_sequences, -1, e), token_masks
   )
-  return jnp.sum(loss) / _at_least_one(jnp.sum(counts))
+  # A sequence without a token has a loss of 0 and does not count.
+  num_counted = jnp.sum(jnp.any(token_masks, axis=1))
+  return jnp.sum(losses) / _at_least_one(num_counted)
 
 
 def z_loss(logits: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
@@ -138,12 +140,17 @@ def z_loss(logits: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   )
 
 
-def _at_least_one(count):
+def _at_least_one(count: jax.Array) -> jax.Array:
+  """A count as a divisor, in float32."""
   return jnp.maximum(count, 1).astype(jnp.float32)
 
 
-def _mean_score(logits, config, token_mask):
-  """[E] mean over tokens of the scores, each token's normalised to sum 1."""
+def _mean_score(
+  logits: jax.Array,
+  config: types.RouterConfig,
+  token_mask: jax.Array | None,
+) -> jax.Array:
+  """`[E]` mean over tokens of their scores, which sum to 1 in each token."""
   if token_mask is None:
     token_mask = jnp.ones(logits.shape[:1], jnp.bool_)
   logits = jnp.where(token_mask[:, None], logits, 0.0)

@@ -1,10 +1,12 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """How balanced a load is. Every function reduces the expert axis, the last one.
 
-MaxVio has two readings (Wang et al., 2024): of one training batch ("batch") and
-of a whole validation set ("global"). Both are `max_vio`: of the batch's load, or
-of the loads summed over the set.
+MaxVio has two readings (Wang et al., 2024): "batch", of one training batch, and
+"global", of a whole validation set. Both are `max_vio`: of the load of the
+batch, or of the loads summed over the set.
 """
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,8 @@ from jaxroute import types
 def violation(load: jax.Array) -> jax.Array:
   """`(load - mean) / mean`, the scale-free subgradient of the dual.
 
-  The sign is that of the integer `E * load - sum(load)` whatever the counts: the
-  mean is split into quotient and remainder before anything becomes float32.
+  The sign is exact for all counts, because the mean is split into quotient and
+  remainder before anything becomes float32.
 
   Args:
     load: `[..., E]` int32. Assignments per expert, summed over all devices.
@@ -58,7 +60,7 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
     (2, 1)
   """
   e = load.shape[-1]
-  # The quotients first: the sum of the counts itself may not fit an int32.
+  # Quotients are summed, because the sum of the counts may not fit an int32.
   rest = jnp.sum(load % e, axis=-1, keepdims=True)
   quotient = jnp.sum(load // e, axis=-1, keepdims=True) + rest // e
   return quotient, rest % e
@@ -109,8 +111,8 @@ def load_entropy(load: jax.Array) -> jax.Array:
     load: `[..., E]` int32.
 
   Returns:
-    `[...]` float32 in `[0, 1]`: 1 is balance, 0 is one expert taking all or
-    nothing counted. A single expert is balanced: 1.
+    `[...]` float32 in `[0, 1]`: 1 if balanced, as a single expert always is; 0
+    if one of several experts got all, or nothing was counted.
 
   Example:
     >>> load_entropy(jnp.array([2, 2, 0, 0]))
@@ -159,7 +161,7 @@ def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
 
 
 def bias_spread(expert_bias: jax.Array) -> jax.Array:
-  """Largest less smallest bias: what selection sees of its size.
+  """max(bias) - min(bias): the only part of its size that can affect selection.
 
   Args:
     expert_bias: `[..., E]` float32.
@@ -188,7 +190,9 @@ def summary(
     layers) and `dead_experts` (the sum over them).
   """
 
-  def per_layer(metric, tree):
+  def per_layer(
+    metric: Callable[[jax.Array], jax.Array], tree: types.PyTree
+  ) -> jax.Array:
     return jnp.concatenate(
       [metric(x).reshape(-1) for x in jax.tree.leaves(tree)]
     )

@@ -78,7 +78,9 @@ class Router(nnx.Module):
     self.expert_bias = ExpertBias(jnp.zeros((e,), jnp.float32))
     self.load = Load(jnp.zeros((e,), jnp.int32))
     if config.histogram:
-      self.histogram = Histogram(jnp.zeros((e, types.HISTOGRAM_BINS), jnp.int32))
+      self.histogram = Histogram(
+        jnp.zeros((e, types.HISTOGRAM_BINS), jnp.int32)
+      )
 
   def __call__(
     self, x: jax.Array, token_mask: jax.Array | None = None

@@ -146,13 +146,13 @@ def update(
     counts = state.counts
     if axis_name is not None:
       counts = _psum(counts, axis_name)
-    counts = _like_bias(counts, state.expert_bias)
+    summed = _like_bias(counts, state.expert_bias)
     updates, rule_state = optax.with_extra_args_support(rule).update(
-      jax.tree.map(metrics_lib.violation, counts.load),
+      jax.tree.map(metrics_lib.violation, summed.load),
       state.rule_state,
       state.expert_bias,
-      load=counts.load,
-      histogram=counts.histogram,
+      load=summed.load,
+      histogram=summed.histogram,
     )
     expert_bias = optax.apply_updates(state.expert_bias, updates)
     expert_bias, rule_state = optax.tree.where(
@@ -160,7 +160,7 @@ def update(
     )
     return types.RouterState(
       expert_bias=expert_bias,
-      counts=optax.tree.zeros_like(state.counts),
+      counts=optax.tree.zeros_like(counts),
       rule_state=rule_state,
     )
 
@@ -362,9 +362,7 @@ def _psum(counts: types.Counts, axis_name: str | Sequence[str]) -> types.Counts:
   return unravel(jax.lax.psum(flat, axis_name))
 
 
-def _like_bias(
-  counts: types.Counts, expert_bias: types.PyTree
-) -> types.Counts:
+def _like_bias(counts: types.Counts, expert_bias: types.PyTree) -> types.Counts:
   """`counts` in the tree structure of `expert_bias`, checked leaf by leaf."""
   biases = jax.tree.leaves(expert_bias)
   for x in biases:
@@ -385,7 +383,7 @@ def _like_bias(
 def _in_structure(
   name: str,
   tree: types.PyTree,
-  shapes: list[tuple[int, ...]],
+  shapes: Sequence[tuple[Any, ...]],
   like: types.PyTree,
 ) -> types.PyTree:
   """The arrays of `tree`, of these shapes, in the structure of another tree."""

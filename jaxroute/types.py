@@ -30,7 +30,7 @@ HISTOGRAM_BINS = 16
 """Bins of `Counts.histogram` per expert; `jaxroute.routing.bias_histogram`."""
 
 
-def _choices(literal) -> tuple[str, ...]:
+def _choices(literal: Any) -> tuple[str, ...]:
   return literal.__args__
 
 

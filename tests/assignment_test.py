@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The exact optimum against brute force, and the dual function against loops."""
+"""The exact optimum against brute force, the dual function against loops."""
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxroute import assignment
+from jaxroute import assignment, linear_program
 
 
 def _scores(t, e, seed=0):
@@ -84,11 +84,94 @@ def test_dual_and_primal_values_are_the_oracle(shape):
   np.testing.assert_allclose(value, expected, rtol=1e-5)
   load = np.bincount(idx[mask].ravel(), minlength=e)
   np.testing.assert_allclose(
-    assignment.duality_gap(bias, jnp.asarray(load, jnp.int32)),
+    assignment.complementary_slackness(bias, jnp.asarray(load, jnp.int32)),
     dual(scores, bias, k, mask) - value,
     rtol=1e-3,
     atol=1e-3,
   )
+
+
+def test_complementary_slackness_has_a_sign():
+  # Expert 0 has 2 tokens too many: its bias of -0.5 has to fall further, and
+  # one of 0.5 to shrink.
+  load = jnp.array([[6, 2], [6, 2], [4, 4]])
+  bias = jnp.array([[-0.5, 0.5], [0.5, -0.5], [0.5, -0.5]])
+  np.testing.assert_array_equal(
+    assignment.complementary_slackness(bias, load), [-2.0, 2.0, 0.0]
+  )
+
+
+_gap = jax.jit(assignment.duality_gap, static_argnums=2)
+
+
+def _draw(kind, t, e, rng):
+  """Scores [T, E] and a bias [E] that tell much, or little, apart."""
+  if kind == "constant":
+    return np.zeros((t, e), np.float32), np.zeros(e, np.float32)
+  scores = rng.normal(size=(t, e)) * 2
+  bias = rng.normal(size=e)
+  if kind == "ties":
+    scores, bias = np.round(scores), np.round(bias)
+  if kind == "forbidden":
+    scores[rng.random((t, e)) < 0.3] = -np.inf
+  return scores.astype(np.float32), bias.astype(np.float32)
+
+
+@settings(max_examples=150)
+@given(
+  shape=st.sampled_from(
+    [(1, 4, 2), (1, 5, 5), (7, 5, 3), (24, 8, 8), (40, 6, 2)]
+  ),
+  kind=st.sampled_from(("random", "ties", "constant", "forbidden")),
+  padding=st.sampled_from((0.0, 0.3, 1.0)),
+  seed=st.integers(0, 2**31),
+)
+def test_a_gap_is_never_negative_and_bounds_the_optimum(
+  shape, kind, padding, seed
+):
+  t, e, k = shape
+  rng = np.random.default_rng(seed)
+  scores, bias = _draw(kind, t, e, rng)
+  mask = rng.random(t) >= padding
+  scores[~mask] = np.nan
+  gap = _gap(scores, bias, k, mask)
+  assert gap >= 0
+  if not mask.any():
+    assert gap == 0
+  elif kind != "forbidden":
+    value = oracle.dual_value(scores[mask], bias, k) - gap
+    assert value <= assignment.solve(scores, k, mask).value + 1e-3
+    assert np.isfinite(gap)
+
+
+def test_the_gap_is_small_at_the_best_bias():
+  scores = np.float32(_scores(64, 8) + 0.3 * np.linspace(0, 1, 8))
+  best = assignment.solve(scores, 2)
+  at_zero = _gap(scores, jnp.zeros(8), 2)
+  at_best = _gap(scores, jnp.float32(best.expert_bias), 2)
+  assert 0 <= at_best < 1e-3 * best.value < 1e-2 * best.value < at_zero
+
+
+def test_the_optimum_is_proven_however_poor_the_first_guess(monkeypatch):
+  # From a bias of 0 the first programs of undecided variables have a solution,
+  # of the wrong value, or none.
+  scores = _scores(256, 8) + np.float32(0.3) * np.linspace(0, 1, 8)
+  best = assignment.solve(scores, 2)
+  widths = []
+  solve_undecided = linear_program.solve_undecided
+
+  def spy(gamma, top_k, undecided, chosen):
+    vertex = solve_undecided(gamma, top_k, undecided, chosen)
+    widths.append(vertex and vertex.value)
+    return vertex
+
+  monkeypatch.setattr(linear_program, "solve_undecided", spy)
+  monkeypatch.setattr(linear_program, "alternate", lambda g, _: np.zeros(8))
+  again = assignment.solve(scores, 2)
+  assert any(v is not None and v < best.value - 1e-6 for v in widths)
+  np.testing.assert_allclose(again.value, best.value, rtol=1e-12)
+  dual = oracle.dual_value(scores, again.expert_bias, 2)
+  np.testing.assert_allclose(again.value, dual, rtol=1e-12)
 
 
 def test_regret_is_that_of_the_best_fixed_bias():
@@ -124,6 +207,14 @@ def test_regret_is_that_of_the_best_fixed_bias():
     ),
     (
       lambda: assignment.solve([[0.5, -np.inf], [0.5, -np.inf]], 1),
+      ("`scores`", "-inf", "Allow"),
+    ),
+    (
+      lambda: assignment.solve([[0.5, 0.5], [-np.inf, -np.inf]], 1),
+      ("`scores`", "-inf", "Allow"),
+    ),
+    (
+      lambda: assignment.solve(np.full((3, 2), -np.inf), 1),
       ("`scores`", "-inf", "Allow"),
     ),
     (

@@ -10,8 +10,6 @@ import oracle
 
 from jaxroute import scores
 
-_selection = jax.jit(scores.selection_scores, static_argnames="config")
-
 # An interpreted kernel is thousands of small operations: fusing them takes ten
 # times as long as running them.
 jit_interpreted = functools.partial(
@@ -25,13 +23,42 @@ def bias(num_experts, seed=1):
   return (rng.normal(size=num_experts) * 0.1).astype(np.float32)
 
 
+def with_selection(route):
+  """A function that returns the selection scores, too, that `route` compares.
+
+  An optimizing compiler may give scores other bits in another program. In the same
+  one they are one value, kept whole by a barrier.
+
+  Args:
+    route: as `jaxroute.route`.
+
+  Returns:
+    The `Routing` and `[T, E]` float32.
+  """
+
+  def both(logits, expert_bias, config, token_mask=None):
+    selection = scores.selection_scores(logits, expert_bias, config)
+    routing = route(logits, expert_bias, config, token_mask)
+    return routing, jax.lax.optimization_barrier(selection)
+
+  return both
+
+
 def assert_is_oracle(
-  route, logits, expert_bias, config, token_mask=None, cutoff_rtol=0
+  routed, logits, expert_bias, config, token_mask=None, cutoff_rtol=0
 ):
-  """Ids and cutoff for the very selection scores, all else for those ids."""
-  r = route(logits, expert_bias, config, token_mask)
-  selection = np.asarray(_selection(logits, expert_bias, config))
-  ids, cutoff = oracle.select(selection, config)
+  """Ids and cutoff for the very selection scores, all else for those ids.
+
+  Args:
+    routed: what `with_selection` makes, jitted.
+    logits: `[T, E]`.
+    expert_bias: `[E]`, or None.
+    config: a `RouterConfig`.
+    token_mask: `[T]`, or None.
+    cutoff_rtol: how far the cutoff may be from the selection scores.
+  """
+  r, selection = routed(logits, expert_bias, config, token_mask)
+  ids, cutoff = oracle.select(np.asarray(selection), config)
   np.testing.assert_array_equal(r.expert_idx, ids)
   np.testing.assert_allclose(r.cutoff, cutoff, rtol=cutoff_rtol)
   _, weights, load, _, mask = oracle.route(

@@ -1,16 +1,16 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""What every test stands on: eight CPU devices and strict promotion."""
+"""What every test stands on: eight CPU devices, strict promotion, one compile cache."""
 
+import collections
 import os
+import pathlib
+import sys
 
-# Read once, when jax makes its clients, so set before jax is imported. Programs
-# here are small, and take longer to optimize than to run.
+# Read once, when jax makes its clients, so set before jax is imported.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_force_host_platform_device_count=8",
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
   )
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +19,14 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# All workers, and the programs that tests start, share what they compile. They
+# inherit the environment.
+os.environ.setdefault(
+  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(sys.prefix) / "jax_cache")
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Most programs here are small, and take longer to optimize than to run.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 import hypothesis
 import jax
@@ -34,6 +42,54 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jaxroute")
 
 
+def pytest_addoption(parser):
+  """Adds the options by which a run leaves tests out, or compiles as users do."""
+  parser.addoption(
+    "--all",
+    action="store_true",
+    help="run the long tables, too, that are marked `long`",
+  )
+  parser.addoption(
+    "--second",
+    action="store_true",
+    help="leave out what is marked `any_jax`: it ran on another version of JAX",
+  )
+  parser.addoption(
+    "--optimize",
+    action="store_true",
+    help="compile what is marked `optimized` as users do, by XLA's default",
+  )
+
+
+def pytest_collection_modifyitems(config, items):
+  """Deselects by the options."""
+  if config.getoption("all"):
+    return
+  unwanted = {"long"}
+  if config.getoption("second"):
+    unwanted.add("any_jax")
+  kept, left_out = [], []
+  for item in items:
+    is_unwanted = any(map(item.get_closest_marker, unwanted))
+    (left_out if is_unwanted else kept).append(item)
+  items[:] = kept
+  config.hook.pytest_deselected(items=left_out)
+
+
+def pytest_terminal_summary(terminalreporter):
+  """Prints the seconds of every file, of setting up and of all its tests."""
+  seconds = collections.Counter()
+  for reports in terminalreporter.stats.values():
+    for report in reports:
+      if hasattr(report, "duration") and hasattr(report, "location"):
+        seconds[report.location[0]] += report.duration
+  terminalreporter.section("seconds by file")
+  for name, spent in seconds.most_common():
+    if spent >= 1:
+      terminalreporter.write_line(f"{spent:8.1f}  {name}")
+  terminalreporter.write_line(f"{seconds.total():8.1f}  in all, of all workers")
+
+
 @pytest.fixture
 def key() -> jax.Array:
   """A random key, the same in every run and every test."""
@@ -41,9 +97,20 @@ def key() -> jax.Array:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _release_programs():
-  """Frees what a file compiled: of thousands of programs, a compiler may die."""
+def _programs_of_a_file(request):
+  """Compiles a file's programs as its marker says, and frees them at its end.
+
+  Of thousands of programs, XLA's CPU compiler may die.
+  """
+  is_optimized = request.config.getoption("optimize") and any(
+    mark.name == "optimized" for mark in request.node.iter_markers()
+  )
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  if is_optimized:
+    jax.config.update(name, False)
   yield
+  jax.config.update(name, before)
   jax.clear_caches()
 
 

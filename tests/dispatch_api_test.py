@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 
 from jaxroute import dispatch
 
+pytestmark = pytest.mark.optimized
+
 _sort = jax.jit(
   dispatch.sort_by_expert, static_argnames=("num_experts", "capacity")
 )

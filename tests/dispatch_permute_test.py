@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from jaxroute import dispatch, types
 
+pytestmark = pytest.mark.optimized
+
 E, D = 5, 3
 
 

@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Rounds reach every row of a group once, and multiply few rows beside them."""
+"""Batches reach every row of a group once, and multiply few rows beside them."""
 
 import functools
 
@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxroute import rounds
+from jaxroute.experts import batched
+
+pytestmark = pytest.mark.optimized
 
 
 @functools.partial(jax.jit, static_argnames=("n", "expected_rows"))
@@ -21,16 +23,16 @@ def _walk(group_sizes, n, expected_rows=None):
 
   def body(block, carry):
     visits, owner, totals, work = carry
-    experts = block.of(numbers)
+    experts = block.gather_weights(numbers)
     rows = block.read(jnp.ones(n, jnp.int32))
     visits = block.write(visits, block.read(visits) + 1)
     owner = block.write(owner, jnp.broadcast_to(experts[:, None], rows.shape))
     value = jnp.sum(rows, axis=1)[:, None, None]
-    return visits, owner, block.add(totals, value), work + rows.size
+    return visits, owner, block.accumulate(totals, value), work + rows.size
 
   visits, owner = jnp.zeros(n, jnp.int32), jnp.full(n, -1, jnp.int32)
   totals, work = jnp.zeros((num_experts, 1, 1), jnp.int32), jnp.int32(0)
-  carry = rounds.fold(
+  carry = batched.for_each_batch(
     body, (visits, owner, totals, work), group_sizes, n, expected_rows
   )
   return carry[0], carry[1], carry[2][:, 0, 0], carry[3]

@@ -1,12 +1,14 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Selection networks against NumPy's sort, for every length that kernels use."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxroute.kernels import networks
+from jaxroute.kernels.tpu import networks
 
 
 def _falling(rng, n):
@@ -114,3 +116,6 @@ def test_operations_by_hand():
   assert operations(lambda x: networks.best(x, 2)[0], 4) == 8
   # 8 maxima, then 12 exchanges.
   assert operations(lambda x: networks.merge(x[:8], x[8:], 8), 16) == 32
+  # Without the rule for what is known: 4 maxima, then 13 exchanges.
+  above = functools.partial(networks.merge, count=9, above=True)
+  assert operations(lambda x: above(x[:9], x[9:]), 13) == 22

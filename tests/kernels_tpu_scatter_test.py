@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The kernels that put K numbers into a row of E, interpreted."""
+"""The kernels that scatter K numbers of a token into E, interpreted."""
 
 import functools
 
@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import jaxroute
 from jaxroute import scores
-from jaxroute.kernels import place_tpu
+from jaxroute.kernels.tpu import scatter
 
 
 def _example(t, e, k):
@@ -28,10 +28,10 @@ def _example(t, e, k):
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
 def test_every_shape(shape):
   idx, values, expected = _example(*shape)
-  placed = place_tpu.place(
+  scattered = scatter.scatter(
     idx, values, num_experts=shape[1], dtype=jnp.float32, interpret=True
   )
-  np.testing.assert_array_equal(placed, expected)
+  np.testing.assert_array_equal(scattered, expected)
 
 
 @pytest.mark.parametrize("e", [64, 128])
@@ -39,23 +39,25 @@ def test_blocks_dtype_and_what_is_not_finite(e):
   idx, values, expected = _example(1100, e, 2)
   values[7], values[1099, 0] = np.nan, np.inf
   np.put_along_axis(expected, idx, values, axis=1)
-  placed = place_tpu.place(
+  scattered = scatter.scatter(
     idx, values, num_experts=e, dtype=jnp.bfloat16, interpret=True
   )
-  assert placed.dtype == jnp.bfloat16
+  assert scattered.dtype == jnp.bfloat16
   expected = jnp.asarray(expected, jnp.bfloat16).astype(jnp.float32)
-  np.testing.assert_array_equal(placed.astype(jnp.float32), expected)
+  np.testing.assert_array_equal(scattered.astype(jnp.float32), expected)
 
 
 def test_the_simulator_finds_no_race():
   idx, values, expected = _example(300, 128, 3)
   simulated = functools.partial(
-    place_tpu.place, num_experts=128, dtype=jnp.float32
+    scatter.scatter, num_experts=128, dtype=jnp.float32
   )
   params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-  placed = jax.jit(functools.partial(simulated, interpret=params))(idx, values)
+  scattered = jax.jit(functools.partial(simulated, interpret=params))(
+    idx, values
+  )
   assert not interpret_pallas_call.races.races_found
-  np.testing.assert_array_equal(placed, expected)
+  np.testing.assert_array_equal(scattered, expected)
 
 
 @pytest.mark.parametrize("soft_cap", (None, 3.0))
@@ -83,7 +85,7 @@ def test_the_gradient_of_a_softmax_is_that_of_xla(shape, soft_cap):
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_the_gradient_of_a_softmax_passes_by_what_is_not_a_number():
+def test_the_gradient_of_a_softmax_is_zero_at_what_is_not_a_number():
   idx, d_scores, _ = _example(9, 16, 2)
   d_scores[3] = 0.0  # a token that is padding
   x, values = cases.logits("random", 9, 16), np.full((9, 2), 0.1, np.float32)
@@ -97,7 +99,7 @@ def test_the_gradient_of_a_softmax_passes_by_what_is_not_a_number():
 
 
 def _softmax_gradient(x, idx, values, d_scores, multiplier, soft_cap):
-  return place_tpu.softmax_gradient(
+  return scatter.softmax_gradient(
     x,
     idx,
     values,

@@ -12,21 +12,23 @@ import oracle
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 from jaxroute import dispatch
-from jaxroute.kernels import route_tpu, sort_tpu
+from jaxroute.dispatch import pallas_tpu
+from jaxroute.kernels.tpu import device, sort
 
 _sort = conformance.jit_interpreted(
-  functools.partial(dispatch._sort_tpu, interpret=True),
+  functools.partial(pallas_tpu.sort, by_name=True, interpret=True),
   static_argnames=("num_experts", "capacity"),
 )
 
 
-def _choices(t, e, k, nowhere=0.2):
-  """Distinct experts per token, and index E for those that are not here."""
+def _choices(t, e, k, unassigned=0.2):
+  """Distinct experts per token, and index E for a share of them."""
   rng = np.random.default_rng(0)
   idx = np.argsort(rng.random((t, e)), axis=1)[:, :k].astype(np.int32)
-  return np.where(rng.random((t, k)) < nowhere, e, idx).astype(np.int32)
+  return np.where(rng.random((t, k)) < unassigned, e, idx).astype(np.int32)
 
 
 def _assert_is_oracle(idx, e, capacity=None):
@@ -55,9 +57,42 @@ def test_blocks_of_tokens_and_words_of_experts(shape):
 
 
 def test_products_of_older_generations(monkeypatch):
-  monkeypatch.setattr(sort_tpu, "_columns", lambda interpret: 1)
+  monkeypatch.setattr(sort, "_columns", lambda interpret: 1)
   # A shape of its own, so that nothing is cached.
   _assert_is_oracle(_choices(2222, 24, 2), 24)
+
+
+def test_counts_and_rows_by_hand():
+  idx = np.array([[2, 0], [3, 2], [3, 3]], np.int32)
+  counts = sort.count_assignments(idx, num_experts=3, interpret=True)
+  np.testing.assert_array_equal(counts, [1, 0, 2, 3])
+  start = np.array([10, 20, 30, 40], np.int32)
+  rows = sort.assignment_rows(idx, start, interpret=True)
+  np.testing.assert_array_equal(rows, [[30, 10], [40, 31], [41, 42]])
+
+
+def test_as_many_choices_as_the_shape_of_the_experts_has_lines():
+  # Both inputs of the kernel are [32, 128], and only one is cut into blocks.
+  idx = _choices(128, 16, 16, unassigned=0.0)
+  idx = np.concatenate([idx, np.full_like(idx, 16)], axis=1)
+  rows = sort.assignment_rows(
+    idx, np.arange(17, dtype=np.int32), interpret=True
+  )
+  np.testing.assert_array_equal(
+    rows[:, :16], idx[:, :16] + np.arange(128)[:, None]
+  )
+  np.testing.assert_array_equal(rows[:, 16:].ravel(), 16 + np.arange(128 * 16))
+
+
+def test_every_expert_has_an_address_of_its_own():
+  experts = np.arange(1024)
+  word, sublane, bit = sort.bit_address(experts)
+  assert (word.max(), sublane.max(), bit.max()) == (3, 7, 31)
+  assert len(set(zip(word, sublane, bit, strict=True))) == 1024
+  # A shift and a mask make 16 experts in order: two on a sublane, low half first.
+  line = 256 * word + 16 * (bit % 16) + 2 * sublane + bit // 16
+  np.testing.assert_array_equal(line, experts)
+  assert sort.bit_address(256 + 16 + 2 + 1) == (1, 1, 17)
 
 
 @pytest.mark.parametrize("expert", (0, 7, 8))
@@ -72,40 +107,110 @@ def test_no_expert_for_any_of_sixteen_choices():
 def test_the_simulator_finds_no_race():
   idx, e = _choices(2100, 40, 3), 40
   params = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
-  load, _, inverse = jax.jit(
-    lambda idx: dispatch._sort_tpu(idx, e, None, interpret=params)
-  )(idx)
+  call = functools.partial(pallas_tpu.sort, by_name=True, interpret=params)
+  load, _, inverse = jax.jit(lambda idx: call(idx, e, None))(idx)
   assert not interpret_pallas_call.races.races_found
   expected = oracle.sort_by_expert(idx, e, None, None)
   np.testing.assert_array_equal(inverse, expected[1])
   np.testing.assert_array_equal(load[:e], expected[2])
 
 
-def test_sort_by_expert_takes_it_on_one_tpu_only(monkeypatch):
-  taken = []
+@pytest.mark.parametrize("capacity", (None, 5))
+def test_sort_by_expert_interprets_it(capacity):
+  idx = _choices(70, 16, 3, unassigned=0.0)
+  mask = np.random.default_rng(1).random(70) < 0.6
+  call = functools.partial(
+    dispatch.sort_by_expert, implementation="pallas_tpu", interpret=True
+  )
+  p = conformance.jit_interpreted(call, static_argnums=(1, 3))(
+    idx, 16, mask, capacity
+  )
+  expected = oracle.sort_by_expert(idx, 16, mask, capacity)
+  np.testing.assert_array_equal(p.permutation, expected[0])
+  np.testing.assert_array_equal(p.inverse_permutation, expected[1])
+  np.testing.assert_array_equal(p.group_sizes, expected[2])
 
-  def spy(key, num_experts, capacity):
-    taken.append(key.shape)
-    n = key.size
-    return jnp.zeros(num_experts + 1, jnp.int32), *(
-      [jnp.zeros(n, jnp.int32)] * 2
+
+def _takes_kernel(implementation=None, t=4, k=2):
+  """Whether what `sort_by_expert` traces to has the kernel in it."""
+  idx = jax.ShapeDtypeStruct((t, k), jnp.int32)
+
+  # A function of its own, so that nothing is cached.
+  def call(idx):
+    return dispatch.sort_by_expert.__wrapped__(
+      idx, 8, implementation=implementation
     )
 
-  monkeypatch.setattr(dispatch, "_sort_tpu", spy)
+  return "jaxroute_rows" in str(jax.make_jaxpr(call)(idx))
 
-  def takes(t=4, k=2):
-    taken.clear()
-    idx = jax.ShapeDtypeStruct((t, k), jnp.int32)
-    # A function of its own, so that nothing is cached.
-    jax.eval_shape(lambda i: dispatch.sort_by_expert.__wrapped__(i, 8), idx)
-    return bool(taken)
 
-  assert not takes()
-  monkeypatch.setattr(route_tpu, "runs_here", lambda: True)
-  assert not takes()  # eight devices, and no mesh to say how
+def _tpu_mesh(size, axis_type, kind="TPU v6 lite"):
+  """A mesh of TPUs that are not here."""
+  tpu = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+  return AbstractMesh(
+    (size,), ("data",), axis_types=(axis_type,), abstract_device=tpu
+  )
+
+
+@pytest.mark.parametrize(
+  ("size", "axis_type", "kind", "takes"),
+  (
+    (1, AxisType.Auto, "TPU v6 lite", True),
+    (1, AxisType.Explicit, "TPU v5 lite", True),
+    (8, AxisType.Manual, "TPU v6 lite", True),
+    (8, AxisType.Auto, "TPU v6 lite", False),
+    (8, AxisType.Explicit, "TPU v6 lite", False),
+    (1, AxisType.Auto, "TPU v4", False),
+  ),
+)
+def test_sort_by_expert_takes_it_for_one_new_tpu(size, axis_type, kind, takes):
+  with jax.sharding.use_abstract_mesh(_tpu_mesh(size, axis_type, kind)):
+    assert _takes_kernel() == takes
+    assert not _takes_kernel("xla")
+
+
+def test_sort_by_expert_takes_it_for_what_it_counts_exactly():
+  with jax.sharding.use_abstract_mesh(_tpu_mesh(1, AxisType.Auto)):
+    assert _takes_kernel(t=2**23 - 1)
+    assert not _takes_kernel(t=2**23)
+    assert _takes_kernel(k=128)
+    assert not _takes_kernel(k=129)
+    with pytest.raises(NotImplementedError, match="at most 128.*got 129"):
+      _takes_kernel("pallas_tpu", k=129)
+
+
+def test_sort_by_expert_takes_it_without_a_mesh_on_one_tpu_only(monkeypatch):
+  assert not _takes_kernel()
+  monkeypatch.setattr(device, "generation", lambda: 6)
+  assert not _takes_kernel()  # Of eight devices, none says which it is for.
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  assert takes()
-  assert not takes(t=sort_tpu.MAX_ASSIGNMENTS // 2)
-  mesh = jax.make_mesh((8,), ("data",))
-  with jax.set_mesh(mesh):
-    assert not takes()
+  assert _takes_kernel()
+  with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+    assert not _takes_kernel()
+
+
+def test_on_a_cpu_it_says_why_not_and_what_to_do():
+  idx = jnp.zeros((4, 2), jnp.int32)
+  with pytest.raises(NotImplementedError) as error:
+    dispatch.sort_by_expert(idx, 8, implementation="pallas_tpu")
+  for words in ("kernel for TPU", "another platform", "`interpret=True`"):
+    assert words in str(error.value)
+
+
+def test_over_a_mesh_it_says_why_not_and_what_to_do():
+  mesh = _tpu_mesh(8, AxisType.Auto)
+  with jax.sharding.use_abstract_mesh(mesh):
+    with pytest.raises(NotImplementedError, match=r"\['data'\].*shard_map"):
+      _takes_kernel("pallas_tpu")
+
+
+@pytest.mark.parametrize(
+  ("t", "k", "words"),
+  (
+    (2**22, 4, "fewer than 16777216 assignments, got 4194304 x 4"),
+    (1, 129, "at most 128 in the TPU kernel, got 129"),
+  ),
+)
+def test_unsupported_names_limit_and_value(t, k, words):
+  assert words in sort.unsupported(t, k)
+  assert sort.unsupported(t - 1, k - 1) is None

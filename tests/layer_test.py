@@ -9,6 +9,8 @@ import pytest
 import jaxroute
 from jaxroute import experts, layer
 
+pytestmark = pytest.mark.optimized
+
 T, D, F, E, K = 24, 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
 
@@ -94,7 +96,9 @@ def test_the_bias_gets_no_gradient():
   np.testing.assert_array_equal(grad, 0)
 
 
-def test_a_kernel_of_another_shape_is_named():
+def test_a_router_weight_of_another_shape_is_named():
   x, kernel, *_ = _inputs()
-  with pytest.raises(ValueError, match=r"`kernel` must be \[D=16, E=8\], got"):
+  with pytest.raises(
+    ValueError, match=r"`router_weight` must be \[D=16, E=8\], got"
+  ):
     layer.router(x, kernel[:, :4], None, CONFIG)

@@ -18,6 +18,8 @@ import jaxroute
 import jaxroute.linen
 from jaxroute import dual
 
+pytestmark = pytest.mark.optimized
+
 D, F, E, K = 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K, scaling_factor=2.5)
 RULE = dual.sign(1e-2)
@@ -40,7 +42,7 @@ def _apply(model, params, state, x, **kwargs):
   }
   apply = jax.jit(functools.partial(model.apply, mutable=["load"]))
   out, counted = apply(variables, x, **kwargs)
-  return out, dataclasses.replace(state, load=counted["load"])
+  return out, dataclasses.replace(state, counts=jaxroute.linen.counts(counted))
 
 
 class Stack(nn.Module):
@@ -69,12 +71,14 @@ class Stack(nn.Module):
 class Residual(nn.Module):
   @nn.compact
   def __call__(self, x, _):
-    y, _ = jaxroute.linen.MoE(CONFIG, F, name="moe")(x)
+    y, _ = jaxroute.linen.MoE(CONFIG, hidden_size=F, name="moe")(x)
     return x + y, None
 
 
 def test_collections_shapes_and_dtypes():
-  variables = _init(jaxroute.linen.MoE(CONFIG, F, shared_hidden_size=4))
+  variables = _init(
+    jaxroute.linen.MoE(CONFIG, hidden_size=F, shared_hidden_size=4)
+  )
   shapes = jax.tree.map(lambda v: (v.shape, v.dtype.name), variables)
   assert shapes == {
     "params": {
@@ -93,20 +97,20 @@ def test_collections_shapes_and_dtypes():
 
 def test_a_histogram_is_a_third_collection():
   config = dataclasses.replace(CONFIG, histogram=True)
-  model = jaxroute.linen.MoE(config, F)
+  model = jaxroute.linen.MoE(config, hidden_size=F)
   variables = _init(model)
   state = jaxroute.linen.init_router_state(variables, dual.quantile())
-  assert state.histogram["router"]["histogram"].shape == (E, 16)
+  assert state.counts.histogram["router"]["histogram"].shape == (E, 16)
   (_, out), counted = model.apply(variables, _x(), mutable=["histogram"])
   assert set(counted) == {"histogram"}
   np.testing.assert_array_equal(
-    counted["histogram"]["router"]["histogram"], out.routing.histogram
+    counted["histogram"]["router"]["histogram"], out.routing.counts.histogram
   )
 
 
 @pytest.mark.parametrize("shared", [0, 4])
 def test_the_layer_against_the_oracle(shared):
-  model = jaxroute.linen.MoE(CONFIG, F, shared_hidden_size=shared)
+  model = jaxroute.linen.MoE(CONFIG, hidden_size=F, shared_hidden_size=shared)
   variables = _init(model)
   bias = jnp.linspace(-0.3, 0.3, E)
   variables["expert_bias"] = {"router": {"expert_bias": bias}}
@@ -132,7 +136,7 @@ def test_the_layer_against_the_oracle(shared):
 
 
 def test_only_a_forward_pass_with_a_mutable_load_counts():
-  model = jaxroute.linen.MoE(CONFIG, F)
+  model = jaxroute.linen.MoE(CONFIG, hidden_size=F)
   variables = _init(model)
   np.testing.assert_array_equal(variables["load"]["router"]["load"], 0)
   params = variables["params"]
@@ -219,7 +223,7 @@ def test_scan_and_remat_give_the_same_loads_gradients_and_bias(scan, remat):
 
 
 def test_a_bf16_model_routes_in_float32():
-  model = jaxroute.linen.MoE(CONFIG, F, dtype=jnp.bfloat16)
+  model = jaxroute.linen.MoE(CONFIG, hidden_size=F, dtype=jnp.bfloat16)
   variables = _init(model)
   state = jaxroute.linen.init_router_state(variables, RULE)
   params = jax.tree.map(lambda p: p.astype(jnp.bfloat16), variables["params"])
@@ -232,14 +236,14 @@ def test_a_bf16_model_routes_in_float32():
 
 
 def test_a_bias_cast_to_bf16_is_refused():
-  model = jaxroute.linen.MoE(CONFIG, F)
+  model = jaxroute.linen.MoE(CONFIG, hidden_size=F)
   variables = jax.tree.map(lambda v: v.astype(jnp.bfloat16), _init(model))
   with pytest.raises(ValueError, match="`expert_bias` must be float32"):
     model.apply(variables, _x())
 
 
 def test_capacity_drops_are_counted():
-  model = jaxroute.linen.MoE(CONFIG, F, capacity_factor=0.5)
+  model = jaxroute.linen.MoE(CONFIG, hidden_size=F, capacity_factor=0.5)
   _, out = model.apply(_init(model), _x())
   capacity = 4  # ceil(0.5 * 30 * 2 / 8)
   np.testing.assert_array_equal(
@@ -283,7 +287,7 @@ def test_a_model_without_router_is_named():
 
 
 def test_a_mask_of_another_shape_is_named():
-  model = jaxroute.linen.MoE(CONFIG, F)
+  model = jaxroute.linen.MoE(CONFIG, hidden_size=F)
   with pytest.raises(
     ValueError, match=r"`token_mask`.*\(3, 10\), got \(10, 3\)"
   ):

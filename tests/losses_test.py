@@ -1,6 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Auxiliary losses against their formulas, written out in NumPy."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -85,6 +87,19 @@ def test_sequence_wise_is_the_mean_over_sequences_of_unbiased_top_k():
   )
   got = losses.sequence_wise(logits, SIGMOID, 3, jnp.asarray(mask))
   np.testing.assert_allclose(got, expected, rtol=1e-5)
+
+
+def test_sequence_wise_chooses_beyond_the_limits_of_groups():
+  # Experts 0 and 2 are the best, and of different groups.
+  grouped = dataclasses.replace(SIGMOID, num_groups=2, group_score="top1")
+  logits = jnp.tile(jnp.array([[3.0, 0.0, 2.0, -1.0]]), (4, 1))
+  limited = jaxroute.route(logits, None, grouped).load
+  np.testing.assert_array_equal(limited, [4, 4, 0, 0])
+  np.testing.assert_allclose(
+    losses.sequence_wise(logits, grouped, 1),
+    _expected(logits, np.ones(4, bool), _sigmoid),
+    rtol=1e-5,
+  )
 
 
 def test_z_loss_against_the_formula():

@@ -42,6 +42,10 @@ def test_max_vio_is_zero_iff_balanced_and_bounded():
   assert metrics.max_vio(worst) == e / k - 1
 
 
+def test_max_vio_is_of_the_busiest_expert_not_of_the_idlest():
+  assert metrics.max_vio(_load(0, 3, 3)) == 0.5
+
+
 @settings(deadline=None, max_examples=25)
 @given(st.integers(0, 10_000))
 def test_global_is_at_most_the_mean_of_batches(seed):

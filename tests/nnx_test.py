@@ -17,6 +17,8 @@ import jaxroute.linen
 import jaxroute.nnx
 from jaxroute import dual
 
+pytestmark = pytest.mark.optimized
+
 D, F, E, K = 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
 RULE = optax.chain(dual.sign(dual.inverse_sqrt(1e-2)), optax.trace(0.5))
@@ -27,7 +29,9 @@ def _x(seed=0):
 
 
 def _model(seed=0, **kwargs):
-  return jaxroute.nnx.MoE(D, CONFIG, F, rngs=nnx.Rngs(seed), **kwargs)
+  return jaxroute.nnx.MoE(
+    CONFIG, in_features=D, hidden_size=F, rngs=nnx.Rngs(seed), **kwargs
+  )
 
 
 class Stack(nnx.Module):
@@ -39,7 +43,7 @@ class Stack(nnx.Module):
     @nnx.split_rngs(splits=3)
     @nnx.vmap(in_axes=(0,), out_axes=0)
     def make(rngs):
-      return jaxroute.nnx.MoE(D, CONFIG, F, rngs=rngs)
+      return jaxroute.nnx.MoE(CONFIG, in_features=D, hidden_size=F, rngs=rngs)
 
     self.layers = make(rngs)
 
@@ -79,7 +83,7 @@ def _linen_variables(model):
 def test_nnx_equals_linen(kwargs):
   model = _model(**kwargs)
   model.router.expert_bias[...] = jnp.linspace(-0.3, 0.3, E)
-  other = jaxroute.linen.MoE(CONFIG, F, **kwargs)
+  other = jaxroute.linen.MoE(CONFIG, hidden_size=F, **kwargs)
   variables = _linen_variables(model)
   mask = jnp.arange(30).reshape(3, 10) % 4 != 0
 
@@ -114,8 +118,10 @@ def test_nnx_equals_linen(kwargs):
 )
 def test_a_run_of_both_has_the_same_bias_trajectory(rule):
   config = dataclasses.replace(CONFIG, histogram=rule is not RULE)
-  model = jaxroute.nnx.MoE(D, config, F, rngs=nnx.Rngs(0))
-  other = jaxroute.linen.MoE(config, F)
+  model = jaxroute.nnx.MoE(
+    config, in_features=D, hidden_size=F, rngs=nnx.Rngs(0)
+  )
+  other = jaxroute.linen.MoE(config, hidden_size=F)
   variables = other.init(jax.random.key(0), _x())
   variables = dict(variables, params=_linen_variables(model)["params"])
   state = jaxroute.linen.init_router_state(variables, rule)
@@ -127,9 +133,9 @@ def test_a_run_of_both_has_the_same_bias_trajectory(rule):
     _, counted = other.apply(
       {"params": variables["params"], "expert_bias": state.expert_bias},
       _x(seed),
-      mutable=counts,
+      mutable=jaxroute.linen.COUNTED,
     )
-    state = dataclasses.replace(state, **counted)
+    state = dataclasses.replace(state, counts=jaxroute.linen.counts(counted))
     state = jaxroute.update(state, rule)
     np.testing.assert_array_equal(
       model.router.expert_bias[...], state.expert_bias["router"]["expert_bias"]
@@ -259,7 +265,9 @@ def test_orbax_round_trip_with_a_bias(tmp_path):
 
 
 def test_linen_collections_arrive_as_our_variable_types():
-  wrapped = nnx.bridge.ToNNX(jaxroute.linen.MoE(CONFIG, F), rngs=nnx.Rngs(0))
+  wrapped = nnx.bridge.ToNNX(
+    jaxroute.linen.MoE(CONFIG, hidden_size=F), rngs=nnx.Rngs(0)
+  )
   nnx.bridge.lazy_init(wrapped, _x())
   assert jax.tree.leaves(nnx.state(wrapped, jaxroute.nnx.ExpertBias))
   assert jax.tree.leaves(nnx.state(wrapped, jaxroute.nnx.Load))

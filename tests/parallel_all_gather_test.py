@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute import dual, experts, layer, sharding
+from jaxroute import dual, experts, layer
+from jaxroute.parallel import all_gather
 
 T, D, F, E, K = 64, 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K, histogram=True)
@@ -85,7 +86,9 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(kind, name):
   (_, (y1, routing1, sizes1)), grads1 = jax.device_get(expected)
   np.testing.assert_array_equal(routing.expert_idx, routing1.expert_idx)
   np.testing.assert_array_equal(routing.load, routing1.load)
-  np.testing.assert_array_equal(routing.histogram, routing1.histogram)
+  np.testing.assert_array_equal(
+    routing.counts.histogram, routing1.counts.histogram
+  )
   np.testing.assert_array_equal(sizes, sizes1)
   np.testing.assert_allclose(y, y1, rtol=1e-5, atol=1e-6)
   jax.tree.map(
@@ -168,4 +171,4 @@ def test_no_mesh_and_odd_sizes_are_named():
     config = dataclasses.replace(CONFIG, num_experts=7)
     routing, _ = layer.router(x, kernel[:, :7], bias[:7], config, mask)
     with pytest.raises(ValueError, match="shards 7 experts.*2 devices"):
-      sharding.moe(x, routing, seven, partition)
+      all_gather.map_experts(layer.local_moe, x, routing, seven, partition)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute import experts, routing
+from jaxroute import experts, layer
 
 CONFIG = cases.family("deepseek_v3")
 T, D, F, E = 16, 8, 4, 64
@@ -30,7 +30,7 @@ def _params():
 @pytest.mark.parametrize("policy", [None, jaxroute.save_routing])
 @pytest.mark.parametrize(
   ("family", "implementation"),
-  [("deepseek_v3", "tpu"), ("deepseek_v3", "xla"), ("olmoe", "xla")],
+  [("deepseek_v3", "pallas_tpu"), ("deepseek_v3", "xla"), ("olmoe", "xla")],
 )
 def test_the_backward_pass_has_the_routes_of_the_forward_pass(
   family, policy, implementation
@@ -42,24 +42,27 @@ def test_the_backward_pass_has_the_routes_of_the_forward_pass(
   def noise():
     return np.random.default_rng(next(calls)).normal(size=(T, E)).astype("f4")
 
-  def route(logits):
-    if implementation == "xla":
-      return jaxroute.route(logits, None, config, implementation="xla")
-    return routing._route_tpu(logits, None, None, config, None, interpret=True)
+  interpret = implementation == "pallas_tpu"
 
   def loss(params, x):
     logits = x @ jnp.eye(D, E)
     logits += jax.pure_callback(
       noise, jax.ShapeDtypeStruct((T, E), jnp.float32)
     )
-    routes = route(logits)
-    y, _ = experts.moe(x, routes, params)
+    routes = jaxroute.route(
+      logits,
+      None,
+      config,
+      implementation=implementation,
+      interpret=interpret,
+    )
+    y, _ = layer.local_moe(x, routes, params)
     return jnp.sum(jnp.sin(y)), routes
 
   x = jnp.asarray(cases.logits("random", T, D))
-  layer = jax.checkpoint(loss, policy=policy)
-  jit = conformance.jit_interpreted if implementation == "tpu" else jax.jit
-  grad = jit(jax.grad(layer, argnums=(0, 1), has_aux=True))
+  saved = jax.checkpoint(loss, policy=policy)
+  jit = conformance.jit_interpreted if interpret else jax.jit
+  grad = jit(jax.grad(saved, argnums=(0, 1), has_aux=True))
   (grads, _), routes = grad(_params(), x)
   # Only an expert that saw a token has a gradient.
   trained = np.abs(np.asarray(grads.w_down)).sum((1, 2)) > 0
@@ -73,8 +76,8 @@ def test_the_backward_pass_has_the_routes_of_the_forward_pass(
 @pytest.mark.parametrize("policy", [None, jaxroute.save_routing])
 def test_the_policy_saves_the_selection_and_the_sorts(policy):
   def loss(x):
-    routes = jaxroute.route(x, None, CONFIG, implementation="tpu")
-    y, _ = experts.moe(x[:, :D], routes, _params())
+    routes = jaxroute.route(x, None, CONFIG, implementation="pallas_tpu")
+    y, _ = layer.local_moe(x[:, :D], routes, _params())
     return jnp.sum(y**2)
 
   grad = jax.grad(jax.checkpoint(loss, policy=policy))

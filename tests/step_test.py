@@ -37,12 +37,12 @@ def _loss_fn(params, expert_bias, batch):
     w, bias = inputs
     routing = jaxroute.route(batch["x"] @ w, bias, CONFIG, batch["token_mask"])
     value = jnp.sum(routing.weights * params["scale"][routing.expert_idx])
-    return total + value / w.shape[0], routing.load
+    return total + value / w.shape[0], routing.counts
 
-  loss, load = jax.lax.scan(
+  loss, counts = jax.lax.scan(
     layer, jnp.zeros(()), (params["router"], expert_bias)
   )
-  return loss**2, (load, {"value": loss})
+  return loss**2, (counts, {"value": loss})
 
 
 def _state(rule, optimizer, params=None):
@@ -66,7 +66,11 @@ def _step(rule, optimizer, **kwargs):
 
 def _loaded(rule, *rows):
   state = jaxroute.init_router_state(rule, len(rows[0]), len(rows))
-  return dataclasses.replace(state, load=jnp.array(rows, jnp.int32))
+  return _with_load(state, jnp.array(rows, jnp.int32))
+
+
+def _with_load(state, load):
+  return dataclasses.replace(state, counts=jaxroute.Counts(load=load))
 
 
 def test_update_moves_every_layer_by_its_own_load():
@@ -82,7 +86,7 @@ def test_update_moves_every_layer_by_its_own_load():
 def test_apply_false_discards_the_load_and_changes_nothing_else(jit):
   rule = optax.chain(dual.sign(dual.inverse(0.5)), optax.trace(0.9))
   state = jaxroute.update(_loaded(rule, [3, 1]), rule)
-  loaded = dataclasses.replace(state, load=jnp.array([[1, 3]], jnp.int32))
+  loaded = _with_load(state, jnp.array([[1, 3]], jnp.int32))
   fn = jax.jit(step.update, static_argnums=1) if jit else step.update
   chex.assert_trees_all_equal(fn(loaded, rule, False), state)
 
@@ -110,6 +114,44 @@ def test_accumulate_takes_stacked_listed_and_single_routings():
   assert single.load.dtype == jnp.int32
 
 
+@pytest.mark.parametrize("count", (2**24 + 1, 2**30 + 1))
+def test_counts_add_up_exactly_beyond_what_float32_and_int16_hold(count):
+  rule = dual.sign(0.5)
+  state = jaxroute.init_router_state(rule, E)
+  load = jnp.full((1, E), count, jnp.int32)
+  state = dataclasses.replace(state, counts=jaxroute.Counts(load=load))
+  routing = jaxroute.route(jnp.zeros((3, E)), None, CONFIG)
+  after = jaxroute.accumulate(state, routing)
+  np.testing.assert_array_equal(
+    after.load[0], [count + 3] * K + [count] * (E - K)
+  )
+  assert after.load.dtype == jnp.int32
+
+
+def test_a_train_step_adds_to_what_the_state_has_counted():
+  rule, optimizer = dual.sign(0.5), optax.set_to_zero()
+  config = jaxroute.RouterConfig(num_experts=2, top_k=1)
+
+  def loss_fn(params, expert_bias, batch):
+    routing = jaxroute.route(batch * params, expert_bias[0], config)
+    counts = jax.tree.map(lambda x: x[None], routing.counts)
+    return jnp.sum(routing.weights), (counts, {})
+
+  router = jaxroute.init_router_state(rule, 2)
+  # The step counts 3 tokens for expert 0, the state 5 for expert 1 before.
+  counted = jaxroute.Counts(load=jnp.array([[0, 5]], jnp.int32))
+  router = dataclasses.replace(router, counts=counted)
+  after, report = jaxroute.train_step(
+    jaxroute.init_train_state(jnp.float32(1), router, optimizer),
+    jnp.array([[1.0, 0.0]] * 3),
+    loss_fn=loss_fn,
+    optimizer=optimizer,
+    rule=rule,
+  )
+  np.testing.assert_array_equal(report["load"], [[3, 0]])
+  np.testing.assert_array_equal(after.router.expert_bias, [[0.5, -0.5]])
+
+
 def test_update_takes_any_pytree_of_biases():
   rule = dual.sign(0.5)
   bias = {
@@ -121,7 +163,9 @@ def test_update_takes_any_pytree_of_biases():
     "b": {"load": jnp.array([0, 3, 6], jnp.int32)},
   }
   state = jaxroute.RouterState(
-    expert_bias=bias, load=load, rule_state=rule.init(bias)
+    expert_bias=bias,
+    counts=jaxroute.Counts(load=load),
+    rule_state=rule.init(bias),
   )
   after = jaxroute.update(state, rule)
   np.testing.assert_array_equal(
@@ -289,7 +333,7 @@ def test_update_inside_shard_map_sums_before_the_sign():
   state = jaxroute.init_router_state(rule, 2)
 
   def local(state, load):
-    state = dataclasses.replace(state, load=load[0])
+    state = _with_load(state, load[0])
     return jaxroute.update(state, rule, axis_name="data").expert_bias
 
   with jax.set_mesh(mesh):
@@ -345,7 +389,7 @@ def test_histograms_of_micro_batches_add_up(micro_batches):
     def layer(total, inputs):
       w, bias = inputs
       r = jaxroute.route(batch["x"] @ w, bias, config, batch["token_mask"])
-      return total + jnp.sum(r.weights), (r.load, r.histogram)
+      return total + jnp.sum(r.weights), r.counts
 
     loss, counts = jax.lax.scan(
       layer, jnp.zeros(()), (params["router"], expert_bias)
@@ -378,8 +422,8 @@ def test_histograms_of_micro_batches_add_up(micro_batches):
   for _ in range(4):
     one, _ = whole(one, _batch(64))
   chex.assert_trees_all_equal(one.router, state.router)
-  np.testing.assert_array_equal(state.router.histogram, 0)
-  with pytest.raises(ValueError, match="pair \\(load, histogram\\)"):
+  np.testing.assert_array_equal(state.router.counts.histogram, 0)
+  with pytest.raises(ValueError, match="must count a histogram"):
     jaxroute.train_step(
       one, _batch(64), loss_fn=_loss_fn, optimizer=optimizer, rule=rule
     )
@@ -390,7 +434,7 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
   mesh = jax.make_mesh((8,), ("data",))
 
   def local(state, load):
-    state = dataclasses.replace(state, load=load[0])
+    state = _with_load(state, load[0])
     return jaxroute.update(state, rule).expert_bias
 
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="varying|vma|infer"):
@@ -414,12 +458,12 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
     ),
     (
       lambda r: jaxroute.update(
-        dataclasses.replace(
-          jaxroute.init_router_state(r, 2), load=jnp.zeros((1, 3), jnp.int32)
+        _with_load(
+          jaxroute.init_router_state(r, 2), jnp.zeros((1, 3), jnp.int32)
         ),
         r,
       ),
-      r"got shapes \[\(1, 3\)\] for \[\(1, 2\)\]",
+      r"of the shapes \[\(1, 2\)\], got \[\(1, 3\)\]",
     ),
     (
       lambda r: jaxroute.update(

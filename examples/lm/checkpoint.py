@@ -1,5 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Checkpoints of a whole `TrainState`: the last two, each complete or absent."""
+"""Checkpoints of a whole `TrainState`: the last two, each complete or absent.
+
+Beside the state lie the settings of the run and the number of this format, so that
+a run is never continued with other settings, nor from arrays of another structure.
+"""
 
 import contextlib
 import errno
@@ -13,7 +17,10 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from lm_config import SetupError
+from config import SetupError
+
+# To be raised whenever the structure of what is saved changes.
+FORMAT = 2
 
 
 class SaveError(OSError):
@@ -37,7 +44,7 @@ class Checkpoints:
         self._folder,
         options=ocp.CheckpointManagerOptions(
           max_to_keep=2,
-          # What a killed process was writing.
+          # A killed process may have left a checkpoint half written.
           cleanup_tmp_directories=True,
           enable_async_checkpointing=False,
         ),
@@ -53,8 +60,8 @@ class Checkpoints:
     for step in self._manager.all_steps():
       self._manager.delete(step)
 
-  def check_settings(self) -> None:
-    """Raises SetupError if the newest checkpoint is of other settings."""
+  def check(self) -> None:
+    """Raises SetupError if the newest checkpoint cannot be continued from."""
     if not self.last_step:
       return
     with _quiet():
@@ -63,6 +70,14 @@ class Checkpoints:
         args=ocp.args.Composite(settings=ocp.args.JsonRestore()),
       )
     saved = restored["settings"]
+    found = saved.pop("format", None)
+    if found != FORMAT:
+      raise SetupError(
+        f"--out={self._out} holds checkpoints"
+        f" {'without a format' if found is None else f'of format {found}'},"
+        f" expected format {FORMAT}: another version of this program wrote them."
+        " Choose another --out, or --resume=false to delete that run."
+      )
     differing = [
       f"--{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} here"
       for name in sorted(saved.keys() | self._identity.keys())
@@ -75,25 +90,20 @@ class Checkpoints:
         " delete that run."
       )
 
-  def restore(self, state: Any) -> Any:
-    """The newest checkpoint, or `state` if there is none.
+  def restore(self, shapes: Any) -> Any:
+    """The state of the newest checkpoint; there must be one.
 
     Args:
-      state: a `jaxroute.TrainState`; arrays come back placed like its arrays.
+      shapes: the `jaxroute.TrainState` to expect, `jax.ShapeDtypeStruct`s for
+        its arrays; their shardings say where the arrays are put.
 
     Returns:
       A `jaxroute.TrainState`.
     """
-    if not self.last_step:
-      return state
-    abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      state,
-    )
     with _quiet():
       restored = self._manager.restore(
         self.last_step,
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(abstract)),
+        args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)),
       )
     return restored["state"]
 
@@ -101,7 +111,7 @@ class Checkpoints:
     """Saves, and deletes all but the last two.
 
     Args:
-      step: of the state.
+      step: the step that the state is of.
       state: a `jaxroute.TrainState`.
 
     Raises:
@@ -118,7 +128,7 @@ class Checkpoints:
       raise
 
   def _write(self, step: int, state: Any) -> None:
-    # Found out halfway, a full disk makes the array store print at length.
+    # The array store prints at length if the disk turns out full halfway.
     needed = sum(x.nbytes for x in jax.tree.leaves(state)) + 2**16
     if shutil.disk_usage(self._folder).free < needed:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -126,7 +136,7 @@ class Checkpoints:
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
-        settings=ocp.args.JsonSave(self._identity),
+        settings=ocp.args.JsonSave({"format": FORMAT} | self._identity),
       ),
     )
 

@@ -1,12 +1,12 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Balancing rules and auxiliary losses side by side: same data, same seeds.
 
-Every arm is `train_lm.py` with other flags, in a folder of its own, so whatever
-stops this, the same command continues. --preset=cpu takes some 15 minutes on two
-cores; --preset=gpu is a model of some 180M parameters for one accelerator. In --out
-are at the end table.md, trade_off.png and max_vio.png.
+Every arm is `train.py` with other flags, in a folder of its own, so whatever
+stops this, the same command continues. --preset=cpu takes about 15 minutes on two
+cores; --preset=gpu is a model of 194M parameters for one accelerator. At the end,
+table.md, trade_off.png and max_vio.png are in --out.
 
-  python examples/compare_rules.py --out=runs/compare
+  python examples/lm/compare_rules.py --out=runs/compare
 """
 
 import json
@@ -16,11 +16,11 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import checkpoint as checkpoint_lib
+import config as config_lib
 import jax
-import lm_checkpoint
-import lm_config
 import numpy as np
-import train_lm
+import train as train_lib
 from absl import app, flags, logging
 
 from jaxroute import plot
@@ -32,7 +32,7 @@ _STEPS = flags.DEFINE_integer(
   "steps", 0, "Optimizer steps of a run; 0: the preset's.", lower_bound=0
 )
 
-# Name to the flags of train_lm.py that make the arm. Rates suit sigmoid scores.
+# Name to the flags of train.py that make the arm. Rates suit sigmoid scores.
 ARMS: dict[str, dict[str, Any]] = {
   "none": {"rule": "none"},
   "switch loss, 1e-3": {"rule": "none", "switch_weight": 1e-3},
@@ -80,7 +80,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 
 
-def config_of(arm: str, seed: int) -> lm_config.Config:
+def config_of(arm: str, seed: int) -> config_lib.Config:
   """The settings of one run.
 
   Args:
@@ -96,7 +96,7 @@ def config_of(arm: str, seed: int) -> lm_config.Config:
   steps = settings["steps"]
   settings.setdefault("save_every", steps)
   folder = "".join(c if c.isalnum() or c == "-" else "_" for c in arm)
-  return lm_config.Config(
+  return config_lib.Config(
     **settings,
     **ARMS[arm],
     seed=seed,
@@ -105,24 +105,24 @@ def config_of(arm: str, seed: int) -> lm_config.Config:
   )
 
 
-def run(config: lm_config.Config) -> dict[str, Any]:
-  """The summary of a run, with its rows; it is trained unless it is there."""
+def run(config: config_lib.Config) -> dict[str, Any]:
+  """The summary of a run, with its rows; trains unless the run is there."""
   out = pathlib.Path(config.out)
   done, identity = out / "done.json", config.identity()
   if not done.exists() or json.loads(done.read_text()) != identity:
-    train_lm.train(config)
+    train_lib.train(config)
     done.write_text(json.dumps(identity))
   with (out / "metrics.jsonl").open() as file:
     rows = [json.loads(line) for line in file]
   rows = [r for r in rows if r["kind"] == "train"]
-  # Of its steps: the first of a process, which compiles, has none.
+  # The first step of a process compiles, and has no time.
   seconds = sum(r["seconds"] or 0.0 for r in rows)
   summary = json.loads((out / "summary.json").read_text())
   return summary | {"rows": rows, "seconds": seconds}
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
-  """Markdown, a line for every arm: means over seeds, and the loss's deviation."""
+  """A line of Markdown for every arm: means over seeds, and the loss's deviation."""
   lines = [
     "| arm | validation bits/byte | MaxVio_global | MaxVio_batch, last quarter:"
     " mean | worst | gap to the optimum | seconds |",
@@ -130,7 +130,7 @@ def table(results: dict[str, list[dict[str, Any]]]) -> str:
   ]
   for arm, runs in results.items():
 
-    def mean(name, runs=runs):
+    def mean(name: str, runs: list[dict[str, Any]] = runs) -> float:
       return statistics.fmean(r[name] for r in runs)
 
     losses = [r["validation_bits_per_byte"] for r in runs]
@@ -177,7 +177,7 @@ def main(argv: Sequence[str]) -> None:
     raise app.UsageError(f"expected flags only, got {argv[1:]}.")
   logging.set_verbosity(logging.WARNING)
   out = pathlib.Path(_OUT.value)
-  # Seeds of an arm, and a run that continues, compile the same programs.
+  # The seeds of an arm, and a run that continues, compile the same programs.
   jax.config.update("jax_compilation_cache_dir", str(out.resolve() / "cache"))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
   results = {}
@@ -186,9 +186,9 @@ def main(argv: Sequence[str]) -> None:
       for seed in range(_SEEDS.value):
         print(f"== {arm}, seed {seed}", flush=True)
         results.setdefault(arm, []).append(run(config_of(arm, seed)))
-  except (lm_config.SetupError, lm_checkpoint.SaveError) as error:
+  except (config_lib.SetupError, checkpoint_lib.SaveError) as error:
     sys.exit(f"compare_rules.py: {error}")
-  except train_lm.Interrupted as error:
+  except train_lib.Interrupted as error:
     print(f"{error}; the same command continues from there.", file=sys.stderr)
     sys.exit(error.exit_code)
   device = jax.devices()[0]

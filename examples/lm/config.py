@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The settings of `train_lm.py`: one dataclass, from which the flags are made."""
+"""The settings of `train.py`: one dataclass, from which the flags are made."""
 
 import dataclasses
 from typing import Any

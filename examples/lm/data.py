@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Bytes to train on: a folder of text, or one file of anything.
 
-Of a folder, every tenth file is held out for validation; of a single file, the
-last tenth. Batches are a pure function of seed and step.
+Every tenth file of a folder, or the last tenth of a single file, is held out for
+validation. Batches are a pure function of seed and step.
 """
 
 import dataclasses
@@ -13,10 +13,10 @@ import sysconfig
 from collections.abc import Iterator
 
 import numpy as np
-from lm_config import Config, SetupError
+from config import Config, SetupError
 
 _HELD_OUT = 10
-# Tests and editors are not installed everywhere; the last is one huge string.
+# Some of these are not installed everywhere; pydoc_data is one huge string.
 _NOT_LIBRARY = {
   "dist-packages",
   "idlelib",
@@ -35,7 +35,7 @@ class Corpus:
   Attributes:
     train: `[bytes]` uint8.
     validation: `[bytes]` uint8.
-    sha256: of both: what a resumed run must find again.
+    sha256: the digest of both, which a resumed run must find again.
     description: one line for the log.
   """
 
@@ -55,8 +55,8 @@ class Corpus:
   def validation_batches(self, config: Config) -> np.ndarray:
     """`[batches, batch_size, seq_len + 1]` uint8: evenly spaced windows.
 
-    All of the held-out bytes, unless `eval_batches` are fewer; the windows
-    overlap where they would not fill the last batch.
+    The windows cover all held-out bytes, unless `eval_batches` are fewer than
+    that takes; they overlap where they would not fill the last batch.
     """
     size = config.batch_size * config.seq_len
     count = min(config.eval_batches, -(-len(self.validation) // size))
@@ -103,7 +103,7 @@ def load(config: Config) -> Corpus:
 
 
 def _read_folder(root: pathlib.Path, config: Config) -> tuple[list[bytes], str]:
-  """The text files below a folder, in the order of their paths, and a note."""
+  """Reads the text files below a folder, in order, and notes what it skipped."""
   files, left, binary, unreadable = [], config.data_bytes, 0, 0
   for path in _walk(root, library=not config.data):
     if left <= 0:
@@ -124,7 +124,7 @@ def _read_folder(root: pathlib.Path, config: Config) -> tuple[list[bytes], str]:
 
 
 def _walk(root: pathlib.Path, *, library: bool) -> Iterator[pathlib.Path]:
-  """Files below a folder, hidden ones aside; of the library, its sources."""
+  """Yields the files below a folder that are not hidden; sources of a library."""
   for folder, folders, names in os.walk(root):
     folders[:] = sorted(
       f
@@ -136,7 +136,7 @@ def _walk(root: pathlib.Path, *, library: bool) -> Iterator[pathlib.Path]:
       wanted = not name.startswith(".") and (
         not library or path.suffix == ".py"
       )
-      # A pipe would be waited for, forever.
+      # Reading a pipe would wait forever.
       if wanted and path.is_file():
         yield path
 
@@ -153,12 +153,12 @@ def _read_file(path: pathlib.Path, limit: int) -> bytes:
 
 
 def _split(files: list[bytes]) -> tuple[bytes, bytes]:
-  """Every tenth file, or the last tenth of the only one, is for validation."""
+  """Holds out every tenth file, or the last tenth of the only one."""
   if len(files) <= 1:
     text = b"".join(files)
     cut = len(text) - len(text) // _HELD_OUT
     return text[:cut], text[cut:]
-  # Of fewer than ten files the last.
+  # Fewer than ten files hold out their last.
   first = min(_HELD_OUT, len(files)) - 1
   validation = files[first::_HELD_OUT]
   train = [f for i, f in enumerate(files) if (i - first) % _HELD_OUT]

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from config import Config
 from flax import linen as nn
-from lm_config import Config
 
 import jaxroute
 import jaxroute.linen
@@ -47,8 +47,7 @@ class Transformer(nn.Module):
       variable_axes={
         "params": 0,
         "expert_bias": 0,
-        "load": 0,
-        "histogram": 0,
+        **dict.fromkeys(jaxroute.linen.COUNTED, 0),
         "scores": 0,
         "losses": 0,
       },
@@ -72,7 +71,7 @@ class Block(nn.Module):
     x = x + Attention(c.num_heads, name="attention")(nn.RMSNorm()(x))
     y = nn.RMSNorm()(x)
     if self.dense:
-      # As wide as what a token meets in the other layers.
+      # A token meets the same width here as in the other layers.
       width = c.top_k * c.expert_size + c.shared_size
       return x + SwiGLU(width, name="mlp")(y), None
     y, out = jaxroute.linen.MoE(
@@ -82,8 +81,9 @@ class Block(nn.Module):
       partition=self.partition,
       name="moe",
     )(y)
-    # Computed only for callers that make these collections mutable.
-    assert out.logits is not None  # they are, unless the projection is fused
+    # These are computed only for callers that make the collections mutable.
+    # There are logits unless the projection is fused with the routing.
+    assert out.logits is not None
     self.sow("scores", "scores", scores.scores(out.logits, c.router))
     self.sow(
       "losses", "switch", losses.switch(out.logits, out.routing, c.router)
@@ -149,7 +149,7 @@ def make_loss_fn(
     switch_weight: if given, the Switch loss, averaged over layers, is added with
       this weight.
   """
-  mutable = ["load", "histogram"]
+  mutable = list(jaxroute.linen.COUNTED)
   if switch_weight is not None:
     mutable.append("losses")
 
@@ -168,10 +168,7 @@ def make_loss_fn(
     if switch_weight is not None:
       (switch,) = jax.tree.leaves(found["losses"])
       loss += switch_weight * jnp.mean(switch)
-    counts = found["load"]
-    if "histogram" in found:
-      counts = counts, found["histogram"]
-    return loss, (counts, metrics)
+    return loss, (jaxroute.linen.counts(found), metrics)
 
   return loss_fn
 
@@ -189,21 +186,24 @@ def router_scores(
   return scores
 
 
-def shardings(state: Any, mesh: jax.sharding.Mesh) -> Any:
+def shardings(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
   """Where a state lies: expert parameters over "expert", all else everywhere.
 
   Args:
     state: a `jaxroute.TrainState`, or its shapes; the optimizer's moments are
       named like the parameters they belong to.
-    mesh: with the axis "expert".
+    mesh: with the axis "expert", or None for one device.
 
   Returns:
-    A tree of `NamedSharding`, shaped like `state`.
+    A tree of shardings, shaped like `state`.
   """
+  if mesh is None:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda _: device, state)
 
-  def sharding(path, x):
+  def sharding(path: tuple[Any, ...], x: Any) -> jax.NamedSharding:
     if getattr(path[-1], "key", None) in ("w_gate", "w_up", "w_down"):
-      # Before [E, D, F] comes the axis of the scan over layers.
+      # The axis of the scan over layers comes before [E, D, F].
       return jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 3), "expert"))
     return jax.NamedSharding(mesh, jax.P())
 

@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """What a run leaves behind: metrics.jsonl, TensorBoard, a table and figures.
 
-A row of metrics.jsonl is a training step or a validation. All of it but the field
-"seconds" is a function of the settings, resumed or not.
+A row of metrics.jsonl is a training step or a validation. All its fields but
+"seconds" are functions of the settings, whether the run was resumed or not.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import tensorboardX
 import tqdm
-from lm_config import Config
+from config import Config
 
 from jaxroute import assignment, dual, metrics, plot
 
@@ -31,7 +31,7 @@ class MetricsLog:
 
   Args:
     config: the settings.
-    last_step: rows of later steps, and torn ones, are cut off first.
+    last_step: rows of later steps, and half-written rows, are cut off first.
   """
 
   def __init__(self, config: Config, last_step: int):
@@ -50,7 +50,7 @@ class MetricsLog:
   def add_step(self, step: int, report: dict[str, Any]) -> None:
     """Adds a training step, which may still be running; settles the last one.
 
-    So the device always has its next step before the last one is waited for.
+    The device so always has its next step before the last one is waited for.
     """
     self.settle()
     self._pending = step, report
@@ -81,11 +81,11 @@ class MetricsLog:
     self._board.flush()
 
   def restart_clock(self) -> None:
-    """Leaves what was done since the last step out of the next one's time."""
+    """Keeps the time since the last step out of the next step's."""
     self._clock = time.perf_counter()
 
   def close(self) -> None:
-    """Closes the files; what a full disk refuses now was reported before."""
+    """Closes the files; a full disk was reported by an earlier write."""
     self._progress.close()
     for part in (self._file, self._board):
       with contextlib.suppress(OSError):
@@ -150,31 +150,32 @@ def per_layer(collection: Any) -> np.ndarray:
   return np.asarray(collection)
 
 
-def duality_gap(expert_bias: Any, load: Any) -> jax.Array:
-  """`[]` float32: the duality gap per assignment, the mean over layers.
+def complementary_slackness(expert_bias: Any, load: Any) -> jax.Array:
+  """`[]` float32: `|b . (load - L)|` per assignment, the mean over layers.
 
-  From the load alone, so for every step; its size says how far biases and loads
-  are from those of an optimum, its sign nothing that a log needs.
+  It is 0 if every expert gets L assignments, as at an optimum. It needs no scores,
+  so every step can log it.
   """
-  gaps = [
-    jnp.abs(assignment.duality_gap(b, x)) / jnp.sum(x, axis=-1)
+  residuals = [
+    jnp.abs(assignment.complementary_slackness(b, x)) / jnp.sum(x, axis=-1)
     for b, x in zip(
       jax.tree.leaves(expert_bias), jax.tree.leaves(load), strict=True
     )
   ]
-  return jnp.mean(jnp.stack(gaps))
+  return jnp.mean(jnp.stack(residuals))
 
 
 def gap(scores: np.ndarray, expert_bias: np.ndarray, top_k: int) -> float:
-  """How far the dual value of the biases is above the best, relative to it.
+  """How far the dual value of the biases is above the least, relative to it.
 
   Args:
     scores: `[Lyr, T, E]`, of a batch.
-    expert_bias: `[Lyr, E]`, what it is routed by.
+    expert_bias: `[Lyr, E]`, the biases that the batch is routed by.
     top_k: K.
 
   Returns:
-    The mean over layers; 0 if every layer's routes are the best balanced ones.
+    The mean over layers, at least 0; it is 0 if no other biases have a lower
+    dual value.
   """
   gaps = []
   for layer, bias in zip(scores, expert_bias, strict=True):

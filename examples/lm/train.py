@@ -1,16 +1,20 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Trains a byte-level language model with balanced Mixture-of-Experts layers.
 
-By default on the source of Python's own library, on whatever device JAX finds; on
-two CPU cores it takes about three minutes. In --out it leaves checkpoints, from
-which the same command continues, bit for bit; metrics.jsonl and TensorBoard
-events; summary.json and figures.
+By default it reads the source of Python's own library and runs on whatever device
+JAX finds; on two CPU cores it takes about three minutes. In --out it leaves
+checkpoints, from which the same command continues, bit for bit; metrics.jsonl and
+TensorBoard events; summary.json and figures.
 
-  python examples/train_lm.py --rule=none --out=runs/unbalanced
+  python examples/lm/train.py --rule=none --out=runs/unbalanced
 
 Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint; the exit
-code is then 130 or 143. A second one ends it at once. An impossible setting or an
-unusable file exits with 2, a failed save with 1.
+code is then 130 or 143. A second signal ends it at once. An impossible setting or
+an unusable file exits with 2, a failed save with 1.
+
+On a host with several accelerators, --mesh=DATA,EXPERT shards the batch and the
+experts over them. This is one process; examples/minimal.py shows what a pod of
+several hosts needs.
 """
 
 import contextlib
@@ -20,17 +24,18 @@ import pathlib
 import signal
 import sys
 import threading
+import types
 from collections.abc import Iterator, Sequence
 from typing import Any, NoReturn
 
+import checkpoint as checkpoint_lib
+import config as config_lib
+import data as data_lib
 import jax
 import jax.numpy as jnp
-import lm_checkpoint
-import lm_config
-import lm_data
-import lm_model
-import lm_report
+import model as model_lib
 import numpy as np
+import report as report_lib
 from absl import app, flags, logging
 
 import jaxroute
@@ -52,17 +57,23 @@ class Trainer:
   Args:
     config: the settings.
     mesh: with the axes "data" and "expert", or None for one device.
+
+  Attributes:
+    init: `key -> TrainState`, the state at step 0.
+    shapes: what `init` returns, as `jax.ShapeDtypeStruct`s with shardings.
+    step: `(state, batch) -> (state, report)`; the state is donated.
+    evaluate: `(state, batch) -> report`, which changes nothing.
   """
 
-  def __init__(self, config: lm_config.Config, mesh: jax.sharding.Mesh | None):
+  def __init__(self, config: config_lib.Config, mesh: jax.sharding.Mesh | None):
     self._config = config
     self._mesh = mesh
     partition = None
     if mesh is not None:
       partition = jaxroute.Partition(token_axes=("data",), expert_axis="expert")
-    self._model = lm_model.Transformer(config, partition)
+    self._model = model_lib.Transformer(config, partition)
     self._rule, self._optimizer = config.make_rule(), config.make_optimizer()
-    loss_fn = lm_model.make_loss_fn(self._model, config.switch_weight or None)
+    loss_fn = model_lib.make_loss_fn(self._model, config.switch_weight or None)
     self._train_step = functools.partial(
       jaxroute.train_step,
       loss_fn=loss_fn,
@@ -70,19 +81,23 @@ class Trainer:
       rule=self._rule,
       micro_batches=config.micro_batches,
     )
-    out = None if mesh is None else (self._shardings(mesh), None)
-    self.step = jax.jit(self._step, donate_argnums=0, out_shardings=out)
+    shapes = jax.eval_shape(self._init, jax.random.key(0))
+    placed = model_lib.shardings(shapes, mesh)
+    self.shapes = jax.tree.map(
+      lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+      shapes,
+      placed,
+    )
+    self.init = jax.jit(self._init, out_shardings=placed)
+    self.step = jax.jit(
+      self._step, donate_argnums=0, out_shardings=(placed, None)
+    )
     self.evaluate = jax.jit(
       functools.partial(jaxroute.eval_step, loss_fn=loss_fn)
     )
     self._scores = jax.jit(
-      functools.partial(lm_model.router_scores, self._model)
+      functools.partial(model_lib.router_scores, self._model)
     )
-
-  def init(self) -> jaxroute.TrainState:
-    """The state at step 0."""
-    out = None if self._mesh is None else self._shardings(self._mesh)
-    return jax.jit(self._init, out_shardings=out)()
 
   def place(self, batch: np.ndarray) -> jax.Array:
     """A batch on the devices."""
@@ -91,35 +106,35 @@ class Trainer:
     return jax.device_put(batch, jax.NamedSharding(self._mesh, jax.P("data")))
 
   def scores(self, state: jaxroute.TrainState, batch: jax.Array) -> np.ndarray:
-    """`[Lyr, T, E]` float32: what the routers of a batch chose by, less the bias."""
+    """`[Lyr, T, E]` float32: the routers' scores of a batch, without the bias."""
     return jax.device_get(
       self._scores(state.params, state.router.expert_bias, batch)
     )
 
-  def _init(self):
+  def _init(self, key: jax.Array) -> jaxroute.TrainState:
     c = self._config
     variables = self._model.init(
-      jax.random.key(c.seed), jnp.zeros((c.batch_size, c.seq_len), jnp.int32)
+      key, jnp.zeros((c.batch_size, c.seq_len), jnp.int32)
     )
     router = jaxroute.linen.init_router_state(variables, self._rule)
     return jaxroute.init_train_state(
       variables["params"], router, self._optimizer
     )
 
-  def _step(self, state, batch):
-    before = state.router.expert_bias
+  def _step(
+    self, state: jaxroute.TrainState, batch: jax.Array
+  ) -> tuple[jaxroute.TrainState, dict[str, Any]]:
+    routed_by = state.router.expert_bias
     state, report = self._train_step(state, batch)
-    gap = lm_report.duality_gap(before, report["load"])
     return state, report | {
-      "duality_gap": gap,
+      "complementary_slackness": report_lib.complementary_slackness(
+        routed_by, report["load"]
+      ),
       "expert_bias": state.router.expert_bias,
     }
 
-  def _shardings(self, mesh):
-    return lm_model.shardings(jax.eval_shape(self._init), mesh)
 
-
-def train(config: lm_config.Config) -> dict[str, Any]:
+def train(config: config_lib.Config) -> dict[str, Any]:
   """Trains, or finishes a run that was stopped.
 
   Args:
@@ -134,44 +149,55 @@ def train(config: lm_config.Config) -> dict[str, Any]:
     Interrupted: after SIGINT or SIGTERM.
   """
   out = pathlib.Path(config.out)
-  corpus = lm_data.load(config)
+  corpus = data_lib.load(config)
   print(corpus.description)
   identity = config.identity() | {"data": corpus.sha256}
   with _mesh(config) as mesh, _stop_signal() as stop:
-    checkpoints = lm_checkpoint.Checkpoints(out, identity)
+    checkpoints = checkpoint_lib.Checkpoints(out, identity)
     if config.resume:
-      checkpoints.check_settings()
+      checkpoints.check()
     else:
       checkpoints.clear()
     trainer = Trainer(config, mesh)
-    state = checkpoints.restore(trainer.init())
-    with lm_checkpoint.saving("opening metrics", out):
-      log = lm_report.MetricsLog(config, checkpoints.last_step)
+    if checkpoints.last_step:
+      state = checkpoints.restore(trainer.shapes)
+    else:
+      state = trainer.init(jax.random.key(config.seed))
+    with checkpoint_lib.saving("opening metrics", out):
+      log = report_lib.MetricsLog(config, checkpoints.last_step)
     with contextlib.closing(log):
       _loop(config, corpus, trainer, state, checkpoints, log, stop)
-  summary = lm_report.summarize(log.rows, config.batch_size * config.seq_len)
-  with lm_checkpoint.saving("writing figures", out):
+  summary = report_lib.summarize(log.rows, config.batch_size * config.seq_len)
+  with checkpoint_lib.saving("writing figures", out):
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-    lm_report.write_figures(log.rows, out)
+    report_lib.write_figures(log.rows, out)
   return summary
 
 
-def _loop(config, corpus, trainer, state, checkpoints, log, stop) -> None:
-  """Steps, validations and saves from the last checkpoint to the end."""
+def _loop(
+  config: config_lib.Config,
+  corpus: data_lib.Corpus,
+  trainer: Trainer,
+  state: jaxroute.TrainState,
+  checkpoints: checkpoint_lib.Checkpoints,
+  log: report_lib.MetricsLog,
+  stop: "_Stop",
+) -> None:
+  """Steps, validates and saves, from the last checkpoint to the end."""
   out = pathlib.Path(config.out)
   place, validation = trainer.place, corpus.validation_batches(config)
   for step in range(checkpoints.last_step + 1, config.steps + 1):
     state, report = trainer.step(state, place(corpus.batch(config, step)))
     is_last = step == config.steps
-    with lm_checkpoint.saving("writing metrics", out):
+    with checkpoint_lib.saving("writing metrics", out):
       log.add_step(step, report)
       if is_last or step % config.eval_every == 0:
         log.settle()
         reports = [trainer.evaluate(state, b) for b in map(place, validation)]
-        row = lm_report.validation_row(step, jax.device_get(reports))
+        row = report_lib.validation_row(step, jax.device_get(reports))
         scores = trainer.scores(state, place(validation[0]))
-        bias = lm_report.per_layer(jax.device_get(state.router.expert_bias))
-        row["gap"] = lm_report.gap(scores, bias, config.top_k)
+        bias = report_lib.per_layer(jax.device_get(state.router.expert_bias))
+        row["gap"] = report_lib.gap(scores, bias, config.top_k)
         log.add(row)
       if is_last or step % config.save_every == 0 or stop.number:
         log.sync()
@@ -181,22 +207,22 @@ def _loop(config, corpus, trainer, state, checkpoints, log, stop) -> None:
       raise Interrupted(stop.number, step, out)
   if config.save_scores:
     scores = [trainer.scores(state, b) for b in map(place, validation)]
-    with lm_checkpoint.saving("writing scores", out):
+    with checkpoint_lib.saving("writing scores", out):
       np.savez(
         out / "scores.npz",
         scores=np.concatenate(scores, axis=1),
-        expert_bias=lm_report.per_layer(state.router.expert_bias),
+        expert_bias=report_lib.per_layer(state.router.expert_bias),
         top_k=config.top_k,
       )
 
 
 @contextlib.contextmanager
-def _mesh(config: lm_config.Config) -> Iterator[jax.sharding.Mesh | None]:
+def _mesh(config: config_lib.Config) -> Iterator[jax.sharding.Mesh | None]:
   """Puts the mesh of --mesh in force; None for one device."""
   shape = config.mesh_shape
   count = shape[0] * shape[1]
   if count > jax.device_count():
-    raise lm_config.SetupError(
+    raise config_lib.SetupError(
       f"--mesh={config.mesh} needs {count} devices, found {jax.device_count()}."
       " On CPU, set XLA_FLAGS=--xla_force_host_platform_device_count="
       f"{count} to try it."
@@ -222,14 +248,14 @@ class _Stop:
 
 @contextlib.contextmanager
 def _stop_signal() -> Iterator[_Stop]:
-  """Notes the first SIGINT or SIGTERM; the second acts as by default."""
+  """Notes the first SIGINT or SIGTERM; a second one has its default effect."""
   stop = _Stop()
   default = {
     signal.SIGINT: signal.default_int_handler,
     signal.SIGTERM: signal.SIG_DFL,
   }
 
-  def note(number, frame):
+  def note(number: int, frame: types.FrameType | None) -> None:
     del frame
     stop.number = number
     for each, handler in default.items():
@@ -249,29 +275,29 @@ def _stop_signal() -> Iterator[_Stop]:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"expected flags only, got {argv[1:]}.")
-  # Informational lines of JAX and Orbax would break the bar.
+  # JAX and Orbax would log in the middle of the progress bar.
   logging.set_verbosity(logging.WARNING)
   try:
-    config = lm_config.from_flags()
+    config = config_lib.from_flags()
     summary = train(config)
-  except lm_config.SetupError as error:
+  except config_lib.SetupError as error:
     _exit(2, str(error))
-  except lm_checkpoint.SaveError as error:
+  except checkpoint_lib.SaveError as error:
     _exit(1, str(error))
   except Interrupted as error:
     _exit(error.exit_code, f"{error}; the same command continues from there.")
   except KeyboardInterrupt:
     _exit(128 + signal.SIGINT, "aborted; the last checkpoint is intact.")
-  print(lm_report.table(summary))
+  print(report_lib.table(summary))
   print(f"Figures, metrics and checkpoints: {config.out}")
 
 
 def _exit(code: int, message: str) -> NoReturn:
-  print(f"train_lm.py: {message}", file=sys.stderr)
+  print(f"train.py: {message}", file=sys.stderr)
   sys.exit(code)
 
 
 if __name__ == "__main__":
-  lm_config.define_flags()
-  flags.adopt_module_key_flags(lm_config)
+  config_lib.define_flags()
+  flags.adopt_module_key_flags(config_lib)
   app.run(main)

@@ -70,9 +70,7 @@ def combine(
     return _combine(*mesh.vary_alike((rows, weights, permutation)))
 
 
-def _slots(
-  permutation: Permutation, t: int
-) -> tuple[jax.Array, jax.Array]:
+def _slots(permutation: Permutation, t: int) -> tuple[jax.Array, jax.Array]:
   """Row of every assignment `[T, K]`, and which are in a group."""
   slots = permutation.inverse_permutation.reshape(t, -1)
   kept = slots < jnp.sum(permutation.group_sizes)
@@ -84,16 +82,20 @@ def _take(x: jax.Array, idx: jax.Array) -> jax.Array:
 
 
 @jax.custom_vjp
-def _dispatch(x, permutation):
+def _dispatch(x: jax.Array, permutation: Permutation) -> jax.Array:
   n, t = permutation.permutation.shape[0], x.shape[0]
   return _take(x, permutation.permutation // max(n // max(t, 1), 1))
 
 
-def _dispatch_fwd(x, permutation):
+def _dispatch_fwd(
+  x: jax.Array, permutation: Permutation
+) -> tuple[jax.Array, tuple[Permutation, jax.Array]]:
   return _dispatch(x, permutation), (permutation, x[:, :0])
 
 
-def _dispatch_bwd(residuals, d_rows):
+def _dispatch_bwd(
+  residuals: tuple[Permutation, jax.Array], d_rows: jax.Array
+) -> tuple[jax.Array, None]:
   permutation, like = residuals
   t, n = like.shape[0], d_rows.shape[0]
   if n == 0:
@@ -110,7 +112,9 @@ _dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
 
 
 @jax.custom_vjp
-def _combine(rows, weights, permutation):
+def _combine(
+  rows: jax.Array, weights: jax.Array, permutation: Permutation
+) -> jax.Array:
   t, k = weights.shape
   total = jnp.zeros((t, rows.shape[1]), jnp.float32)
   if rows.shape[0] == 0:
@@ -124,11 +128,15 @@ def _combine(rows, weights, permutation):
   return total.astype(rows.dtype)
 
 
-def _combine_fwd(rows, weights, permutation):
+def _combine_fwd(
+  rows: jax.Array, weights: jax.Array, permutation: Permutation
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Permutation]]:
   return _combine(rows, weights, permutation), (rows, weights, permutation)
 
 
-def _combine_bwd(residuals, d_out):
+def _combine_bwd(
+  residuals: tuple[jax.Array, jax.Array, Permutation], d_out: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
   rows, weights, permutation = residuals
   t, k = weights.shape
   if rows.shape[0] == 0:

@@ -62,7 +62,8 @@ def sort_pairs(
   """
   bits = max(minors - 1, 0).bit_length()
   if bits + max(majors - 1, 0).bit_length() > 32:
-    return jax.lax.sort((major, minor), num_keys=2, is_stable=False)
+    major, minor = jax.lax.sort((major, minor), num_keys=2, is_stable=False)
+    return major, minor
   word = (major.astype(jnp.uint32) << bits) | minor.astype(jnp.uint32)
   word = jax.lax.sort(word, is_stable=False)
   minor = word & np.uint32((1 << bits) - 1)
@@ -107,5 +108,3 @@ def _counting_sort(
     )
   )
   return permutation, inverse
-
-

@@ -3,7 +3,6 @@
 
 from jaxroute.dual import solvers
 from jaxroute.dual.quantile import quantile, quantile_bias
-from jaxroute.dual.solve import Solution, solve
 from jaxroute.dual.rules import (
   PidState,
   TripleMomentumState,
@@ -15,6 +14,7 @@ from jaxroute.dual.rules import (
   triple_momentum,
 )
 from jaxroute.dual.schedules import inverse, inverse_sqrt
+from jaxroute.dual.solve import Solution, solve
 
 __all__ = [
   "PidState",

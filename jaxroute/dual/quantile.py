@@ -1,12 +1,14 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Quantile balancing: the bias that is best while the cutoffs stay, no step size.
+"""Quantile balancing: at the current cutoffs each bias goes to its best value.
 
-Where the tokens' cutoffs stay, the dual function of one expert's bias has its
-minimum at the quantile of `cutoff - score` with T K / E tokens below it. A step of
-this rule goes there, for all experts at once.
+While the tokens' cutoffs are held, the dual function of one expert's bias has
+its minimum at the quantile of `cutoff - score`, the token's price for that
+expert, with T K / E tokens below it. A step of this rule goes there, for all
+experts at once. It has no step size.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,22 +21,24 @@ from jaxroute.routing import bias_histogram, float_keys
 def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
   """Quantile balancing, from histograms that add up over devices.
 
-  `bias = ema * bias + (1 - ema) * (found - mean(found))`, where `found[e]` is the
-  price of the token of rank `floor(T K / E) + 1`, as near as a histogram tells. It
-  tells the sign of `found - bias` for sure and the size within a factor of 8 (where
-  both are below 2^-16, a difference below 2^-15); between the edges of a bin it
-  takes prices for evenly spread, which is mostly much closer, and the next step
-  sees the rest through finer bins. Steps end at 32.
+  `bias = ema * bias + (1 - ema) * (target - mean(target))`, where `target[e]`
+  is the `floor(T K / E) + 1`-th smallest price of expert e, as near as a
+  histogram tells. The histogram determines the sign of `target - bias` exactly
+  and its size within a factor of 8 (if the size is below 2^-16, to 2^-15).
+  Within a bin prices are taken to be evenly spread, which is mostly much
+  closer, and the next step sees the rest through finer bins. No step is larger
+  than 32.
 
   An expert that fewer tokens can choose (the others' logits are -inf, or group
-  limits exclude it) goes to the largest price of those; one that none can choose,
-  or a batch without a token, stays.
+  limits exclude it) goes to the largest price of those. An expert that no token
+  can choose stays, and so do all in a batch without a token.
 
   Args:
     ema: share of the bias that stays, in `[0, 1)`.
 
   Returns:
-    A rule for a `RouterState` with histograms. It does not look at the violation.
+    A rule for a `RouterState` with histograms. It does not look at the
+    violation.
 
   Raises:
     ValueError: if `ema` is out of range; in `update`, without a histogram.
@@ -57,14 +61,20 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
   if not 0 <= ema < 1:
     raise ValueError(f"`ema` must be in [0, 1), got {ema}.")
 
-  def init(params):
+  def init(params: optax.Params) -> optax.EmptyState:
     del params
     return optax.EmptyState()
 
   def update(
-    updates, state, params=None, *, load=None, histogram=None, **extra
-  ):
-    del updates, extra
+    updates: optax.Updates,
+    state: optax.EmptyState,
+    params: optax.Params | None = None,
+    *,
+    load: types.PyTree = None,
+    histogram: types.PyTree = None,
+    **extra_args: Any,
+  ) -> tuple[optax.Updates, optax.EmptyState]:
+    del updates, extra_args
     if histogram is None or params is None:
       raise ValueError(
         "`dual.quantile` needs a histogram, got None. Set `histogram=True` in"
@@ -72,11 +82,13 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
         " `jaxroute.update`."
       )
 
-    def increment(bias, load, histogram):
-      found = bias + _step(load, histogram)
-      found = found - jnp.mean(found, axis=-1, keepdims=True)
-      counted = jnp.any(load > 0, axis=-1, keepdims=True)
-      return jnp.where(counted, (1.0 - ema) * (found - bias), 0.0)
+    def increment(
+      bias: jax.Array, load: jax.Array, histogram: jax.Array
+    ) -> jax.Array:
+      target = bias + histogram_quantile(load, histogram)
+      target = target - jnp.mean(target, axis=-1, keepdims=True)
+      has_tokens = jnp.any(load > 0, axis=-1, keepdims=True)
+      return jnp.where(has_tokens, (1.0 - ema) * (target - bias), 0.0)
 
     return jax.tree.map(increment, params, load, histogram), state
 
@@ -89,10 +101,11 @@ def quantile_bias(
   top_k: int,
   token_mask: jax.Array | None = None,
 ) -> jax.Array:
-  """A step of quantile balancing from the scores themselves, on one device.
+  """The bias after an exact step of quantile balancing, from the scores.
 
-  It sees the batch: to route the same batch with the result leaks later tokens
-  into the routes of earlier ones. For training there is `quantile`.
+  It sees the batch, on one device: to route the same batch with the result
+  leaks later tokens into the routes of earlier ones. For training there is
+  `quantile`.
 
   Args:
     scores: `[T, E]` float32, no bias; -inf forbids an expert. Where the bias is
@@ -102,9 +115,9 @@ def quantile_bias(
     token_mask: `[T]` bool. False marks padding.
 
   Returns:
-    `[E]` float32 of mean 0: `found - mean(found)`, where `found[e]` is the
-    `floor(T K / E) + 1`-th smallest of `cutoff - scores[:, e]`. An expert is left
-    where it is, or taken to the largest of these, as by `quantile`.
+    `[E]` float32 of mean 0: `target - mean(target)`, where `target[e]` is the
+    `floor(T K / E) + 1`-th smallest of `cutoff - scores[:, e]`. Experts that
+    fewer tokens can choose are treated as by `quantile`.
 
   Raises:
     ValueError: if a shape or dtype does not fit.
@@ -114,8 +127,8 @@ def quantile_bias(
   """
   config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
   routes = routing.route(scores, expert_bias, config, token_mask)
-  found = quantile_prices(scores, expert_bias, routes)
-  return found - jnp.mean(found)
+  target = quantile_prices(scores, expert_bias, routes)
+  return target - jnp.mean(target)
 
 
 def quantile_prices(
@@ -129,20 +142,21 @@ def quantile_prices(
   Args:
     scores: `[T, E]` float32.
     expert_bias: `[E]` float32.
-    routes: of these scores and this bias.
-    lowest_cutoff: smaller cutoffs count as this one.
+    routes: what `jaxroute.route` chose for these scores and this bias.
+    lowest_cutoff: cutoffs below it are raised to it.
 
   Returns:
     `[E]` float32; `expert_bias` where there is no finite price.
   """
-  counted = routes.token_mask[:, None] & (scores > -jnp.inf)
+  can_choose = routes.token_mask[:, None] & (scores > -jnp.inf)
   cutoff = jnp.maximum(routes.cutoff, lowest_cutoff)
-  price = jnp.where(counted, cutoff[:, None] - scores, jnp.inf)
+  price = jnp.where(can_choose, cutoff[:, None] - scores, jnp.inf)
   mean, _ = metrics.mean_load(routes.load)
   rank = jnp.minimum(mean, jnp.sum(price < jnp.inf, axis=0) - 1)
-  found = order_statistic(price, rank)
-  # -inf: chosen whatever the bias.
-  return jnp.where(jnp.isfinite(found) & (rank >= 0), found, expert_bias)
+  target = order_statistic(price, rank)
+  # A price of -inf is that of a token which chooses the expert whatever the
+  # bias.
+  return jnp.where(jnp.isfinite(target) & (rank >= 0), target, expert_bias)
 
 
 def order_statistic(x: jax.Array, rank: jax.Array) -> jax.Array:
@@ -157,34 +171,43 @@ def order_statistic(x: jax.Array, rank: jax.Array) -> jax.Array:
   """
   keys = float_keys.to_keys(x)
 
-  def add_bit(i, low):
-    # From the lowest int32 up: the first bit is the sign's, so it wraps to 0.
+  def add_bit(i: jax.Array, low: jax.Array) -> jax.Array:
+    # The search starts at the lowest int32: adding the sign bit wraps it to 0.
     candidate = low + jnp.left_shift(jnp.int32(1), 31 - i)
-    below = jnp.sum((keys < candidate[None]).astype(jnp.int32), axis=0)
-    return jnp.where(below <= rank, candidate, low)
+    num_below = jnp.sum((keys < candidate[None]).astype(jnp.int32), axis=0)
+    return jnp.where(num_below <= rank, candidate, low)
 
   lowest = jnp.full(x.shape[1:], jnp.iinfo(jnp.int32).min)
-  found = jax.lax.fori_loop(0, 32, add_bit, lowest)
-  return float_keys.from_keys(found)
+  key_of_rank = jax.lax.fori_loop(0, 32, add_bit, lowest)
+  return float_keys.from_keys(key_of_rank)
 
 
-def _step(load, histogram):
-  """`[..., E]` float32: the distance of rank T K / E, read off a histogram."""
-  up_to = jnp.cumsum(histogram, axis=-1)
-  counted = up_to[..., -1]
+def histogram_quantile(load: jax.Array, histogram: jax.Array) -> jax.Array:
+  """The distance of rank T K / E of every expert, read off a histogram.
+
+  Args:
+    load: `[..., E]` int32. Assignments per expert, summed over all devices.
+    histogram: `[..., E, 16]` int32. As in `Counts`.
+
+  Returns:
+    `[..., E]` float32; 0 for experts that no token can choose.
+  """
+  num_up_to = jnp.cumsum(histogram, axis=-1)
+  num_tokens = num_up_to[..., -1]
   mean, _ = metrics.mean_load(load)
-  rank = jnp.minimum(mean, counted - 1)
-  found = jnp.sum(up_to <= rank[..., None], axis=-1)
-  found = jnp.minimum(found, bias_histogram.BINS - 1)
+  rank = jnp.minimum(mean, num_tokens - 1)
+  bin_of_rank = jnp.sum(num_up_to <= rank[..., None], axis=-1)
+  bin_of_rank = jnp.minimum(bin_of_rank, bias_histogram.BINS - 1)
 
-  def at_found(x):
-    return jnp.take_along_axis(x, found[..., None], axis=-1)[..., 0]
+  def at_bin(x: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(x, bin_of_rank[..., None], axis=-1)[..., 0]
 
-  within = at_found(histogram)
-  before = (rank - (at_found(up_to) - within)).astype(jnp.float32)
-  share = (before + 0.5) / jnp.maximum(within, 1).astype(jnp.float32)
-  low, high = (
-    jnp.asarray(edges)[found]
-    for edges in (bias_histogram.EDGES[:-1], bias_histogram.EDGES[1:])
-  )
-  return jnp.where(counted > 0, low + share * (high - low), 0.0)
+  num_in_bin = at_bin(histogram)
+  num_before = rank - (at_bin(num_up_to) - num_in_bin)
+  # The n tokens of a bin are taken to lie in the middles of n equal parts of
+  # it.
+  share = num_before.astype(jnp.float32) + 0.5
+  share /= jnp.maximum(num_in_bin, 1).astype(jnp.float32)
+  low = jnp.asarray(bias_histogram.EDGES[:-1])[bin_of_rank]
+  high = jnp.asarray(bias_histogram.EDGES[1:])[bin_of_rank]
+  return jnp.where(num_tokens > 0, low + share * (high - low), 0.0)

@@ -2,10 +2,10 @@
 """Published balancing rules as optax transformations.
 
 The dual function of the balanced assignment problem has the subgradient
-`load - mean`; `jaxroute.metrics.violation` is that, over the mean. A rule maps it
-to what is added to the bias, exactly as an optimizer maps a gradient to what is
-added to a parameter, so every optax transformation is a rule and these compose
-with it. They work on any pytree of `[..., E]` arrays, experts last.
+`load - mean`; `jaxroute.metrics.violation` is that divided by the mean. A rule
+maps it to what is added to the bias, exactly as an optimizer maps a gradient to
+what is added to a parameter. So every optax transformation is a rule, and
+composes with these. They work on any pytree of `[..., E]` arrays, experts last.
 """
 
 from typing import NamedTuple
@@ -25,8 +25,8 @@ def sign(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
       scores.
 
   Returns:
-    A rule. Every step of it has size 0 or u; it is not zero-sum: chain
-    `center()` after it for that.
+    A rule. Each of its steps has size 0 or u. Their sum over experts is not 0:
+    chain `center()` after it if that matters.
 
   Raises:
     ValueError: if `rate` is negative or not finite.
@@ -44,10 +44,11 @@ def sign(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 
 def proportional(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
-  """Dual gradient step: `bias += rate * (mean - load) / mean`.
+  """The dual gradient step: `bias += rate * (mean - load) / mean`.
 
-  The common step on the dual is `rate / mean`, so the update sums to zero. It
-  oscillates when the step times the largest curvature of the dual exceeds 2.
+  All experts share the step size `rate / mean` on the dual, so the update sums
+  to zero. It oscillates if `rate / mean` times the largest curvature of the
+  dual exceeds 2.
 
   Args:
     rate: a number of at least 0 or a schedule.
@@ -65,10 +66,10 @@ def proportional(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
 
 
 def center() -> optax.GradientTransformation:
-  """Subtracts the mean over experts: the zero-sum part of an update.
+  """Subtracts from an update its mean over the experts of each layer.
 
-  Selection does not see a common offset of the bias; without this, rules such as
-  `sign` let it drift.
+  Selection does not see a common offset of the bias. Without centring, rules
+  such as `sign` let it drift.
 
   Returns:
     A stateless transformation, to be chained before or after others.
@@ -80,7 +81,9 @@ def center() -> optax.GradientTransformation:
     Array([-1.5,  0.5,  0.5,  0.5], dtype=float32)
   """
 
-  def subtract_mean(updates, params=None):
+  def subtract_mean(
+    updates: optax.Updates, params: optax.Params | None = None
+  ) -> optax.Updates:
     del params
     return jax.tree.map(
       lambda u: u - jnp.mean(u, axis=-1, keepdims=True), updates
@@ -94,16 +97,17 @@ def smebu(
 ) -> optax.GradientTransformation:
   """Soft-clamped, centred steps with momentum (SMEBU).
 
-  With `v = -violation`: `d = rate * tanh(kappa * v)`, less its mean over experts;
-  `m = beta * m + (1 - beta) * d`; `bias += m`.
+  With `v = -violation` and `d = rate * tanh(kappa * v)`:
+  `m = beta * m + (1 - beta) * (d - mean(d))`, where the mean is over experts,
+  and `bias += m`.
 
   Args:
     rate: lambda, the largest step; a number of at least 0 or a schedule.
     beta: momentum, in `[0, 1)`.
-    kappa: how soon a violation saturates; positive.
+    kappa: positive; the larger, the smaller the violation that saturates.
 
   Returns:
-    A rule. `beta = 0` and a large `kappa` give `sign`, centred.
+    A rule. With `beta = 0` and a large `kappa` it is `sign`, centred.
 
   Raises:
     ValueError: if an argument is out of range.
@@ -116,7 +120,9 @@ def smebu(
   if not kappa > 0:
     raise ValueError(f"`kappa` must be positive, got {kappa}.")
 
-  def clamp(updates, params=None):
+  def clamp(
+    updates: optax.Updates, params: optax.Params | None = None
+  ) -> optax.Updates:
     del params
     return jax.tree.map(lambda v: jnp.tanh(kappa * v), updates)
 
@@ -167,14 +173,18 @@ def pid(
   schedules.check_rate("integral", integral)
   schedules.check_rate("derivative", derivative)
 
-  def init(params):
+  def init(params: optax.Params) -> PidState:
     zeros = optax.tree.zeros_like
     return PidState(integral=zeros(params), previous=zeros(params))
 
-  def increment(v, total, before):
+  def increment(v: jax.Array, total: jax.Array, before: jax.Array) -> jax.Array:
     return -(proportional * v + integral * total + derivative * (v - before))
 
-  def update(updates, state, params=None):
+  def update(
+    updates: optax.Updates,
+    state: PidState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, PidState]:
     del params
     total = jax.tree.map(jnp.add, state.integral, updates)
     increments = jax.tree.map(increment, updates, total, state.previous)
@@ -187,8 +197,9 @@ class TripleMomentumState(NamedTuple):
   """State of `triple_momentum`.
 
   Attributes:
-    offset: like the bias. The point of the momentum less the point of the gradient.
-    velocity: like the bias. The last change of the former.
+    offset: like the bias. How far the bias, where the gradient is taken, is
+      ahead of the point that the momentum moves.
+    velocity: like the bias. The last move of that point.
   """
 
   offset: optax.Updates
@@ -198,13 +209,14 @@ class TripleMomentumState(NamedTuple):
 def triple_momentum(
   rate: float, condition: float
 ) -> optax.GradientTransformation:
-  """The triple momentum method: the fastest fixed-step method known for its class.
+  """Triple momentum: the fastest fixed-step method known for its class.
 
-  Of a function with curvatures between `m` and `condition * m`; `rate` is the
-  inverse of the largest. With `r = 1 - 1 / sqrt(condition)`: the points x move by
-  `x += b * v - (1 + r) rate g`, where `v` is the last move, `b = r^2 / (2 - r)`,
-  and the gradient g is taken at, and the result moves to, `x + c * v`, with
-  `c = r^2 / ((1 + r) (2 - r))` and v the new move.
+  The class is that of functions with curvatures between `m` and
+  `condition * m`; `rate` is the inverse of the largest. With
+  `r = 1 - 1 / sqrt(condition)`, a point x makes the moves
+  `v = b * v_before - (1 + r) * rate * g`, where `b = r^2 / (2 - r)`. The bias
+  is `x + c * v` with `c = r^2 / ((1 + r) (2 - r))`, and g is the gradient
+  there.
 
   Args:
     rate: a number of at least 0.
@@ -229,16 +241,20 @@ def triple_momentum(
   beta = r**2 / (2 - r)
   gamma = r**2 / ((1 + r) * (2 - r))
 
-  def init(params):
+  def init(params: optax.Params) -> TripleMomentumState:
     zeros = optax.tree.zeros_like
     return TripleMomentumState(offset=zeros(params), velocity=zeros(params))
 
-  def update(updates, state, params=None):
+  def update(
+    updates: optax.Updates,
+    state: TripleMomentumState,
+    params: optax.Params | None = None,
+  ) -> tuple[optax.Updates, TripleMomentumState]:
     del params
     velocity = jax.tree.map(
       lambda v, g: beta * v - (1 + r) * rate * g, state.velocity, updates
     )
-    # What is updated lies `gamma * velocity` ahead of the point.
+    # The bias lies `gamma * velocity` ahead of the point.
     moves = jax.tree.map(lambda v, o: v + gamma * v - o, velocity, state.offset)
     offset = jax.tree.map(lambda v: gamma * v, velocity)
     return moves, TripleMomentumState(offset=offset, velocity=velocity)
@@ -247,6 +263,7 @@ def triple_momentum(
 
 
 def _descend(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
+  """Multiplies by minus the rate, a checked number or a schedule."""
   if not callable(rate):
     schedules.check_rate("rate", rate)
   return optax.scale_by_learning_rate(rate)

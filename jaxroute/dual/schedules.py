@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Step sizes of the dual ascent that shrink with the number of updates n.
+"""Step sizes of the dual descent that shrink with the number of updates n.
 
 A constant step ends in a limit cycle about as wide as the step; a shrinking one
 lets the bias settle.
@@ -46,8 +46,8 @@ def inverse_sqrt(rate: float) -> optax.Schedule:
 def inverse(rate: float) -> optax.Schedule:
   """`rate / n` at the n-th update, n = 1, 2, ...
 
-  The total travel is only `rate * ln N` after N updates: a rate that is too
-  small stalls before balance.
+  N updates move the bias by about `rate * ln N` in all: if the rate is too
+  small, it stalls before balance.
 
   Args:
     rate: u, the size of the first step; at least 0.

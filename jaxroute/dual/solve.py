@@ -1,8 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The dual of one batch, solved to a tolerance that a balanced assignment proves."""
+"""Solves the dual of one batch to a tolerance that balanced routes prove."""
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,10 +22,11 @@ class Solution:
     dual_value: `[]` float32. g of it: at least the optimum.
     primal_value: `[]` float32. The value of a balanced assignment: at most the
       optimum. -inf if none was found.
-    dual_values: `[N]` float32. g of the bias of every iteration, the first that of
-      the start; NaN after the last.
+    dual_values: `[N]` float32. g of the bias of every iteration, the first that
+      of the start; NaN after the last.
     iterations: `[]` int32. Iterations done.
-    converged: `[]` bool. Whether the gap of `expert_bias` is within the tolerance.
+    converged: `[]` bool. Whether the gap of `expert_bias` is within the
+      tolerance.
   """
 
   expert_bias: jax.Array
@@ -38,8 +40,8 @@ class Solution:
   def gap(self) -> jax.Array:
     """`[N]` float32: the relative duality gap of every iteration, NaN after.
 
-    That is `(g - primal_value) / |primal_value|`, at least how far g is above the
-    optimum.
+    That is `(g - primal_value) / |primal_value|`, which is at least the
+    distance of g from the optimum, relative to it.
     """
     return _relative(self.dual_values, self.primal_value)
 
@@ -56,33 +58,34 @@ def solve(
 ) -> Solution:
   """A bias for one batch whose routes are as good as balanced ones can be.
 
-  It sees the batch: to route the same batch by the result leaks later tokens into
-  the routes of earlier ones. It is for analysis, for a start, and for routers that
-  may look ahead. Jitted; `jaxroute.assignment.solve` gives the exact optimum, on
-  the host.
+  It sees the batch: to route the same batch by the result leaks later tokens
+  into the routes of earlier ones. Use it for analysis, to initialise a bias,
+  and for routers that may look ahead. Jitted; `jaxroute.assignment.solve` gives
+  the exact optimum, on the host.
 
-  After 1, 2, 4, 8 ... iterations, and after the last, the best bias is rounded to a
-  balanced assignment (`jaxroute.assignment.repair`), which costs about as much as
-  ten iterations and bounds the optimum from below.
+  After 1, 2, 4, 8 ... iterations, and after the last, the best bias is rounded
+  to a balanced assignment (`jaxroute.assignment.round_to_balanced`). That costs
+  about as much as ten iterations and bounds the optimum from below.
 
   Args:
     scores: `[T, E]` float32, no bias; -inf forbids an expert. Where the bias is
       added to logits, pass those.
     top_k: K; static.
-    solver: from `jaxroute.dual.solvers`; static. None for `bundle()`, which needs
-      no rate and stops nowhere short of the optimum; `alternating_quantiles()` is
-      faster to a gap of 1e-3.
+    solver: from `jaxroute.dual.solvers`; static. None for `bundle()`, which
+      needs no rate and stops nowhere short of the optimum;
+      `alternating_quantiles()` is faster to a gap of 1e-3.
     token_mask: `[T]` bool. False marks padding.
     expert_bias: `[E]` float32. Where to start; None for 0.
     tolerance: relative duality gap to stop at; 0 goes on until it rounds to 0.
     max_iterations: N; static.
 
   Returns:
-    A `Solution`. Look at `converged`: a solver that stops short, scores with NaN
-    or no balanced assignment leave it False, and what is NaN stays NaN.
+    A `Solution`. Look at `converged`: a solver that stops short, scores with
+    NaN or no balanced assignment leave it False, and what is NaN stays NaN.
 
   Raises:
-    ValueError: if a shape or dtype does not fit, or an argument is out of range.
+    ValueError: if a shape or dtype does not fit, or an argument is out of
+      range.
 
   Example:
     >>> scores = jnp.array([[0.75, 0.25], [0.75, 0.5]])
@@ -99,101 +102,171 @@ def solve(
   solver = solver or solvers.bundle()
   if expert_bias is None:
     expert_bias = jnp.zeros(scores.shape[-1:], jnp.float32)
-  return _solve(
+  return _solve_guarded(
     scores, expert_bias, token_mask, tolerance, top_k, solver, max_iterations
   )
+
+
+class Progress(NamedTuple):
+  """What one iteration hands to the next.
+
+  Attributes:
+    bias: `[E]` float32. The bias to try.
+    solver_state: of the solver.
+    best_bias: `[E]` float32. The bias with the smallest dual value so far.
+    best_value: `[]` float32. That dual value.
+    primal_value: `[]` float32. The best balanced assignment so far; -inf if
+      none.
+    dual_values: `[N]` float32. As in `Solution`.
+    iteration: `[]` int32. Iterations done.
+    converged: `[]` bool. Whether the last check proved the tolerance.
+  """
+
+  bias: jax.Array
+  solver_state: Any
+  best_bias: jax.Array
+  best_value: jax.Array
+  primal_value: jax.Array
+  dual_values: jax.Array
+  iteration: jax.Array
+  converged: jax.Array
 
 
 @functools.partial(
   jax.jit, static_argnames=("top_k", "solver", "max_iterations")
 )
-def _solve(
-  scores, expert_bias, token_mask, tolerance, top_k, solver, max_iterations
-):
+def _solve_guarded(
+  scores: jax.Array,
+  expert_bias: jax.Array,
+  token_mask: jax.Array | None,
+  tolerance: jax.typing.ArrayLike,
+  top_k: int,
+  solver: solvers.Solver,
+  max_iterations: int,
+) -> Solution:
+  """`_solve`, and NaN for every number if a counted token has a NaN score."""
   config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
   routing.check_inputs(scores, expert_bias, config, token_mask)
-  # Routing passes a NaN by; here it has to show.
+  if token_mask is None:
+    token_mask = jnp.ones(scores.shape[:1], jnp.bool_)
   is_nan = jnp.isnan(scores)
-  if token_mask is not None:
-    is_nan &= token_mask[:, None]
-  broken = jnp.any(is_nan)
-  scores = jnp.where(jnp.isnan(scores), 0.0, scores)
+  is_broken = jnp.any(is_nan & token_mask[:, None])
+  # Routing lets no NaN win, so it would be hidden: solve without, and mark the
+  # result.
+  solution = _solve(
+    jnp.where(is_nan, 0.0, scores),
+    expert_bias,
+    token_mask,
+    tolerance,
+    config,
+    solver,
+    max_iterations,
+  )
+  return jax.tree.map(lambda x: _unless(is_broken, x), solution)
+
+
+def _unless(is_broken: jax.Array, x: jax.Array) -> jax.Array:
+  """`x`, or if broken NaN for a float and False for a bool; a count stays."""
+  if x.dtype == jnp.bool_:
+    return x & ~is_broken
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return jnp.where(is_broken, jnp.nan, x)
+  return x
+
+
+def _solve(
+  scores: jax.Array,
+  expert_bias: jax.Array,
+  token_mask: jax.Array,
+  tolerance: jax.typing.ArrayLike,
+  config: types.RouterConfig,
+  solver: solvers.Solver,
+  max_iterations: int,
+) -> Solution:
+  """Routes, and takes a step of the solver, until proven or out of steps."""
   problem = solvers.Problem(scores, _scale(scores, token_mask))
 
-  def iterate(carry):
-    bias, state, best, best_value, primal, values, n, _ = carry
-    routes = routing.route(scores, bias, config, token_mask)
-    value = _dual_value(scores, bias, routes)
-    better = value < best_value
-    best = jnp.where(better, bias, best)
-    best_value = jnp.where(better, value, best_value)
-    values = values.at[n].set(value)
-    n += 1
-    due = ((n & (n - 1)) == 0) | (n == max_iterations)
-    primal = jax.lax.cond(
-      due,
-      lambda: jnp.maximum(primal, best_value - loss_of_balance(best)),
-      lambda: primal,
+  def value_of_balanced(bias: jax.Array, dual_value: jax.Array) -> jax.Array:
+    return dual_value - assignment.duality_gap(
+      scores, bias, config.top_k, token_mask
     )
-    done = due & (_relative(best_value, primal) <= tolerance)
-    bias, state = solver.step(problem, state, bias, routes, value)
-    return bias, state, best, best_value, primal, values, n, done
 
-  def loss_of_balance(bias):
-    return assignment.repair(scores, bias, top_k, token_mask)[1]
+  def iterate(p: Progress) -> Progress:
+    routes = routing.route(scores, p.bias, config, token_mask)
+    value = _dual_value(scores, p.bias, routes)
+    is_better = value < p.best_value
+    best_bias = jnp.where(is_better, p.bias, p.best_bias)
+    best_value = jnp.where(is_better, value, p.best_value)
+    iteration = p.iteration + 1
+    is_check = _is_power_of_two(iteration) | (iteration == max_iterations)
+    primal_value = jax.lax.cond(
+      is_check,
+      lambda: jnp.maximum(
+        p.primal_value, value_of_balanced(best_bias, best_value)
+      ),
+      lambda: p.primal_value,
+    )
+    is_close = _relative(best_value, primal_value) <= tolerance
+    bias, solver_state = solver.step(
+      problem, p.solver_state, p.bias, routes, value
+    )
+    return Progress(
+      bias=bias,
+      solver_state=solver_state,
+      best_bias=best_bias,
+      best_value=best_value,
+      primal_value=primal_value,
+      dual_values=p.dual_values.at[p.iteration].set(value),
+      iteration=iteration,
+      converged=is_check & is_close,
+    )
 
-  def goes_on(carry):
-    *_, n, done = carry
-    return ~done & (n < max_iterations)
+  def goes_on(p: Progress) -> jax.Array:
+    return ~p.converged & (p.iteration < max_iterations)
 
-  start = (
-    expert_bias,
-    solver.init(problem, expert_bias),
-    expert_bias,
-    jnp.float32(jnp.inf),
-    jnp.float32(-jnp.inf),
-    jnp.full(max_iterations, jnp.nan, jnp.float32),
-    jnp.int32(0),
-    jnp.bool_(False),
+  start = Progress(
+    bias=expert_bias,
+    solver_state=solver.init(problem, expert_bias),
+    best_bias=expert_bias,
+    best_value=jnp.float32(jnp.inf),
+    primal_value=jnp.float32(-jnp.inf),
+    dual_values=jnp.full(max_iterations, jnp.nan, jnp.float32),
+    iteration=jnp.int32(0),
+    converged=jnp.bool_(False),
   )
-  _, _, best, best_value, primal, values, n, done = jax.lax.while_loop(
-    goes_on, iterate, start
-  )
-
-  def unless_broken(x):
-    return jnp.where(broken, jnp.nan, x)
-
+  end = jax.lax.while_loop(goes_on, iterate, start)
   return Solution(
-    expert_bias=unless_broken(best - jnp.mean(best)),
-    dual_value=unless_broken(best_value),
-    primal_value=unless_broken(primal),
-    dual_values=unless_broken(values),
-    iterations=n,
-    converged=done & ~broken,
+    expert_bias=end.best_bias - jnp.mean(end.best_bias),
+    dual_value=end.best_value,
+    primal_value=end.primal_value,
+    dual_values=end.dual_values,
+    iterations=end.iteration,
+    converged=end.converged,
   )
 
 
-def _dual_value(scores, bias, routes):
-  """g of the bias that the routes are of."""
-  chosen = jnp.take_along_axis(
+def _is_power_of_two(n: jax.Array) -> jax.Array:
+  """Whether a positive int32 has one bit set."""
+  return (n & (n - 1)) == 0
+
+
+def _dual_value(
+  scores: jax.Array, bias: jax.Array, routes: types.Routing
+) -> jax.Array:
+  """g of the bias, from its routes: the K largest are known from them."""
+  selected = jnp.take_along_axis(
     scores + bias[None], routes.expert_idx, axis=1, mode="promise_in_bounds"
   )
-  chosen = jnp.where(routes.token_mask[:, None], chosen, 0.0)
-  count = jnp.sum(routes.token_mask, dtype=jnp.float32)
-  top_k = routes.expert_idx.shape[1]
-  return jnp.sum(jnp.sum(chosen, axis=1)) - count * top_k * jnp.mean(bias)
+  return assignment.dual_value_of_choice(selected, bias, routes.token_mask)
 
 
-def _scale(scores, token_mask):
+def _scale(scores: jax.Array, token_mask: jax.Array) -> jax.Array:
   """Mean over tokens of the standard deviation of their finite scores."""
-  finite = jnp.isfinite(scores)
-  if token_mask is not None:
-    finite &= token_mask[:, None]
-  deviation = jnp.std(scores, axis=1, where=finite)
-  counted = jnp.any(finite, axis=1)
-  scale = jnp.mean(deviation, where=counted)
+  is_finite = jnp.isfinite(scores) & token_mask[:, None]
+  deviation = jnp.std(scores, axis=1, where=is_finite)
+  scale = jnp.mean(deviation, where=jnp.any(is_finite, axis=1))
   return jnp.where(scale > 0, scale, 1.0)
 
 
-def _relative(dual_value, primal_value):
+def _relative(dual_value: jax.Array, primal_value: jax.Array) -> jax.Array:
   return (dual_value - primal_value) / jnp.maximum(jnp.abs(primal_value), 1e-30)

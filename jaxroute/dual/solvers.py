@@ -1,10 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Methods for the dual of one batch, iteration by iteration; see `dual.solve`.
 
-Two calls with equal arguments return the same solver, which `jax.jit` then knows.
-All minimise, or stand in for, `g(b) = sum_i (K largest of scores[i] + b) - L sum b`
-with `L = T K / E`. A method is a pair of functions, like an optax transformation,
-but for it sees the scores and not only the violation.
+Two calls with equal arguments return the same solver, which `jax.jit` then
+knows. All minimise `g(b) = sum_i (K largest of scores[i] + b) - L sum b` with
+`L = T K / E`, or a stand-in for it. A method is a pair of functions, like an
+optax transformation, except that it sees the scores and not only the violation.
 """
 
 import functools
@@ -37,8 +37,10 @@ class Solver(NamedTuple):
 
   Attributes:
     init: `(problem, expert_bias) -> state`; `expert_bias` is `[E]` float32.
-    step: `(problem, state, expert_bias, routing, value) -> (expert_bias, state)`:
-      the next bias from the routes of this one and its dual value, `[]` float32.
+    step:
+      `(problem, state, expert_bias, routing, value) -> (expert_bias, state)`:
+      the next bias from the routes of this one and its dual value, `[]`
+      float32.
   """
 
   init: Callable[[Problem, jax.Array], Any]
@@ -49,13 +51,19 @@ class Solver(NamedTuple):
 
 @functools.cache
 def alternating_quantiles() -> Solver:
-  """Quantile balancing over and over: exact coordinate minimisation, no step size.
+  """Repeats quantile balancing: exact coordinate minimisation, no step size.
 
   References:
     Su, 2026, https://kexue.fm/archives/11619.
   """
 
-  def step(problem, state, expert_bias, routing, value):
+  def step(
+    problem: Problem,
+    state: Any,
+    expert_bias: jax.Array,
+    routing: types.Routing,
+    value: jax.Array,
+  ) -> tuple[jax.Array, Any]:
     del value
     found = quantile_prices(problem.scores, expert_bias, routing)
     return found - jnp.mean(found), state
@@ -64,17 +72,24 @@ def alternating_quantiles() -> Solver:
 
 
 @functools.cache
-def truncated_alternation() -> Solver:
-  """Alternation with the prices of tokens and experts held at 0 or more (BIP).
+def bip() -> Solver:
+  """BIP-based balancing: alternating quantiles with no price below 0.
 
-  For the program with at most K experts per token and at most L tokens per expert:
-  an expert that asks for more than the cutoff of its tokens keeps a bias of 0.
+  It is for the program with at most K experts per token and at most L tokens
+  per expert, whose prices of tokens (cutoffs) and experts (minus the bias) are
+  at least 0. An expert that fewer than L tokens want keeps a bias of 0.
 
   References:
     Sun, 2025, https://arxiv.org/abs/2502.15451.
   """
 
-  def step(problem, state, expert_bias, routing, value):
+  def step(
+    problem: Problem,
+    state: Any,
+    expert_bias: jax.Array,
+    routing: types.Routing,
+    value: jax.Array,
+  ) -> tuple[jax.Array, Any]:
     del value
     found = quantile_prices(
       problem.scores, expert_bias, routing, lowest_cutoff=0.0
@@ -90,16 +105,22 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
 
   Args:
     rule: any optax transformation of the violation. Its rate is in units of the
-      scores' standard deviation within a token. `dual.sign`, `dual.proportional`;
-      `optax.sgd(rate, momentum)`, heavy ball, or with `nesterov=True`;
-      `dual.triple_momentum`.
+      scores' standard deviation within a token. `dual.sign`,
+      `dual.proportional`; `optax.sgd(rate, momentum)`, heavy ball, or with
+      `nesterov=True`; `dual.triple_momentum`.
   """
 
-  def init(problem, expert_bias):
+  def init(problem: Problem, expert_bias: jax.Array) -> optax.OptState:
     del problem
     return rule.init(expert_bias)
 
-  def step(problem, state, expert_bias, routing, value):
+  def step(
+    problem: Problem,
+    state: Any,
+    expert_bias: jax.Array,
+    routing: types.Routing,
+    value: jax.Array,
+  ) -> tuple[jax.Array, Any]:
     del value
     violation = metrics.violation(routing.load)
     updates, state = rule.update(violation, state, expert_bias)
@@ -110,11 +131,12 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
 
 @functools.cache
 def sinkhorn(temperature: float) -> Solver:
-  """Alternating scaling of `exp(scores / temperature)` to the two sums (S-BASE).
+  """Sinkhorn's scaling of `exp(scores / temperature)` to both sums (S-BASE).
 
-  The bias is `temperature` times the logarithm of the experts' scaling. The plan it
-  balances may give a token more than once to an expert, so for K > 1 its limit is
-  not the minimum of the dual, whatever the temperature.
+  It scales tokens to sum to K and experts to L, in turn; the bias is
+  `temperature` times the logarithm of the experts' scaling. The plan that it
+  balances may give a token more than once to an expert, so for K > 1 its limit
+  is not the minimum of the dual, whatever the temperature.
 
   Args:
     temperature: of the entropy, positive, in units of the scores' standard
@@ -128,16 +150,22 @@ def sinkhorn(temperature: float) -> Solver:
   """
   _check_positive("temperature", temperature)
 
-  def step(problem, state, expert_bias, routing, value):
+  def step(
+    problem: Problem,
+    state: Any,
+    expert_bias: jax.Array,
+    routing: types.Routing,
+    value: jax.Array,
+  ) -> tuple[jax.Array, Any]:
     del value
-    t = temperature * problem.scale
-    x = problem.scores / t
-    token = jax.nn.logsumexp(x + expert_bias[None] / t, axis=1)
-    # K cancels: it scales the sums of tokens and of experts alike.
+    unit = temperature * problem.scale
+    x = problem.scores / unit
+    token = jax.nn.logsumexp(x + expert_bias[None] / unit, axis=1)
+    # K is left out, because it scales the sums of tokens and of experts alike.
     count = jnp.sum(routing.token_mask, dtype=jnp.float32)
     share = jnp.where(routing.token_mask, -token, -jnp.inf)
     expert = jax.nn.logsumexp(x + share[:, None], axis=0)
-    moved = t * (jnp.log(count / x.shape[1]) - expert)
+    moved = unit * (jnp.log(count / x.shape[1]) - expert)
     moved = jnp.where(jnp.isfinite(moved), moved, expert_bias)
     return moved - jnp.mean(moved), state
 
@@ -150,14 +178,14 @@ def sparse_transport(
 ) -> Solver:
   """Optimal transport with at most K nonzeros per token, by its semi-dual.
 
-  A token spreads a mass of 1 over its K best experts, the more evenly the larger
-  the quadratic regularisation: by the projection of their biased scores, over the
-  regularisation, onto the simplex. Every expert is due the mass T / E. For a large
-  regularisation that is the balance of loads.
+  A token spreads a mass of 1 over its K best experts, the more evenly the
+  larger the quadratic regularisation: by the projection of their biased scores,
+  over the regularisation, onto the simplex. Every expert is due the mass T / E.
+  With a large regularisation, balanced masses are balanced loads.
 
   Args:
-    rule: any optax transformation, of the experts' `mass / due - 1`; its rate in
-      units of the scores' standard deviation within a token.
+    rule: any optax transformation, of the experts' `mass / due - 1`; its rate
+      in units of the scores' standard deviation within a token.
     regularization: positive, in the same units.
 
   Raises:
@@ -169,15 +197,22 @@ def sparse_transport(
   """
   _check_positive("regularization", regularization)
 
-  def init(problem, expert_bias):
+  def init(problem: Problem, expert_bias: jax.Array) -> optax.OptState:
     del problem
     return rule.init(expert_bias)
 
-  def step(problem, state, expert_bias, routing, value):
+  def step(
+    problem: Problem,
+    state: Any,
+    expert_bias: jax.Array,
+    routing: types.Routing,
+    value: jax.Array,
+  ) -> tuple[jax.Array, Any]:
     del value
     num_experts = expert_bias.shape[0]
     biased = problem.scores + expert_bias[None]
     best = jnp.take_along_axis(biased, routing.expert_idx, axis=1)
+    # The projection subtracts them from each other, and -inf - -inf is NaN.
     best = jnp.maximum(best, -1e30)
     plan = jax.vmap(_onto_simplex)(best / (regularization * problem.scale))
     plan = jnp.where(routing.token_mask[:, None], plan, 0.0)
@@ -191,14 +226,15 @@ def sparse_transport(
 
 
 class BundleState(NamedTuple):
-  """State of `bundle`: cuts `g(b) >= value + slope . (b - bias)`, and the centre.
+  """State of `bundle`: the cuts `g(b) >= value + slope . (b - bias)`, a centre.
 
   Attributes:
-    slopes: `[M, E]` float32, over the number of assignments.
-    offsets: `[M]` float32. `value - slope . bias`, over the same; -inf if unused.
+    slopes: `[M, E]` float32, divided by the number of assignments.
+    offsets: `[M]` float32. `value - slope . bias`, divided alike; -inf if
+      unused.
     center: `[E]` float32. The best bias of a serious step.
-    center_value: `[]` float32.
-    predicted: `[]` float32. What the model promised for the bias just tried.
+    center_value: `[]` float32. Its dual value, divided alike.
+    predicted: `[]` float32. What the cuts promised for the bias just tried.
     stiffness: `[]` float32. Weight of the proximal term.
     count: `[]` int32. Cuts so far.
   """
@@ -216,9 +252,10 @@ class BundleState(NamedTuple):
 def bundle(size: int = 32) -> Solver:
   """Proximal bundle method: the dual is the maximum of its cutting planes.
 
-  The next bias minimises the last `size` cuts plus a proximal term, by projected
-  gradient steps on the weights of the cuts. A step that gains a tenth of what the
-  cuts promised moves the centre and softens the term; another only adds its cut.
+  The next bias minimises the last `size` cuts plus a proximal term, by
+  projected gradient steps on the weights of the cuts. A step that gains a tenth
+  of what the cuts promised is serious: it moves the centre and softens the
+  term. Any other step only adds its cut.
 
   Args:
     size: cuts kept, at least 2.
@@ -232,7 +269,7 @@ def bundle(size: int = 32) -> Solver:
   if size < 2:
     raise ValueError(f"`size` must be at least 2, got {size}.")
 
-  def init(problem, expert_bias):
+  def init(problem: Problem, expert_bias: jax.Array) -> BundleState:
     del problem
     zero = jnp.float32(0)
     return BundleState(
@@ -245,7 +282,13 @@ def bundle(size: int = 32) -> Solver:
       count=jnp.int32(0),
     )
 
-  def step(problem, state, expert_bias, routing, value):
+  def step(
+    problem: Problem,
+    state: BundleState,
+    expert_bias: jax.Array,
+    routing: types.Routing,
+    value: jax.Array,
+  ) -> tuple[jax.Array, BundleState]:
     e = expert_bias.shape[0]
     assigned = jnp.maximum(jnp.sum(routing.load).astype(jnp.float32), 1.0)
     value = value / assigned
@@ -253,17 +296,17 @@ def bundle(size: int = 32) -> Solver:
     slot = state.count % size
     slopes = state.slopes.at[slot].set(slope)
     offsets = state.offsets.at[slot].set(value - slope @ expert_bias)
-    first = state.count == 0
+    is_first = state.count == 0
     promised = state.center_value - state.predicted
     gained = state.center_value - value
-    serious = first | (gained >= 0.1 * promised)
-    center = jnp.where(serious, expert_bias, state.center)
-    center_value = jnp.where(serious, value, state.center_value)
-    # At first: a step of the scores' scale for a violation of 1.
+    is_serious = is_first | (gained >= 0.1 * promised)
+    center = jnp.where(is_serious, expert_bias, state.center)
+    center_value = jnp.where(is_serious, value, state.center_value)
+    # The first step then moves by the scores' scale for a violation of 1.
     stiffness = jnp.where(
-      first,
+      is_first,
       1.0 / (e * problem.scale),
-      state.stiffness * jnp.where(serious, 0.5, 1.5),
+      state.stiffness * jnp.where(is_serious, 0.5, 1.5),
     )
     weights = _weigh_cuts(slopes, offsets, center, stiffness)
     moved = center - weights @ slopes / stiffness
@@ -281,41 +324,47 @@ def bundle(size: int = 32) -> Solver:
   return Solver(init, step)
 
 
-def _weigh_cuts(slopes, offsets, center, stiffness):
-  """`[M]` weights on the simplex: the dual of the proximal cutting-plane step."""
+def _weigh_cuts(
+  slopes: jax.Array,
+  offsets: jax.Array,
+  center: jax.Array,
+  stiffness: jax.Array,
+) -> jax.Array:
+  """`[M]` weights on the simplex: the dual of the proximal step."""
   used = offsets > -jnp.inf
   height = jnp.where(used, offsets + slopes @ center, 0.0)
   gram = slopes @ slopes.T / stiffness
   rate = 1.0 / jnp.maximum(jnp.trace(gram), 1e-30)
 
-  def ascend(_, carry):
-    weights, ahead, n = carry
+  def ascend(
+    i: jax.Array, carry: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    """The weights, and where Nesterov's method takes the next gradient."""
+    weights, ahead = carry
     moved = ahead + rate * (height - gram @ ahead)
-    moved = jnp.where(used, moved, -1e30)
-    moved = _onto_simplex(moved)
-    momentum = n / (n + 3.0)
-    return moved, moved + momentum * (moved - weights), n + 1.0
+    moved = _onto_simplex(jnp.where(used, moved, -1e30))
+    n = i.astype(jnp.float32)
+    return moved, moved + n / (n + 3.0) * (moved - weights)
 
-  start = used.astype(jnp.float32) / jnp.maximum(
-    jnp.sum(used, dtype=jnp.float32), 1.0
-  )
-  weights, _, _ = jax.lax.fori_loop(
-    0, 300, ascend, (start, start, jnp.float32(0))
-  )
+  num_used = jnp.sum(used, dtype=jnp.float32)
+  start = used.astype(jnp.float32) / jnp.maximum(num_used, 1.0)
+  weights, _ = jax.lax.fori_loop(0, 300, ascend, (start, start))
   return weights
 
 
-def _onto_simplex(x):
-  # It promotes integers implicitly, which strict mode refuses.
+def _onto_simplex(x: jax.Array) -> jax.Array:
+  """The nearest weights of sum 1 and at least 0."""
+  # optax promotes integers implicitly here, which strict mode refuses.
   with jax.numpy_dtype_promotion("standard"):
     return optax.projections.projection_simplex(x)
 
 
-def _no_state(problem, expert_bias):
+def _no_state(problem: Problem, expert_bias: jax.Array) -> tuple[()]:
+  """`Solver.init` of a method without a state."""
   del problem, expert_bias
   return ()
 
 
-def _check_positive(name, value):
+def _check_positive(name: str, value: float) -> None:
   if not 0 < value < float("inf"):
     raise ValueError(f"`{name}` must be positive and finite, got {value}.")

@@ -128,7 +128,13 @@ def dense_swiglu(x: jax.Array, params: ExpertParams) -> jax.Array:
   return blocks.dot(hidden, params.w_down).astype(x.dtype)
 
 
-def _check_matmul(lhs_name, lhs, rhs_name, rhs, group_sizes) -> None:
+def _check_matmul(
+  lhs_name: str,
+  lhs: jax.Array,
+  rhs_name: str,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+) -> None:
   if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
     raise ValueError(
       f"`{lhs_name}` must be [N, D] and `{rhs_name}` [E, D, F] with one D, got"
@@ -195,16 +201,30 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _grouped_matmul(how, dtype, lhs, rhs, group_sizes):
+def _grouped_matmul(
+  how: _How,
+  dtype: Any,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+) -> jax.Array:
   return _call(how, "matmul", lhs, rhs, group_sizes, dtype=dtype)
 
 
-def _grouped_matmul_fwd(how, dtype, lhs, rhs, group_sizes):
+def _grouped_matmul_fwd(
+  how: _How,
+  dtype: Any,
+  lhs: jax.Array,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   out = _grouped_matmul(how, dtype, lhs, rhs, group_sizes)
   return out, (lhs, rhs, group_sizes)
 
 
-def _grouped_matmul_bwd(how, dtype, residuals, d_out):
+def _grouped_matmul_bwd(
+  how: _How, dtype: Any, residuals: tuple[jax.Array, ...], d_out: jax.Array
+) -> tuple[jax.Array | None, ...]:
   del dtype
   lhs, rhs, group_sizes = residuals
   d_out = d_out.astype(lhs.dtype)
@@ -217,17 +237,23 @@ _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _swiglu(how, x, params, group_sizes):
+def _swiglu(
+  how: _How, x: jax.Array, params: ExpertParams, group_sizes: jax.Array
+) -> jax.Array:
   out, _ = _call(how, "swiglu", x, params, group_sizes, keep=False)
   return out
 
 
-def _swiglu_fwd(how, x, params, group_sizes):
+def _swiglu_fwd(
+  how: _How, x: jax.Array, params: ExpertParams, group_sizes: jax.Array
+) -> tuple[jax.Array, tuple[Any, ...]]:
   out, kept = _call(how, "swiglu", x, params, group_sizes, keep=True)
   return out, (x, kept, params, group_sizes)
 
 
-def _swiglu_bwd(how, residuals, d_out):
+def _swiglu_bwd(
+  how: _How, residuals: tuple[Any, ...], d_out: jax.Array
+) -> tuple[jax.Array, ExpertParams, None]:
   d_x, d_params = _call(how, "swiglu_gradient", *residuals, d_out)
   return d_x, d_params, None
 

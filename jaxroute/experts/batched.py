@@ -69,7 +69,9 @@ class Batch(NamedTuple):
     # A scatter of all chunks would add those of one expert in an order that changes
     # from run to run. They are summed before, and one of them is scattered.
     is_same = self.experts[:, None] == self.experts[None]
-    total = jnp.sum(jnp.where(is_same[:, :, None, None], value[None], 0), axis=1)
+    total = jnp.sum(
+      jnp.where(is_same[:, :, None, None], value[None], 0), axis=1
+    )
     chunk = jnp.arange(is_same.shape[0], dtype=jnp.int32)
     is_first = jnp.argmax(is_same, axis=1) == chunk
     target = jnp.where(is_first, self.experts, w.shape[0] + chunk)

@@ -70,10 +70,10 @@ def products_over(for_each_block: ForEachBlock) -> products.Products:
     Its `Products`.
   """
   return products.Products(
-    *(
-      functools.partial(product, for_each_block)
-      for product in (_matmul, _outer, _swiglu, _swiglu_gradient)
-    )
+    matmul=functools.partial(_matmul, for_each_block),
+    outer=functools.partial(_outer, for_each_block),
+    swiglu=functools.partial(_swiglu, for_each_block),
+    swiglu_gradient=functools.partial(_swiglu_gradient, for_each_block),
   )
 
 

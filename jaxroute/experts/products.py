@@ -1,7 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """What an implementation of the experts provides, and the arithmetic they share."""
 
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,56 +10,25 @@ import jax.numpy as jnp
 from jaxroute.experts.params import ExpertParams
 
 
-class _Matmul(Protocol):
-  def __call__(
-    self, lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: Any
-  ) -> jax.Array: ...
-
-
-class _Outer(Protocol):
-  def __call__(
-    self, lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
-  ) -> jax.Array: ...
-
-
-class _SwiGlu(Protocol):
-  def __call__(
-    self,
-    x: jax.Array,
-    params: ExpertParams,
-    group_sizes: jax.Array,
-    *,
-    keep: bool,
-  ) -> tuple[jax.Array, tuple[jax.Array, ...]]: ...
-
-
-class _SwiGluGradient(Protocol):
-  def __call__(
-    self,
-    x: jax.Array,
-    kept: tuple[jax.Array, ...],
-    params: ExpertParams,
-    group_sizes: jax.Array,
-    d_out: jax.Array,
-  ) -> tuple[jax.Array, ExpertParams]: ...
-
-
 class Products(NamedTuple):
   """The products of one implementation. Sums are float32; rows past the groups give 0.
 
   Attributes:
-    matmul: `[N, D]` times `[E, D, F]` by groups: `[N, F]` of `dtype`.
-    outer: per group, the transpose of its `lhs` rows times its `d_out` rows:
-      `[E, D, F]` of the dtype of `lhs`.
-    swiglu: the layer, `[N, D]`, and, to keep for its gradient, what `silu` is
-      applied to and what that is multiplied by, `[N, F]` each; or `()`.
-    swiglu_gradient: the gradients to `x` and `params`.
+    matmul: `(lhs, rhs, group_sizes, *, dtype)`: `[N, D]` times `[E, D, F]` by groups,
+      `[N, F]` of that dtype.
+    outer: `(lhs, d_out, group_sizes)`: per group, the transpose of its `lhs` rows
+      times its `d_out` rows, `[E, D, F]` of the dtype of `lhs`.
+    swiglu: `(x, params, group_sizes, *, keep)`: the layer, `[N, D]`, and, to keep for
+      its gradient, what `silu` is applied to and what that is multiplied by,
+      `[N, F]` each; or `()`.
+    swiglu_gradient: `(x, kept, params, group_sizes, d_out)`: the gradients to `x` and
+      `params`.
   """
 
-  matmul: _Matmul
-  outer: _Outer
-  swiglu: _SwiGlu
-  swiglu_gradient: _SwiGluGradient
+  matmul: Callable[..., jax.Array]
+  outer: Callable[..., jax.Array]
+  swiglu: Callable[..., tuple[jax.Array, tuple[jax.Array, ...]]]
+  swiglu_gradient: Callable[..., tuple[jax.Array, ExpertParams]]
 
 
 def gate_hidden(gate: jax.Array, up: jax.Array) -> jax.Array:

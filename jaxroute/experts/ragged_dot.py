@@ -71,12 +71,14 @@ def _swiglu_gradient(
   group_sizes: jax.Array,
   d_out: jax.Array,
 ) -> tuple[jax.Array, ExpertParams]:
+  gate, up = kept
+
   def back(d_out, w):
     return _matmul(d_out, w.mT, group_sizes, dtype=jnp.float32)
 
   hidden, d_gate, d_up = (
     v.astype(x.dtype)
-    for v in products.gate_hidden_pullback(*kept, back(d_out, params.w_down))
+    for v in products.gate_hidden_pullback(gate, up, back(d_out, params.w_down))
   )
   d_x = back(d_gate, params.w_gate) + back(d_up, params.w_up)
   d_params = ExpertParams(

@@ -14,7 +14,7 @@ from jax import lax
 
 from jaxroute.experts import blocks
 
-# A tile's fixed cost is that of some 50 rows, hence large tiles. The last tile of a
+# A tile costs about as much as 50 rows before its first, hence large tiles. The last tile of a
 # group is the smallest multiple of _TILE_STEP rows that holds what is left.
 _MAX_TILE = 512
 _TILE_STEP = 64

@@ -67,9 +67,7 @@ def map_experts(
     return _take_outputs_back(out, group_sizes, partition)
 
   # The load is of the global batch already; no expert needs a histogram.
-  routing = dataclasses.replace(
-    routing, counts=types.Counts(load=routing.load)
-  )
+  routing = dataclasses.replace(routing, counts=types.Counts(load=routing.load))
   routes = jax.tree.map(lambda _: over_tokens, routing)
   routes = dataclasses.replace(routes, counts=types.Counts(load=jax.P()))
   return jax.shard_map(

@@ -86,7 +86,9 @@ def mesh_of(partition: types.Partition) -> jax.sharding.AbstractMesh:
     ValueError: if it lacks an axis of `partition`.
   """
   mesh = jax.sharding.get_abstract_mesh()
-  wanted = set(partition.token_axes) | {partition.expert_axis} - {None}
+  wanted = set(partition.token_axes)
+  if partition.expert_axis is not None:
+    wanted.add(partition.expert_axis)
   if not wanted <= set(mesh.axis_names):
     raise ValueError(
       f"`partition` names the mesh axes {sorted(wanted)}, got a mesh with"
@@ -101,7 +103,7 @@ def check_divides(
   """Raises ValueError unless a number of things is cut evenly over mesh axes.
 
   Args:
-    what: the things, for the message.
+    what: their name, for the message.
     size: how many there are.
     mesh: that holds the axes.
     axes: their names.

@@ -136,13 +136,9 @@ def _map_shards(
   if is_explicit:
     whole, tokens = jax.P(), jax.P(axes)
     in_specs = (tokens, *[whole] * len(inputs), tokens)
-    out_specs = kernel.Outputs(
-      expert_idx=tokens,
-      weights=tokens,
-      load=whole,
-      cutoff=tokens,
-      histogram=whole,
-      chosen=tokens,
+    per_token = {"expert_idx", "weights", "cutoff", "chosen"}
+    out_specs = kernel.Outputs._make(
+      tokens if name in per_token else whole for name in kernel.Outputs._fields
     )
     call_alike = jax.shard_map(
       call_shard,
@@ -211,12 +207,14 @@ def _keep_chosen(
   **inputs: jax.Array,
 ) -> tuple[kernel.Outputs, _Residuals]:
   """Names what rematerialisation keeps, and takes `chosen` out of the outputs."""
+  chosen = out.chosen
+  assert chosen is not None  # it was asked for
   out = out._replace(
     expert_idx=remat.checkpoint_name("expert_idx", out.expert_idx),
     weights=remat.checkpoint_name("weights", out.weights),
   )
   residuals = _Residuals(
-    chosen=remat.checkpoint_name("chosen_logits", out.chosen),
+    chosen=remat.checkpoint_name("chosen_logits", chosen),
     expert_idx=out.expert_idx,
     expert_bias=expert_bias,
     token_mask=token_mask,
@@ -226,19 +224,36 @@ def _keep_chosen(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _route(config, interpret, logits, expert_bias, token_mask):
+def _route(
+  config: types.RouterConfig,
+  interpret: Any,
+  logits: jax.Array,
+  expert_bias: jax.Array | None,
+  token_mask: jax.Array | None,
+) -> kernel.Outputs:
   operands = logits, expert_bias, token_mask
   return _call_kernel(kernel.route, config, interpret, False, *operands)
 
 
-def _route_fwd(config, interpret, logits, expert_bias, token_mask):
+def _route_fwd(
+  config: types.RouterConfig,
+  interpret: Any,
+  logits: jax.Array,
+  expert_bias: jax.Array | None,
+  token_mask: jax.Array | None,
+) -> tuple[kernel.Outputs, _Residuals]:
   operands = logits, expert_bias, token_mask
   out = _call_kernel(kernel.route, config, interpret, True, *operands)
   kept = logits if config.needs_row_softmax else logits[:0]
   return _keep_chosen(out, expert_bias, token_mask, logits=kept)
 
 
-def _route_bwd(config, interpret, residuals, d_out):
+def _route_bwd(
+  config: types.RouterConfig,
+  interpret: Any,
+  residuals: _Residuals,
+  d_out: kernel.Outputs,
+) -> tuple[jax.Array | None, ...]:
   d_logits = _gradient_to_logits(config, interpret, residuals, d_out.weights)
   return d_logits, _zero_like(residuals.expert_bias), None
 
@@ -248,8 +263,13 @@ _route.defvjp(_route_fwd, _route_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _project_and_route(
-  config, interpret, tokens, router_weight, expert_bias, token_mask
-):
+  config: types.RouterConfig,
+  interpret: Any,
+  tokens: jax.Array,
+  router_weight: jax.Array,
+  expert_bias: jax.Array | None,
+  token_mask: jax.Array | None,
+) -> kernel.Outputs:
   operands = tokens, router_weight, expert_bias, token_mask
   return _call_kernel(
     kernel.project_and_route, config, interpret, False, *operands
@@ -257,8 +277,13 @@ def _project_and_route(
 
 
 def _project_and_route_fwd(
-  config, interpret, tokens, router_weight, expert_bias, token_mask
-):
+  config: types.RouterConfig,
+  interpret: Any,
+  tokens: jax.Array,
+  router_weight: jax.Array,
+  expert_bias: jax.Array | None,
+  token_mask: jax.Array | None,
+) -> tuple[kernel.Outputs, _Residuals]:
   operands = tokens, router_weight, expert_bias, token_mask
   out = _call_kernel(
     kernel.project_and_route, config, interpret, True, *operands
@@ -267,7 +292,12 @@ def _project_and_route_fwd(
   return _keep_chosen(out, expert_bias, token_mask, **inputs)
 
 
-def _project_and_route_bwd(config, interpret, residuals, d_out):
+def _project_and_route_bwd(
+  config: types.RouterConfig,
+  interpret: Any,
+  residuals: _Residuals,
+  d_out: kernel.Outputs,
+) -> tuple[jax.Array | None, ...]:
   d_logits = _gradient_to_logits(config, interpret, residuals, d_out.weights)
   _, pull = jax.vjp(
     lambda x, w: project(x, w, residuals.token_mask),

@@ -66,9 +66,7 @@ def _select(
   return idx[:, :k], cutoff
 
 
-def _keep_best_groups(
-  keys: jax.Array, config: types.RouterConfig
-) -> jax.Array:
+def _keep_best_groups(keys: jax.Array, config: types.RouterConfig) -> jax.Array:
   """Sets the keys outside the best `group_top_k` groups to that of -inf."""
   t = keys.shape[0]
   grouped = keys.reshape(t, config.num_groups, config.group_size)

@@ -31,4 +31,6 @@ def unavailable() -> str | None:
   if found is None:
     return "the program is for no TPU"
   # v4 has no gather along sublanes, and Mosaic does not compile the kernel.
-  return None if found >= 5 else f"TPU v5e, v5p or newer is needed, got v{found}"
+  return (
+    None if found >= 5 else f"TPU v5e, v5p or newer is needed, got v{found}"
+  )

@@ -5,19 +5,34 @@ A list of n arrays of one shape is, at every element, a list of n numbers. The
 comparisons to make depend on n alone, so all elements are sorted at once by
 `maximum` and `minimum`, without branches. All lists are in falling order. No
 element may be NaN.
+
+  function | takes | returns
+  `exchanges` | a length | the comparisons that sort so many numbers
+  `best` | unsorted values | the largest: one falling list, or one per class
+  `sizes` | what `best` takes | the lengths of what `best` returns
+  `join` | one falling list per class | one falling list
+  `merge` | two falling lists | the largest of both, falling
+  `largest` | two falling lists | the largest of both, in no order
+
+`best` compares values in pairs, then the winners among themselves and the
+losers among themselves, and so on. After some levels of this, class n is the
+values that lost n comparisons, one set for each order of wins and losses.
 """
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
+T = TypeVar("T")
+
 
 @functools.cache
 def exchanges(n: int) -> tuple[tuple[int, int], ...]:
-  """The pairs `i < j` that sort n numbers when compared and exchanged in turn.
+  """Lists the pairs to compare and exchange, in turn, to sort n numbers.
 
   Batcher's merge exchange: 19 pairs for 8 numbers, 63 for 16.
 
@@ -25,7 +40,7 @@ def exchanges(n: int) -> tuple[tuple[int, int], ...]:
     n: how many numbers, at least 1.
 
   Returns:
-    Pairs of positions.
+    Pairs of positions `i < j`; the larger number goes to i.
 
   References:
     Knuth, The Art of Computer Programming 3, section 5.2.2, algorithm M.
@@ -45,26 +60,30 @@ def exchanges(n: int) -> tuple[tuple[int, int], ...]:
 def best(
   values: Sequence[jax.Array], count: int, levels: int = 0
 ) -> list[list[jax.Array]]:
-  """The largest of a list, or of each of its classes.
+  """Finds the largest of a list, or of each of its classes.
 
-  Of two that are compared, the loser is among the first `count` only if the winner
-  is, so that no more than half of them are losers: these are found among the
-  losers, the others among the winners.
+  A value is among the first `count` only if all that it lost to are. So of
+  every pair that is compared, the loser counts only if the winner does, and at
+  most `count // 2` losers count. These are found among the losers, and the
+  others among the winners.
 
   Args:
     values: arrays of one shape.
     count: how many to keep.
-    levels: of comparisons that leave winners and losers apart, for `join`.
+    levels: how many levels of comparisons leave winners and losers apart, for
+      `join` to bring together.
 
   Returns:
-    `2**levels` falling lists, the one of those that never lost first: as many of
-    `count >> n` as there are that lost n times.
+    `2**levels` falling lists. The bits of a list's index, from the highest on,
+    say for every level whether its values lost: 0 where they won. Those that
+    lost n comparisons are `count >> n`, or fewer if there are no more.
   """
   if not levels and (len(values) < 2 or not count):
     return [list(values[:count])]
   pairs = list(zip(values[::2], values[1::2], strict=False))
   winners = [jnp.maximum(a, b) for a, b in pairs]
   losers = [jnp.minimum(a, b) for a, b in pairs]
+  # The last of an odd number of values has nobody to lose to.
   winners += values[2 * len(pairs) :]
   deeper = max(levels - 1, 0)
   lists = best(winners, count, deeper) + best(losers, count // 2, deeper)
@@ -72,12 +91,12 @@ def best(
 
 
 def sizes(n: int, count: int, levels: int) -> list[int]:
-  """The lengths of the lists that `best` makes.
+  """Computes the lengths of the lists that `best` returns.
 
   Args:
-    n: how many values it is given.
-    count: how many are kept.
-    levels: of comparisons that leave winners and losers apart.
+    n: how many values `best` is given.
+    count: how many it keeps.
+    levels: how many levels leave winners and losers apart.
 
   Returns:
     One length for each list.
@@ -91,11 +110,11 @@ def sizes(n: int, count: int, levels: int) -> list[int]:
 
 
 def join(lists: Sequence[list[jax.Array]], count: int) -> list[jax.Array]:
-  """The largest of all classes.
+  """Finds the largest of all classes.
 
   Args:
-    lists: what `best` returns, or, class by class, what several of its results have
-      been merged to.
+    lists: what `best` returns; or, list by list, what several of its results
+      have been merged to.
     count: how many to keep.
 
   Returns:
@@ -105,29 +124,33 @@ def join(lists: Sequence[list[jax.Array]], count: int) -> list[jax.Array]:
     return lists[0]
   half = len(lists) // 2
   winners, losers = join(lists[:half], count), join(lists[half:], count // 2)
+  # The i largest losers lost to i different winners: the i-th winner is no
+  # smaller than the i-th loser.
   return merge(winners, losers, count, above=True)
 
 
 def largest(
-  a: Sequence[jax.Array], b: Sequence[jax.Array], count: int
-) -> list[jax.Array]:
-  """The `count` largest of two falling lists, unsorted: one maximum for each.
+  a: Sequence[T],
+  b: Sequence[T],
+  count: int,
+  maximum: Callable[..., Any] = jnp.maximum,
+) -> list[T]:
+  """Finds the `count` largest of two falling lists, by one maximum for each.
 
   Args:
     a: a falling list.
     b: a falling list.
     count: how many to keep.
+    maximum: the larger of two elements.
 
   Returns:
-    `min(count, len(a) + len(b))` arrays that fall and then rise.
+    `min(count, len(a) + len(b))` elements, unsorted: they fall and then rise.
   """
-  return _largest(a, b, count, jnp.maximum)
-
-
-def _largest(a, b, count, maximum):
   n = min(count, len(a) + len(b))
   kept = []
   for i in range(n):
+    # Before `a[i]` and `b[j]` are i + j = n - 1 elements, so that one of the
+    # two is among the n largest: the larger one.
     j = n - 1 - i
     if i < len(a) and j < len(b):
       kept.append(maximum(a[i], b[j]))
@@ -142,68 +165,86 @@ def merge(
   count: int,
   above: bool = False,
 ) -> list[jax.Array]:
-  """The `count` largest of two falling lists.
+  """Finds the `count` largest of two falling lists, in order.
+
+  A bitonic sorter orders what `largest` returns. If `above`, some of its
+  comparisons can come out one way only and are not made: of 9 winners and 4
+  losers the 9 largest take 22 maxima and minima instead of 30.
 
   Args:
     a: a falling list.
     b: a falling list.
     count: how many to keep.
-    above: whether `a[i] >= b[i]` for every i: fewer comparisons are needed.
+    above: whether `a[i] >= b[i]` for every i.
 
   Returns:
     `min(count, len(a) + len(b))` arrays in falling order.
   """
-  # Networks that sort zeros and ones sort everything (Knuth, section 5.3.4), and
-  # two falling lists of these have few states: the numbers of ones.
+  # A network that sorts all inputs of zeros and ones sorts everything (Knuth,
+  # The Art of Computer Programming 3, section 5.3.4). A falling list of these
+  # is known by its number of ones: i in `a`, j in `b`.
   states = [
     (i, j)
     for i in range(len(a) + 1)
     for j in range(len(b) + 1)
     if i >= j or not above
   ]
-  merged = _largest(
-    [
-      _Wire(x, frozenset(s for s in states if s[0] > n))
-      for n, x in enumerate(a)
-    ],
-    [
-      _Wire(x, frozenset(s for s in states if s[1] > n))
-      for n, x in enumerate(b)
-    ],
-    count,
-    _Wire.maximum,
-  )
-  # A bitonic sort of the next power of two, as if the missing ones, in front,
-  # were larger than all: comparisons with those are left out.
-  size = 1 << max(0, (len(merged) - 1).bit_length())
-  missing = size - len(merged)
-  d = size // 2
-  while d:
-    for i in range(missing, size - d):
-      if not i & d:
-        x, y = i - missing, i - missing + d
-        larger, smaller = (
-          merged[x].maximum(merged[y]),
-          merged[x].minimum(merged[y]),
+  wires_a = [
+    _Wire(value, frozenset(state for state in states if state[0] > position))
+    for position, value in enumerate(a)
+  ]
+  wires_b = [
+    _Wire(value, frozenset(state for state in states if state[1] > position))
+    for position, value in enumerate(b)
+  ]
+  wires = largest(wires_a, wires_b, count, _Wire.maximum)
+  # The sorter is one for the next power of two, as if the missing wires were in
+  # front and larger than all: a comparison with one of them changes nothing.
+  size = 1 << max(0, (len(wires) - 1).bit_length())
+  missing = size - len(wires)
+  distance = size // 2
+  while distance:
+    for i in range(missing, size - distance):
+      if not i & distance:
+        x, y = i - missing, i - missing + distance
+        wires[x], wires[y] = (
+          wires[x].maximum(wires[y]),
+          wires[x].minimum(wires[y]),
         )
-        merged[x], merged[y] = larger, smaller
-    d //= 2
-  return [wire.value for wire in merged]
+    distance //= 2
+  return [wire.value for wire in wires]
 
 
 @dataclasses.dataclass(frozen=True)
 class _Wire:
-  """A number of a network, and the states in which it is one and not zero."""
+  """A number on its way through a network.
+
+  The rule of `maximum` and `minimum`: *if one set of `ones` contains the other,
+  the comparison's result is known, so none is made.*
+
+  Attributes:
+    value: the number, at every element of an array.
+    ones: the input states (i ones in `a`, j in `b`) in which this wire carries
+      a one.
+  """
 
   value: jax.Array
-  ones: frozenset
+  ones: frozenset[tuple[int, int]]
 
   def maximum(self, other: "_Wire") -> "_Wire":
-    ones = self.ones | other.ones
-    known = {self.ones: self, other.ones: other}
-    return known.get(ones) or _Wire(jnp.maximum(self.value, other.value), ones)
+    """Returns the larger of two; it is one wherever either is."""
+    if self.ones <= other.ones:
+      return other
+    if self.ones >= other.ones:
+      return self
+    value = jnp.maximum(self.value, other.value)
+    return _Wire(value, self.ones | other.ones)
 
   def minimum(self, other: "_Wire") -> "_Wire":
-    ones = self.ones & other.ones
-    known = {self.ones: self, other.ones: other}
-    return known.get(ones) or _Wire(jnp.minimum(self.value, other.value), ones)
+    """Returns the smaller of two; it is one where both are."""
+    if self.ones >= other.ones:
+      return other
+    if self.ones <= other.ones:
+      return self
+    value = jnp.minimum(self.value, other.value)
+    return _Wire(value, self.ones & other.ones)

@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Parts of kernels that are written out register by register."""
+"""What kernels do register by register: unrolled loops and a gather."""
 
 from collections.abc import Callable
 from typing import Any
@@ -10,20 +10,23 @@ from jax import lax
 
 
 def unroll(count: int, body: Callable[[Any], None], interpret: bool) -> None:
-  """Calls `body` with 0 to `count` - 1: one after the other, without a loop.
+  """Calls `body(0)` to `body(count - 1)` in order, as straight-line code.
 
   Args:
     count: how many calls.
-    body: works on references; of a number, or a scalar if interpreted.
-    interpret: whether to loop all the same: a CPU is long in compiling what is
-      written out, or is part of what surrounds it.
+    body: a function of the number of the call: an int, or a traced int32 scalar
+      if interpreted. It works on references and returns nothing.
+    interpret: whether to emit a loop after all, because a CPU takes long to
+      compile straight-line code.
   """
-  if interpret:
-    barred = lax.optimization_barrier(jnp.int32(count))
-    lax.fori_loop(jnp.int32(0), barred, lambda i, _: body(i), None)
-  else:
+  if not interpret:
     for i in range(count):
       body(i)
+    return
+  # The barrier hides the count from XLA: a loop that is known to run once would
+  # be inlined, which takes as long to compile.
+  hidden_count = lax.optimization_barrier(jnp.int32(count))
+  lax.fori_loop(jnp.int32(0), hidden_count, lambda i, _: body(i), None)
 
 
 def select_register(
@@ -33,23 +36,26 @@ def select_register(
   count: int,
   first: int = 0,
 ) -> jax.Array:
-  """An element of one of many registers, for every element of a register.
+  """Gathers every element from a register and a sublane of its own.
 
   Args:
-    load: from the number of a register, of 8 sublanes and 128 lanes, to it.
-    number: `[8, 128]` int32, the register's number less `first`.
-    sublane: `[8, 128]` int32, 0 to 7; the lane is the element's own.
+    load: returns the register of a number, `[8, 128]`.
+    number: `[8, 128]` int32. The number of the register that each element comes
+      from, counted from `first`.
+    sublane: `[8, 128]` int32, 0 to 7. The sublane that it comes from; the lane
+      is its own.
     count: how many registers there are.
-    first: the number of the first.
+    first: the number of the first of them.
 
   Returns:
-    `[8, 128]`.
+    `[8, 128]`, `load(first + number)[sublane, lane]` at every element.
   """
   if count == 1:
     return jnp.take_along_axis(
       load(first), sublane, axis=0, mode="promise_in_bounds"
     )
-  # Depth first: breadth first, the compiler runs out of registers.
+  # The low half is selected whole before the high half is loaded. If all
+  # registers were gathered from first, the compiler would run out of them.
   half = 1 << ((count - 1).bit_length() - 1)
   low = select_register(load, number, sublane, half, first)
   high = select_register(load, number, sublane, count - half, first + half)

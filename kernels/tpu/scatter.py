@@ -1,17 +1,31 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Puts K numbers of a token into a row of E on TPU: a scatter without scattering.
+"""Scatters K numbers of a token into a row of E on TPU, by comparisons.
 
-The gradient of the routing weights reaches the chosen logits only. XLA's scatter
-takes one number after another, and its comparisons are in a layout with K on
-lanes; here 128 tokens are on lanes and the experts on sublanes, where an index
-is compared with 1024 elements at once. Tiles of 128 experts are transposed on
-their way in and out, unless rows are so narrow that XLA stores the experts first.
+The gradient of the routing weights reaches the chosen logits only. XLA's
+scatter takes one number after another, and comparisons in XLA have K on lanes.
+Here experts are on sublanes and 128 tokens on lanes, where an index is compared
+with 1024 elements at once.
 
-Under a softmax over all experts the gradient reaches every logit. It is worked out
-where the numbers are placed: one pass over the logits, whose softmax is taken anew.
+Under a softmax over all experts the gradient reaches every logit. It is
+computed where the numbers are scattered: one pass over the logits, whose
+softmax is computed again.
+
+A grid block is up to 8 columns of 128 tokens, and a tile is up to 128 experts
+of a column, `[experts, tokens]`. If 128 divides E, logits are `[tokens,
+experts]` in memory, and tiles are transposed on their way in and out. If not,
+XLA stores the experts first, and tiles are moved as they are.
+
+  step | function | layout | reads | writes
+  load a tile | `_Tile.load` | [experts, 128] | `logits` | its result
+  scatter | `_scatter_tile` | [experts, 128] | `expert_idx`, `values` |
+    its result
+  store a tile | `_Tile.store` | [experts, 128] | its argument | the output
 """
 
+import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,8 +36,14 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxroute.kernels.tpu import device
 
 _LANES = device.LANES
-# Numbers in a block of [tokens, experts]: two in, two out, of VMEM's 16 MiB.
-_BLOCK = 4096 * _LANES
+# A grid block has at most so many columns, and numbers of [tokens, experts].
+# Two are read and two are written at a time, within VMEM's 16 MiB.
+_MAX_COLUMNS = 8
+_MAX_BLOCK_SIZE = 4096 * _LANES
+
+# In a kernel, a reference or None; in a call of it, what the reference is made
+# from: an array or a block specification.
+_Ref = Any
 
 
 @functools.partial(
@@ -35,16 +55,16 @@ def scatter(
   *,
   num_experts: int,
   dtype: jax.typing.DTypeLike,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> jax.Array:
-  """`out[t, expert_idx[t, k]] = values[t, k]`, 0 elsewhere.
+  """Returns `out` with `out[t, expert_idx[t, k]] = values[t, k]`, 0 elsewhere.
 
   Args:
     expert_idx: `[T, K]` int32, distinct within a token.
     values: `[T, K]` float32.
     num_experts: E; static.
     dtype: of the result; static.
-    interpret: whether to run in the interpreter.
+    interpret: what `pallas_call` takes; static.
 
   Returns:
     `[T, E]`. No gradient is defined.
@@ -52,8 +72,9 @@ def scatter(
   t, _ = values.shape
   if t == 0:
     return jnp.zeros((0, num_experts), dtype)
-  like = jax.ShapeDtypeStruct((t, num_experts), dtype)
-  return _call(_scatter_kernel, [expert_idx.T, values.T], like, interpret)
+  inputs = _Inputs(expert_idx=expert_idx.T, values=values.T)
+  out = jax.ShapeDtypeStruct((t, num_experts), dtype)
+  return _call(_scatter_kernel, inputs, out, interpret)
 
 
 @functools.partial(
@@ -67,12 +88,13 @@ def softmax_gradient(
   *,
   multiplier: float,
   soft_cap: float | None,
-  interpret: bool = False,
+  interpret: Any = False,
 ) -> jax.Array:
-  """The gradient to the logits of K scores out of their softmax.
+  """Computes the gradient to the logits of K scores out of their softmax.
 
-  With s the softmax of all experts and d the gradient to s, 0 where none was
-  chosen, that is `s * (d - sum(s * d))`, times the slope of multiplier and cap.
+  With s the softmax of all experts and d the gradient to s, which is 0 for
+  experts that were not chosen, it is `s * (d - sum(s * d))`, times the slope of
+  multiplier and cap.
 
   Args:
     logits: `[T, E]` floating point. Those that are NaN or -inf get 0.
@@ -81,7 +103,7 @@ def softmax_gradient(
     d_scores: `[T, K]` float32. The gradient to `scores`.
     multiplier: of the logits, before the softmax; static.
     soft_cap: as in `jaxroute.RouterConfig`; static.
-    interpret: whether to run in the interpreter.
+    interpret: what `pallas_call` takes; static.
 
   Returns:
     `[T, E]`, the dtype of `logits`.
@@ -89,115 +111,188 @@ def softmax_gradient(
   t, _ = logits.shape
   if t == 0:
     return logits
-  mean = jnp.sum(scores * d_scores, axis=1)[None]
-  kernel = functools.partial(_softmax_kernel, multiplier, soft_cap)
-  operands = [expert_idx.T, d_scores.T, mean]
-  return _call(kernel, operands, logits, interpret, [logits])
+  inputs = _Inputs(
+    expert_idx=expert_idx.T,
+    values=d_scores.T,
+    mean=jnp.sum(scores * d_scores, axis=1)[None],
+    logits=logits,
+  )
+  kernel = functools.partial(_softmax_gradient_kernel, multiplier, soft_cap)
+  return _call(kernel, inputs, logits, interpret)
 
 
-def _call(kernel, operands, like, interpret, logits=()):
-  """Calls a kernel for `like` `[T, E]`, with `[n, T]` operands and logits."""
-  t, e = like.shape
-  columns = min(8, max(1, _BLOCK // _LANES // e), pl.cdiv(t, _LANES))
-  block = columns * _LANES
-  transposed = e % _LANES != 0
-  if transposed:
-    logits = [x.T for x in logits]
-    shape, whole = (e, t), pl.BlockSpec((e, block), lambda i: (0, i))
-  else:
-    shape, whole = (t, e), pl.BlockSpec((block, e), lambda i: (i, 0))
-  rows = [pl.BlockSpec((x.shape[0], block), lambda i: (0, i)) for x in operands]
-  out = pl.pallas_call(
-    functools.partial(kernel, transposed),
-    grid=(pl.cdiv(t, block),),
-    in_specs=rows + [whole for _ in logits],
-    out_specs=whole,
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Inputs:
+  """What a kernel reads, a grid block of tokens at a time.
+
+  Attributes:
+    expert_idx: `[K, T]` int32. The chosen experts.
+    values: `[K, T]` float32. What is scattered.
+    mean: `[1, T]` float32. `sum(s * d)`; None without a softmax.
+    logits: `[T, E]`, or `[E, T]` if tiles are not transposed; None without a
+      softmax.
+  """
+
+  expert_idx: _Ref
+  values: _Ref
+  mean: _Ref = None
+  logits: _Ref = None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Tile:
+  """Some experts of a column.
+
+  Attributes:
+    experts: slice of the experts.
+    tokens: slice of a grid block's tokens.
+    transposes: whether memory is `[tokens, experts]`, and a tile its transpose.
+  """
+
+  experts: pl.Slice
+  tokens: pl.Slice
+  transposes: bool
+
+  def load(self, ref: _Ref) -> jax.Array:
+    """Reads the tile, `[experts, tokens]` float32."""
+    if self.transposes:
+      return ref[self.tokens, self.experts].astype(jnp.float32).T
+    return ref[self.experts, self.tokens].astype(jnp.float32)
+
+  def store(self, ref: _Ref, tile: jax.Array) -> None:
+    """Writes the tile, from `[experts, tokens]`."""
+    tile = tile.astype(ref.dtype)
+    if self.transposes:
+      ref[self.tokens, self.experts] = tile.T
+    else:
+      ref[self.experts, self.tokens] = tile
+
+
+def _call(
+  kernel: Callable[[bool, _Inputs, _Ref], None],
+  inputs: _Inputs,
+  out: jax.Array | jax.ShapeDtypeStruct,
+  interpret: Any,
+) -> jax.Array:
+  """Calls a kernel on all grid blocks of tokens, for `[T, E]` like `out`."""
+  t, e = out.shape
+  k = inputs.expert_idx.shape[0]
+  columns = max(1, _MAX_BLOCK_SIZE // _LANES // e)
+  columns = min(_MAX_COLUMNS, columns, pl.cdiv(t, _LANES))
+  block_tokens = columns * _LANES
+  transposes = e % _LANES == 0
+  shape, logits = (t, e), inputs.logits
+  logits_spec = pl.BlockSpec((block_tokens, e), lambda i: (i, 0))
+  if not transposes:
+    shape = (e, t)
+    logits = None if logits is None else logits.T
+    logits_spec = pl.BlockSpec((e, block_tokens), lambda i: (0, i))
+  choices_spec = pl.BlockSpec((k, block_tokens), lambda i: (0, i))
+  mean_spec = pl.BlockSpec((1, block_tokens), lambda i: (0, i))
+  result = pl.pallas_call(
+    functools.partial(kernel, transposes),
+    grid=(pl.cdiv(t, block_tokens),),
+    in_specs=[
+      _Inputs(
+        expert_idx=choices_spec,
+        values=choices_spec,
+        mean=None if inputs.mean is None else mean_spec,
+        logits=None if logits is None else logits_spec,
+      )
+    ],
+    out_specs=logits_spec,
     out_shape=jax.ShapeDtypeStruct(
       shape,
-      like.dtype,
-      manual_axis_type=jax.typeof(operands[1]).manual_axis_type,
+      out.dtype,
+      manual_axis_type=jax.typeof(inputs.values).manual_axis_type,
     ),
     interpret=interpret,
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
     name="jaxroute_scatter",
-  )(*operands, *logits)
-  return out.T if transposed else out
+  )(dataclasses.replace(inputs, logits=logits))
+  return result if transposes else result.T
 
 
-def _scatter_kernel(transposed, idx_ref, values_ref, out_ref):
-  for tokens in _columns(idx_ref):
-    for experts in _tiles(transposed, out_ref):
-      tile = _placed(experts, tokens, idx_ref, values_ref)
-      _store(transposed, out_ref, experts, tokens, tile)
+def _scatter_kernel(transposes: bool, inputs: _Inputs, out_ref: _Ref) -> None:
+  """Writes the values of a grid block to `out_ref`, and 0 elsewhere."""
+  for tiles in _tiles_by_column(transposes, inputs, out_ref):
+    for tile in tiles:
+      tile.store(out_ref, _scatter_tile(tile, inputs))
 
 
-def _softmax_kernel(
-  multiplier,
-  soft_cap,
-  transposed,
-  idx_ref,
-  d_ref,
-  mean_ref,
-  logits_ref,
-  out_ref,
-):
-  def prepared(experts, tokens):
-    """Logits, and their slope; -inf for those that have no softmax."""
-    if transposed:
-      x = logits_ref[experts, tokens].astype(jnp.float32)
-    else:
-      x = logits_ref[tokens, experts].astype(jnp.float32).T
-    x = jnp.where(x < jnp.inf, x * multiplier, -jnp.inf)
-    if soft_cap is None:
-      return x, multiplier
-    bent = jnp.tanh(x / soft_cap)
-    slope = multiplier * (1.0 - bent * bent)
-    return jnp.where(x == -jnp.inf, x, soft_cap * bent), slope
-
-  for tokens in _columns(idx_ref):
-    tiles = _tiles(transposed, out_ref)
-    logits, slopes = zip(*(prepared(n, tokens) for n in tiles), strict=True)
-    peak = _total(jnp.maximum, jnp.max, logits)
-    peak = jnp.where(peak == -jnp.inf, 0.0, peak)
-    scores = [jnp.exp(x - peak) for x in logits]
-    total = _total(jnp.add, jnp.sum, scores)
+def _softmax_gradient_kernel(
+  multiplier: float,
+  soft_cap: float | None,
+  transposes: bool,
+  inputs: _Inputs,
+  out_ref: _Ref,
+) -> None:
+  """Writes the gradient to the logits of a grid block to `out_ref`."""
+  for tiles in _tiles_by_column(transposes, inputs, out_ref):
+    prepared = [
+      _prepare_logits(multiplier, soft_cap, tile.load(inputs.logits))
+      for tile in tiles
+    ]
+    logits, slopes = zip(*prepared, strict=True)
+    max_logit = _reduce_experts(jnp.maximum, jnp.max, logits)
+    # Without this a token of no logit would have -inf minus -inf.
+    max_logit = jnp.where(max_logit == -jnp.inf, 0.0, max_logit)
+    scores = [jnp.exp(x - max_logit) for x in logits]
+    total = _reduce_experts(jnp.add, jnp.sum, scores)
     inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)
-    for experts, score, slope in zip(tiles, scores, slopes, strict=True):
-      d = _placed(experts, tokens, idx_ref, d_ref) - mean_ref[:, tokens]
-      tile = slope * (score * inverse) * d
-      _store(transposed, out_ref, experts, tokens, tile)
+    for tile, score, slope in zip(tiles, scores, slopes, strict=True):
+      d_score = _scatter_tile(tile, inputs) - inputs.mean[:, tile.tokens]
+      tile.store(out_ref, slope * (score * inverse) * d_score)
 
 
-def _total(join, reduce, tiles):
+def _prepare_logits(
+  multiplier: float, soft_cap: float | None, logits: jax.Array
+) -> tuple[jax.Array, jax.Array | float]:
+  """Returns what the softmax takes, -inf for NaN and inf, and its slope."""
+  x = jnp.where(logits < jnp.inf, logits * multiplier, -jnp.inf)
+  if soft_cap is None:
+    return x, multiplier
+  capped = jnp.tanh(x / soft_cap)
+  slope = multiplier * (1.0 - capped * capped)
+  return jnp.where(x == -jnp.inf, x, soft_cap * capped), slope
+
+
+def _reduce_experts(
+  combine: Callable[[jax.Array, jax.Array], jax.Array],
+  reduce: Callable[..., jax.Array],
+  tiles: Sequence[jax.Array],
+) -> jax.Array:
+  """Reduces the tiles of a column, `[experts, 128]`, to `[1, 128]`."""
   return functools.reduce(
-    join, [reduce(x, axis=0, keepdims=True) for x in tiles]
+    combine, [reduce(x, axis=0, keepdims=True) for x in tiles]
   )
 
 
-def _columns(idx_ref):
-  return [pl.ds(i, _LANES) for i in range(0, idx_ref.shape[1], _LANES)]
+def _tiles_by_column(
+  transposes: bool, inputs: _Inputs, out_ref: _Ref
+) -> list[list[_Tile]]:
+  """Lists the tiles of every column of a grid block."""
+  e = out_ref.shape[1 if transposes else 0]
+  experts = [pl.Slice(i, min(_LANES, e - i)) for i in range(0, e, _LANES)]
+  tokens = [
+    pl.Slice(i, _LANES) for i in range(0, inputs.expert_idx.shape[1], _LANES)
+  ]
+  return [
+    [_Tile(experts=x, tokens=column, transposes=transposes) for x in experts]
+    for column in tokens
+  ]
 
 
-def _tiles(transposed, out_ref):
-  """128 experts at a time."""
-  e = out_ref.shape[0 if transposed else 1]
-  return [pl.ds(i, min(_LANES, e - i)) for i in range(0, e, _LANES)]
-
-
-def _placed(experts, tokens, idx_ref, values_ref):
-  """The values of 128 tokens in the rows of some experts, 0 elsewhere."""
-  shape = experts.size, _LANES
-  expert = experts.start + lax.broadcasted_iota(jnp.int32, shape, 0)
-  tile = jnp.zeros(shape, jnp.float32)
-  for i in range(idx_ref.shape[0]):
-    here = idx_ref[pl.ds(i, 1), tokens] == expert
-    tile = jnp.where(here, values_ref[pl.ds(i, 1), tokens], tile)
-  return tile
-
-
-def _store(transposed, out_ref, experts, tokens, tile):
-  tile = tile.astype(out_ref.dtype)
-  if transposed:
-    out_ref[experts, tokens] = tile
-  else:
-    out_ref[tokens, experts] = tile.T
+def _scatter_tile(tile: _Tile, inputs: _Inputs) -> jax.Array:
+  """Returns the values in a tile, 0 elsewhere."""
+  shape = tile.experts.size, _LANES
+  expert = tile.experts.start + lax.broadcasted_iota(jnp.int32, shape, 0)
+  scattered = jnp.zeros(shape, jnp.float32)
+  # [1, 128] of a choice to [experts, 128].
+  for i in range(inputs.expert_idx.shape[0]):
+    choice = pl.ds(i, 1)
+    is_chosen = inputs.expert_idx[choice, tile.tokens] == expert
+    value = inputs.values[choice, tile.tokens]
+    scattered = jnp.where(is_chosen, value, scattered)
+  return scattered

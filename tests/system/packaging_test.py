@@ -1,6 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""What is installed, and what importing it needs."""
+"""What is installed, and what building and importing it needs."""
 
+import concurrent.futures
+import configparser
 import pathlib
 import shutil
 import subprocess
@@ -10,23 +12,44 @@ import zipfile
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+import jaxroute
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+# What git has in place of the link where there are no links.
+LINK_TEXT = "../kernels"
 # Whatever of these exists must be in the sdist.
 PROJECT_FILES = (
   ".ci/run",
+  "*.bzl",
+  "*.md",
+  "*.sh",
   "BUILD",
-  "CHANGELOG.md",
-  "CONTRIBUTING.md",
+  "CITATION.cff",
   "LICENSE",
   "MANIFEST.in",
-  "README.md",
+  "MODULE.bazel",
   "WORKSPACE",
-  "demo.sh",
+  "benchmarks/*.json",
+  "benchmarks/**/*.py",
+  "docs/**/*.md",
+  "docs/**/*.png",
+  "examples/**/*.md",
+  "examples/**/*.py",
+  "jaxroute/**/*.py",
+  "jaxroute/py.typed",
+  "kernels/**/*.py",
   "pyproject.toml",
-  "pytest.bzl",
   "setup.cfg",
-  "test.sh",
+  "tests/**/*.py",
 )
+# Calls a hook of PEP 517, as pip does. jax may be missing, for the version is read
+# from the text of jaxroute, not imported.
+BUILD_CODE = """
+import sys
+sys.modules["jax"] = None
+from setuptools import build_meta
+print(getattr(build_meta, sys.argv[1])("dist"))
+"""
 
 
 def _run(*arguments, cwd=None):
@@ -37,53 +60,107 @@ def _run(*arguments, cwd=None):
   return done.stdout
 
 
-def _sources(folder):
-  # `glob` follows the link to kernels/ only when it is spelled out.
-  found = [*folder.rglob("*.py"), *(folder / "kernels").rglob("*.py")]
-  return {str(path.relative_to(ROOT)) for path in found}
+def _files(*patterns):
+  """Paths of the checkout, a kernel's without the link."""
+  found = {
+    path.relative_to(ROOT).as_posix()
+    for pattern in patterns
+    for path in ROOT.glob(pattern)
+  }
+  return {path for path in found if not path.startswith("jaxroute/kernels/")}
+
+
+def _installed(path):
+  """Where a file of the checkout goes."""
+  return f"jaxroute/{path}" if path.startswith("kernels/") else path
+
+
+def _build(hook, tree):
+  (tree / "dist").mkdir()
+  name = _run("-c", BUILD_CODE, hook, cwd=tree).splitlines()[-1]
+  return tree / "dist" / name
+
+
+def _build_twice(tree):
+  """The sdist of `tree` and the wheel of that sdist."""
+  sdist = _build("build_sdist", tree)
+  _run("-m", "tarfile", "--extract", sdist, tree / "unpacked")
+  (unpacked,) = (tree / "unpacked").iterdir()
+  return sdist, _build("build_wheel", unpacked)
 
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory):
-  """File lists of the sdist, the wheel of that sdist, and of the checkout."""
-  clean = tmp_path_factory.mktemp("checkout") / "copy"
-  unwanted = shutil.ignore_patterns(
-    ".build", ".git", ".venv*", "__pycache__", "*.egg-info", "bazel-*", "dist"
-  )
-  shutil.copytree(ROOT, clean, symlinks=True, ignore=unwanted)
-  build = ("-m", "build", "--no-isolation", "--outdir")
-  # The wheel of the checkout first: the other build leaves an egg-info behind.
-  _run(*build, "direct", "--wheel", ".", cwd=clean)
-  _run(*build, "both", ".", cwd=clean)
-  wheels = []
-  for folder in ("both", "direct"):
-    (wheel,) = (clean / folder).glob("*.whl")
+  """The sdist's names; file to checksum of the wheel built each way."""
+  folder = tmp_path_factory.mktemp("built")
+
+  def copy(name):
+    unwanted = (".*_cache", ".build", ".git", ".hypothesis", ".venv*")
+    unwanted += ("*.egg-info", "__pycache__", "bazel-*", "dist", "runs")
+    ignore = shutil.ignore_patterns(*unwanted)
+    shutil.copytree(ROOT, folder / name, symlinks=True, ignore=ignore)
+    (folder / name / "jaxroute/kernels").unlink(missing_ok=True)
+    return folder / name
+
+  trees = {name: copy(name) for name in ("link", "text", "nothing", "sdist")}
+  for name in ("link", "sdist"):
+    (trees[name] / "jaxroute/kernels").symlink_to(LINK_TEXT)
+  (trees["text"] / "jaxroute/kernels").write_text(LINK_TEXT)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    both = pool.submit(_build_twice, trees.pop("sdist"))
+    jobs = {
+      name: pool.submit(_build, "build_wheel", tree)
+      for name, tree in trees.items()
+    }
+  sdist, wheel = both.result()
+  wheels = {"sdist": wheel} | {name: job.result() for name, job in jobs.items()}
+  sums = {}
+  for name, wheel in wheels.items():
     with zipfile.ZipFile(wheel) as archive:
-      wheels.append(sorted(archive.namelist()))
-  (sdist,) = (clean / "both").glob("*.tar.gz")
+      sums[name] = {info.filename: info.CRC for info in archive.infolist()}
   with tarfile.open(sdist) as archive:
     names = {name.partition("/")[2] for name in archive.getnames()}
-  return names, *wheels
+  with zipfile.ZipFile(wheels["link"]) as archive:
+    (metadata,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+    return names, sums, archive.read(metadata).decode()
 
 
-def test_wheel_of_the_sdist_is_the_wheel_of_the_checkout(built):
-  _, from_sdist, from_checkout = built
-  assert from_sdist == from_checkout
+@pytest.mark.parametrize("kernels", ["text", "nothing", "sdist"])
+def test_the_wheel_is_the_same_without_the_link(built, kernels):
+  _, wheels, _ = built
+  assert wheels[kernels] == wheels["link"]
 
 
 def test_wheel_holds_the_package_and_nothing_else(built):
-  _, wheel, _ = built
-  modules = {name for name in wheel if ".dist-info/" not in name}
-  assert modules == _sources(ROOT / "jaxroute")
-  assert "jaxroute/kernels/__init__.py" in modules
+  _, wheels, _ = built
+  files = {name for name in wheels["link"] if ".dist-info/" not in name}
+  expected = _files("jaxroute/**/*.py", "jaxroute/py.typed", "kernels/**/*.py")
+  assert files == {_installed(path) for path in expected}
+  assert "jaxroute/kernels/__init__.py" in files
 
 
 def test_sdist_holds_everything(built):
   sdist, _, _ = built
-  expected = {name for name in PROJECT_FILES if (ROOT / name).exists()}
-  for folder in ("benchmarks", "examples", "jaxroute", "tests"):
-    expected |= _sources(ROOT / folder)
-  assert expected - sdist == set()
+  assert _files(*PROJECT_FILES) - sdist == set()
+
+
+def test_setup_lists_every_package():
+  setup = configparser.ConfigParser()
+  setup.read(ROOT / "setup.cfg", encoding="utf-8")
+  listed = setup["options"]["packages"].split()
+  files = _files("jaxroute/**/__init__.py", "kernels/**/__init__.py")
+  folders = {_installed(path).removesuffix("/__init__.py") for path in files}
+  packages = sorted(folder.replace("/", ".") for folder in folders)
+  wanted = "\n  ".join(("packages =", *packages))
+  assert listed == packages, f"write in setup.cfg:\n{wanted}"
+
+
+def test_there_is_one_version(built):
+  _, _, metadata = built
+  assert f"\nVersion: {jaxroute.__version__}\n" in metadata
+  citation = ROOT / "CITATION.cff"
+  if citation.exists():
+    assert f"\nversion: {jaxroute.__version__}\n" in citation.read_text()
 
 
 def test_import_needs_neither_flax_nor_matplotlib():

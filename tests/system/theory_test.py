@@ -2,8 +2,8 @@
 """What is true of balancing as dual descent, on fixed scores, and what is not.
 
 docs/theory.md states these; every claim there names its test here. Scores and
-steps are multiples of a power of two, so that float32 sums are exact, wherever a
-test is of an identity.
+steps are multiples of a power of two, so that float32 sums are exact, wherever
+a test is of an identity.
 """
 
 import functools
@@ -22,11 +22,7 @@ from jaxroute import assignment, dual, metrics
 GRAIN = 2.0**-12
 
 
-def _config(e, k):
-  # Chooses the largest of logits + bias: the logits are the scores here.
-  return jaxroute.RouterConfig(
-    num_experts=e, top_k=k, score_fn="softmax", score_after_top_k=True
-  )
+_config = jaxroute.RouterConfig.on_scores
 
 
 @functools.partial(jax.jit, static_argnums=2)
@@ -35,7 +31,7 @@ def _route(scores, bias, config):
 
 
 def _scores(t, e, seed=0, skew=0.0):
-  """Distinct multiples of GRAIN in [0, 1), the first experts favoured by `skew`."""
+  """Multiples of GRAIN in [0, 1); `skew` favours the first experts."""
   rng = np.random.default_rng(seed)
   scores = rng.random((t, e)) + skew * np.linspace(1, 0, e)
   return (np.round(scores / GRAIN) * GRAIN).astype(np.float32)
@@ -245,8 +241,12 @@ def test_the_shrinking_sign_rule_finds_the_dual_of_the_linear_program():
   idx = np.asarray(_route(scores, jnp.float32(found), _config(e, k)).expert_idx)
   agreement = np.take_along_axis(best.x, idx, axis=1).mean()
   assert agreement > 0.99
-  # What the loads alone say of the gap is that.
-  slack = assignment.duality_gap(jnp.float32(found), jnp.asarray(loads[-1]))
+  proven = assignment.duality_gap(scores, jnp.float32(found), k)
+  assert gap - 1e-3 <= proven <= 1e-4 * best.value
+  # The loads alone tell how far the bias and they are from complementary.
+  slack = assignment.complementary_slackness(
+    jnp.float32(found), jnp.asarray(loads[-1])
+  )
   assert abs(slack) < 1e-3 * best.value
 
 

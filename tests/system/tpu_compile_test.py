@@ -13,7 +13,7 @@ from jax.experimental import topologies
 
 import jaxroute
 from jaxroute import dual, experts, layer
-from jaxroute.kernels import place_tpu, route_tpu
+from jaxroute.kernels.tpu import scatter
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
@@ -30,33 +30,37 @@ PARTITION = jaxroute.Partition(
 )
 
 
-def _step(x, kernel, params, state):
+def _step(implementation, x, router_weight, params, state):
   """Forward, backward and the dual step of one expert-parallel layer."""
 
-  def loss(kernel, params):
+  def loss(router_weight, params):
     routing, _ = layer.router(
-      x, kernel, state.expert_bias[0], CONFIG, fuse_projection=True
+      x,
+      router_weight,
+      state.expert_bias[0],
+      CONFIG,
+      implementation=implementation,
+      fuse_projection=True,
     )
     y, _ = layer.moe(x, routing, params, config=CONFIG, partition=PARTITION)
     return jnp.sum(y.astype(jnp.float32) ** 2), routing
 
-  grads, routing = jax.grad(loss, argnums=(0, 1), has_aux=True)(kernel, params)
+  grads, routing = jax.grad(loss, argnums=(0, 1), has_aux=True)(
+    router_weight, params
+  )
   return grads, jaxroute.update(jaxroute.accumulate(state, routing), RULE)
 
 
-@pytest.fixture
-def on_tpu(implementation, monkeypatch):
-  """As where JAX runs on a TPU, where all that has a kernel takes it."""
-  on_tpu = implementation == "tpu"
-  monkeypatch.setattr(route_tpu, "runs_here", lambda: on_tpu)
-  jax.clear_caches()
-  yield on_tpu
-  jax.clear_caches()
-
-
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
-@pytest.mark.parametrize("topology", ["v5e:2x2", "v6e:2x2"])
-def test_the_expert_parallel_layer_compiles(topology, implementation, on_tpu):
+@pytest.mark.parametrize(
+  ("topology", "implementation"),
+  [
+    ("v5e:2x2", None),
+    ("v6e:2x2", None),
+    ("v6e:2x2", "xla"),
+    pytest.param("v5e:2x2", "xla", marks=pytest.mark.long),
+  ],
+)
+def test_the_expert_parallel_layer_compiles(topology, implementation):
   devices = topologies.get_topology_desc(
     platform="tpu", topology_name=topology
   ).devices
@@ -83,8 +87,9 @@ def test_the_expert_parallel_layer_compiles(topology, implementation, on_tpu):
   )
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     compiled = (
-      jax.jit(_step)
+      jax.jit(_step, static_argnums=0)
       .trace(
+        implementation,
         like((T, D), jnp.bfloat16, ("data", "expert")),
         like((D, E), jnp.float32),
         params,
@@ -94,9 +99,11 @@ def test_the_expert_parallel_layer_compiles(topology, implementation, on_tpu):
       .compile()
     )
   text = compiled.as_text()
-  assert ("jaxroute_rows" in text) == on_tpu
+  # What None takes follows from the devices of the mesh, which are not here.
+  assert "jaxroute_rows" in text
+  assert ("jaxroute_route" in text) == (implementation is None)
   assert ("jit(project_and_route)" in text) == (
-    on_tpu and topology == "v6e:2x2"
+    implementation is None and topology == "v6e:2x2"
   )
   memory = compiled.memory_analysis()
   # The parameters' shard and its gradient are there, the whole array is not.
@@ -104,18 +111,33 @@ def test_the_expert_parallel_layer_compiles(topology, implementation, on_tpu):
   assert shard < memory.argument_size_in_bytes < 1.2 * shard + 2 * T * D
 
 
-# The others are compiled by the test of their cycles, below.
+def _long_but_first(values):
+  """Parameters of which all but the first are for `--all`."""
+  first, *others = values
+  return [first, *(pytest.param(x, marks=pytest.mark.long) for x in others)]
+
+
+# The other generations are compiled by the test of their cycles, below. The longest
+# case is the same kernel on a longer grid.
 @pytest.mark.parametrize("generation", ["v5p", "v7x"])
-def test_the_kernel_compiles(generation):
-  for case, (t, *_) in tpu_cycles.CASES.items():
-    if t > 8192:
-      continue  # the same kernel on a longer grid
-    compiled = tpu_cycles.compile_for(generation, case, "jaxroute")
-    assert "tpu_custom_call" in compiled.as_text(), case
+@pytest.mark.parametrize(
+  "case",
+  _long_but_first(
+    ["E=256 K=8 V3"]
+    + [
+      name
+      for name, (t, *_) in tpu_cycles.CASES.items()
+      if t <= 8192 and name != "E=256 K=8 V3"
+    ]
+  ),
+)
+def test_the_kernel_compiles(generation, case):
+  compiled = tpu_cycles.compile_for(generation, case, "jaxroute")
+  assert "tpu_custom_call" in compiled.as_text()
 
 
 @pytest.mark.parametrize("generation", ["v6e", "v7x"])
-@pytest.mark.parametrize("case", ["E=128 K=8", "E=1024 K=16"])
+@pytest.mark.parametrize("case", _long_but_first(["E=128 K=8", "E=1024 K=16"]))
 def test_projection_and_routing_compile_as_one(generation, case):
   text = tpu_cycles.compile_for(generation, case, "project fused").as_text()
   assert "tpu_custom_call" in text
@@ -140,7 +162,9 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
 
   def local(logits, bias, mask):
     def loss(logits):
-      r = jaxroute.route(logits, bias, CONFIG, mask, implementation="tpu")
+      r = jaxroute.route(
+        logits, bias, CONFIG, mask, implementation="pallas_tpu"
+      )
       return jnp.sum(r.weights**2), jax.lax.psum(r.load, "data")
 
     return jax.grad(loss, has_aux=True)(logits)
@@ -175,7 +199,7 @@ def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
     return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
 
   gradient = jax.jit(
-    functools.partial(place_tpu.softmax_gradient, multiplier=1.0, soft_cap=30.0)
+    functools.partial(scatter.softmax_gradient, multiplier=1.0, soft_cap=30.0)
   )
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     traced = gradient.trace(
@@ -187,16 +211,29 @@ def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
     traced.lower(lowering_platforms=("tpu",)).compile()
 
 
-def test_no_cycle_count_has_risen():
+_OTHERS = ["jaxroute grad", "jaxroute histogram", "project fused", "sort"]
+
+
+@pytest.mark.parametrize(
+  ("generations", "table_cases", "candidates"),
+  [
+    (["v5e", "v6e"], ["E=64 K=6 softmax"], ["jaxroute"]),
+    (["v6e"], ["E=128 K=8"], _OTHERS),
+    pytest.param(
+      ["v5e", "v6e"],
+      list(tpu_cycles.CASES),
+      ["jaxroute"],
+      marks=pytest.mark.long,
+    ),
+  ],
+  ids=["route", "others", "all"],
+)
+def test_no_cycle_count_has_risen(generations, table_cases, candidates):
   """By more than a tenth over the table, for a compiler that is in it."""
   tables = json.loads(tpu_cycles.TABLE.read_text())
   version = tpu_cycles.libtpu_version()
   recorded = tables.get(version, tables[max(tables)])
-  measure = functools.partial(tpu_cycles.table, bounds=False)
-  rows = measure(["v5e", "v6e"], list(tpu_cycles.CASES), ["jaxroute"])
-  others = "jaxroute grad", "jaxroute histogram", "project fused", "sort"
-  for name, row in measure(["v6e"], ["E=128 K=8"], list(others)).items():
-    rows[name] |= row
+  rows = tpu_cycles.table(generations, table_cases, candidates, bounds=False)
   for name, row in rows.items():
     for candidate, found in row.items():
       before = recorded[name][candidate]["cycles"]

@@ -1,0 +1,95 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""One ladder for all operations: who is asked, who answers, what is said."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxroute import ladder
+
+
+def _refusal(reason):
+  def refuse():
+    raise NotImplementedError(reason)
+
+  return refuse
+
+
+def test_none_takes_the_first_that_can():
+  implementations = {
+    "fast": _refusal("no such chip"),
+    "good": lambda: 1,
+    "plain": lambda: 2,
+  }
+  assert ladder.climb("op", implementations, None) == 1
+  assert ladder.climb("op", implementations, "plain") == 2
+
+
+def test_an_entry_under_none_is_for_none_alone():
+  implementations = {
+    "fast": _refusal("no such chip"),
+    None: lambda: "by platform",
+    "plain": lambda: "plain",
+  }
+  assert ladder.climb("op", implementations, None) == "by platform"
+  assert ladder.climb("op", implementations, "plain") == "plain"
+
+
+def test_an_unknown_name_is_a_value_error_with_those_there_are():
+  implementations = {None: lambda: 0, "a": lambda: 1, "b": lambda: 2}
+  words = "`implementation` of `op` must be None or one of 'a', 'b', got 'c'"
+  with pytest.raises(ValueError, match=words):
+    ladder.climb("op", implementations, "c")
+
+
+def test_what_was_asked_for_says_why_it_cannot_and_what_can():
+  implementations = {"fast": _refusal("no such chip"), "plain": lambda: 2}
+  words = r"`op`: 'fast' cannot: no such chip. Use None, or one of \['plain'\]"
+  with pytest.raises(NotImplementedError, match=words):
+    ladder.climb("op", implementations, "fast")
+
+
+def test_where_none_can_the_error_has_the_reasons_of_all():
+  implementations = {"a": _refusal("no chip"), "b": _refusal("no memory")}
+  words = "'a' cannot: no chip. 'b' cannot: no memory."
+  with pytest.raises(NotImplementedError, match=words):
+    ladder.climb("op", implementations, None)
+
+
+def test_other_errors_pass():
+  def broken():
+    raise ValueError("bad shape")
+
+  with pytest.raises(ValueError, match="bad shape"):
+    ladder.climb("op", {"a": broken, "b": lambda: 1}, None)
+
+
+def _double_on_tpu(x):
+  return ladder.lower_only_for("tpu", lambda x: {"y": 2 * x}, x)
+
+
+@pytest.mark.parametrize("transform", (lambda f: f, jax.jit, jax.vmap))
+def test_a_kernel_lowered_for_another_platform_says_so(transform):
+  with pytest.raises(NotImplementedError, match="a kernel for TPU.*interpret"):
+    transform(_double_on_tpu)(jnp.ones(3))
+
+
+def test_it_is_traced_and_lowered_for_its_own_platform():
+  x = jnp.ones(3)
+  assert jax.eval_shape(_double_on_tpu, x)["y"].shape == (3,)
+  traced = jax.jit(_double_on_tpu).trace(x)
+  text = traced.lower(lowering_platforms=("tpu",)).as_text()
+  assert "multiply" in text
+  with pytest.raises(NotImplementedError, match="a kernel for TPU"):
+    traced.lower(lowering_platforms=("cuda",))
+
+
+def test_inside_shard_map_the_two_branches_vary_alike():
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
+  mapped = jax.shard_map(
+    _double_on_tpu, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data")
+  )
+  shape = jax.eval_shape(jax.jit(mapped), np.ones(16, np.float32))["y"].shape
+  assert shape == (16,)

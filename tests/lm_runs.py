@@ -1,0 +1,159 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Runs of examples/lm for tests: small, compiled once, continued from copies."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import config as config_lib
+import jax
+import numpy as np
+import pytest
+import report as report_lib
+import train as train_lib
+from jax.experimental.compilation_cache import compilation_cache
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+SCRIPT = ROOT / "examples" / "lm" / "train.py"
+STEPS = 60
+TINY = {
+  "steps": STEPS,
+  "batch_size": 8,
+  "seq_len": 32,
+  "model_size": 32,
+  "num_heads": 2,
+  "num_layers": 3,
+  "num_experts": 8,
+  "expert_size": 16,
+  "shared_size": 16,
+  "eval_every": 30,
+  "eval_batches": 4,
+  "save_every": 25,
+  "rule": "sign",
+}
+# Settings that the compiled programs do not depend on.
+_NOT_COMPILED = ("data", "data_bytes", "seed")
+
+
+def write_corpus(folder: pathlib.Path) -> pathlib.Path:
+  """Writes twenty short texts into a folder, and returns it."""
+  rng = np.random.default_rng(0)
+  words = ["def", "return", "import", "class", "self.x", "=", "+ 1", "\n  "]
+  for i in range(20):
+    (folder / f"{i:02d}.py").write_text(" ".join(rng.choice(words, 200)))
+  return folder
+
+
+def trainer(
+  config: config_lib.Config, mesh: jax.sharding.Mesh | None
+) -> train_lib.Trainer:
+  """The `Trainer` of the settings, whose programs all runs of them share."""
+  settings = config.identity()
+  names = tuple(sorted(settings.keys() - set(_NOT_COMPILED)))
+  return _trainer(tuple(settings[n] for n in names), names, mesh)
+
+
+# The class itself, for tests that put `trainer` in its place.
+_TRAINER = train_lib.Trainer
+
+
+@functools.cache
+def _trainer(
+  values: tuple[Any, ...], names: tuple[str, ...], mesh: Any
+) -> train_lib.Trainer:
+  settings = dict(zip(names, values, strict=True))
+  shape = "1,1" if mesh is None else ",".join(map(str, mesh.axis_sizes))
+  return _TRAINER(config_lib.Config(**settings, mesh=shape), mesh)
+
+
+def train(config: config_lib.Config) -> dict[str, Any]:
+  """Trains with shared programs, and draws nothing."""
+  with pytest.MonkeyPatch.context() as patch:
+    share_programs(patch)
+    return train_lib.train(config)
+
+
+def share_programs(patch: pytest.MonkeyPatch, *, figures: bool = False) -> None:
+  """Has runs share their programs and, unless told to, draw no figures."""
+  patch.setattr(train_lib, "Trainer", trainer)
+  if not figures:
+    patch.setattr(report_lib, "write_figures", lambda rows, out: None)
+
+
+def unbalanced_rows(config: config_lib.Config, corpus: Any) -> list[dict]:
+  """Rows of the run in which nothing moves the bias: of each step, and at the end.
+
+  The programs are those of the balanced run; the router's state is put back after
+  every step.
+  """
+  programs = trainer(config, None)
+  state = programs.init(jax.random.key(config.seed))
+  router, rows = jax.device_get(state.router), []
+  places = jax.tree.map(lambda x: x.sharding, state.router)
+  for step in range(1, config.steps + 1):
+    state, report = programs.step(state, corpus.batch(config, step))
+    state = dataclasses.replace(state, router=jax.device_put(router, places))
+    rows.append(report_lib.train_row(step, jax.device_get(report), None))
+  reports = [
+    jax.device_get(programs.evaluate(state, batch))
+    for batch in corpus.validation_batches(config)
+  ]
+  return [*rows, report_lib.validation_row(config.steps, reports)]
+
+
+def copy_at(step: int, run: pathlib.Path, out: pathlib.Path) -> None:
+  """Copies a run, without the checkpoints after a step."""
+  shutil.copytree(run, out)
+  for name in kept(out):
+    if int(name) > step:
+      shutil.rmtree(out / "checkpoints" / name)
+  assert kept(out)[-1] == str(step)
+
+
+def rows(out: str | pathlib.Path, kind: str | None = None) -> list[dict]:
+  """The rows of metrics.jsonl, of a kind if given."""
+  lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
+  return [r for r in map(json.loads, lines) if kind in (None, r["kind"])]
+
+
+def timeless(rows: list[dict]) -> list[dict]:
+  """Rows without what may differ from run to run."""
+  return [{k: v for k, v in r.items() if k != "seconds"} for r in rows]
+
+
+def kept(out: str | pathlib.Path) -> list[str]:
+  """The steps of the checkpoints of a run."""
+  return sorted(os.listdir(pathlib.Path(out) / "checkpoints"), key=int)
+
+
+def environment() -> dict[str, str]:
+  """Variables for a process that imports this file and the example's."""
+  folders = [str(SCRIPT.parent), str(ROOT / "tests")]
+  given = [p for p in [os.environ.get("PYTHONPATH")] if p]
+  return os.environ | {"PYTHONPATH": os.pathsep.join(folders + given)}
+
+
+def compilation_cache_in(folder: pathlib.Path) -> Iterator[None]:
+  """Has this process and those it starts keep what they compile in a folder.
+
+  A folder that JAX_COMPILATION_CACHE_DIR names is kept instead.
+  """
+  settings: dict[str, Any] = {
+    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir
+    or str(folder),
+    "jax_persistent_cache_min_compile_time_secs": 0.1,
+  }
+  with pytest.MonkeyPatch.context() as patch:
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+      jax.config.update(name, value)
+      patch.setenv(name.upper(), str(value))
+    yield
+    for name, value in before.items():
+      jax.config.update(name, value)
+    compilation_cache.reset_cache()

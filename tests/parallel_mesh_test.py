@@ -1,0 +1,109 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Which mesh is in force, and what a kernel may do under it."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import jaxroute
+from jaxroute.parallel import mesh as mesh_lib
+
+AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
+
+
+def _mesh(shape, *kinds):
+  names = ("data", "expert")[: len(shape)]
+  return jax.make_mesh(shape, names, axis_types=kinds)
+
+
+def test_without_a_mesh_several_devices_forbid_what_was_not_asked_for():
+  assert "8 devices" in mesh_lib.kernel_refusal(by_name=False)
+  assert mesh_lib.kernel_refusal(by_name=True) is None
+
+
+@pytest.mark.parametrize(
+  ("shape", "kinds", "over_shards", "axes"),
+  (
+    ((8,), (AUTO,), True, ["data"]),
+    ((8,), (EXPLICIT,), False, ["data"]),
+    ((8,), (EXPLICIT,), True, None),
+    ((4, 2), (EXPLICIT, AUTO), True, ["expert"]),
+    ((8, 1), (EXPLICIT, AUTO), True, None),
+    ((1, 1), (AUTO, AUTO), False, None),
+  ),
+)
+@pytest.mark.parametrize("by_name", (False, True))
+def test_a_kernel_needs_axes_that_xla_does_not_partition(
+  shape, kinds, over_shards, axes, by_name
+):
+  with jax.set_mesh(_mesh(shape, *kinds)):
+    reason = mesh_lib.kernel_refusal(by_name, over_shards)
+  if axes is None:
+    assert reason is None
+  else:
+    assert str(axes) in reason and "jax.shard_map" in reason
+
+
+def test_inside_shard_map_a_kernel_may_run():
+  reasons = []
+
+  def local(x):
+    reasons.append(mesh_lib.kernel_refusal(by_name=False))
+    return x
+
+  with jax.set_mesh(_mesh((8,), AUTO)):
+    mapped = jax.shard_map(
+      local, in_specs=jax.P("data"), out_specs=jax.P("data")
+    )
+    jax.eval_shape(mapped, jnp.ones(8))
+  assert reasons == [None]
+
+
+def test_arrays_vary_alike_inside_shard_map_and_stay_outside():
+  varying = []
+
+  def local(x, y):
+    x, y = mesh_lib.vary_alike((x, y))
+    varying.append([jax.typeof(v).manual_axis_type.varying for v in (x, y)])
+    return x + y
+
+  mesh = _mesh((8,), AUTO)
+  mapped = jax.shard_map(
+    local, mesh=mesh, in_specs=(jax.P("data"), jax.P()), out_specs=jax.P("data")
+  )
+  jax.eval_shape(mapped, jnp.ones(8), jnp.ones(1))
+  assert varying == [[{"data"}, {"data"}]]
+  x = jnp.ones(3)
+  assert mesh_lib.vary_alike({"x": x})["x"] is x
+
+
+def test_an_axis_that_is_not_there_is_named():
+  partition = jaxroute.Partition(token_axes=("data",), expert_axis="model")
+  with jax.set_mesh(_mesh((8,), AUTO)):
+    with pytest.raises(ValueError, match=r"\['data', 'model'\].*jax.set_mesh"):
+      mesh_lib.mesh_of(partition)
+
+
+def test_sizes_that_do_not_divide_are_named():
+  mesh = _mesh((4, 2), AUTO, AUTO)
+  with pytest.raises(ValueError, match="shards 6 tokens.*8 devices.*Pad"):
+    mesh_lib.check_divides("tokens", 6, mesh, ("data", "expert"))
+  mesh_lib.check_divides("tokens", 16, mesh, ("data", "expert"))
+
+
+@pytest.mark.parametrize(
+  ("token_axes", "expert_axis", "shards"),
+  (
+    ((), None, 1),
+    (("data",), None, 4),
+    (("data", "expert"), "expert", 4),
+    (("data", "expert"), None, 8),
+  ),
+)
+def test_shards_of_tokens_are_those_dispatched_apart(
+  token_axes, expert_axis, shards
+):
+  partition = jaxroute.Partition(token_axes=token_axes, expert_axis=expert_axis)
+  with jax.set_mesh(_mesh((4, 2), AUTO, AUTO)):
+    assert mesh_lib.token_shards(partition) == shards
+  assert mesh_lib.token_shards(None) == 1
