@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Sets of bits in int32 words: counted, searched and emptied, without branches.
 
-All functions work element by element on arrays of one shape. A set may be several
-words, of which the first has the lowest bits.
+All functions work element by element on arrays of one shape. A set may be
+several words, of which the first has the lowest bits.
 """
 
 import functools
@@ -57,8 +57,9 @@ def lowest_ones(word: jax.Array, count: jax.Array) -> jax.Array:
     >>> bin(lowest_ones(jnp.int32(0b101101), jnp.int32(3)))
     '0b1101'
   """
-  # How many low bits have no more than `count` ones: 0 to 31, a digit at a time, of
-  # weight 8, 2 and 1. The candidates of a digit do not wait for one another.
+  # How many low bits have no more than `count` ones: 0 to 31, a digit at a
+  # time, of weight 8, 2 and 1. The candidates of a digit do not wait for one
+  # another.
   length = jnp.zeros_like(count)
   for weight, largest_digit in ((8, 3), (2, 3), (1, 1)):
     longer = [length + i * weight for i in range(1, largest_digit + 1)]
@@ -91,8 +92,10 @@ def first_bit(
 
   Example:
     >>> words = jnp.int32(0), jnp.int32(0b1100)
-    >>> int(first_bit(words, jnp.int32(100))), int(first_bit(words, jnp.int32(0), True))
-    (134, 35)
+    >>> int(first_bit(words, jnp.int32(100)))
+    134
+    >>> int(first_bit(words, jnp.int32(100), from_top=True))
+    135
   """
   *earlier, last = _search_order(len(words), from_top)
   word, word_start = words[last], np.int32(last * WORD_BITS)

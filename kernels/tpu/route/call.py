@@ -45,8 +45,8 @@ class Outputs(NamedTuple):
     load: `[E]` int32.
     cutoff: `[T]` float32.
     histogram: `[E, 16]` int32, if `config.histogram`.
-    chosen: `[T, K]` float32, if asked for. The logits of the chosen experts, or their
-      scores if those depend on the logits of all experts.
+    chosen: `[T, K]` float32, if asked for. The logits of the chosen experts, or
+      their scores if those depend on the logits of all experts.
   """
 
   expert_idx: jax.Array
@@ -115,7 +115,7 @@ def project_and_route(
   with_chosen: bool = False,
   interpret: Any = False,
 ) -> Outputs:
-  """As `route`, of the logits `tokens @ router_weight`, which are not written to HBM.
+  """Routes by logits `tokens @ router_weight` that are not written to HBM.
 
   Args:
     tokens: `[T, D]` bfloat16.
@@ -154,7 +154,7 @@ def _divides_in_software(interpret: Any) -> bool:
 
 
 def _pad_mask(plan: Plan, token_mask: jax.Array | None) -> jax.Array | None:
-  """Lays a mask out as tokens are dense: [steps, columns of a step, 128] int32."""
+  """Lays a mask out by grid step and column: [steps, columns, 128] int32."""
   if token_mask is None:
     return None
   padding = plan.grid_steps * plan.step_tokens - plan.tokens
@@ -211,7 +211,7 @@ def _empty_outputs(plan: Plan) -> Outputs:
 
 
 def _routed_block(plan: Plan) -> Callable[[Any], Any]:
-  """Returns the function from a grid step to the step whose tokens it routes."""
+  """Returns a function: grid step to the number of the tokens it routes."""
   if plan.projection_lead:
     return lambda i: jnp.maximum(i - plan.projection_lead, 0)
   return lambda i: i
@@ -293,12 +293,13 @@ def _output_shapes(plan: Plan, operands: InputRefs) -> OutputRefs:
 
 
 def _vmem_limit(plan: Plan) -> int:
-  """Bytes of VMEM to ask for: what the buffers take, and some for the compiler."""
+  """Computes the bytes of VMEM to ask for: the buffers, and some spare."""
   scratch = sum(
     buffer.size * buffer.dtype.itemsize
     for buffer in jax.tree.leaves(scratch_shapes(plan))
   )
-  # The pipeline has two of each block: of logits, and of three results by choice.
+  # The pipeline has two of each block: of logits, and of three results by
+  # choice.
   rows = plan.num_experts + 3 * plan.padded_top_k
   blocks = 2 * plan.step_tokens * rows * 4
   limit = max(_DEFAULT_VMEM, 1.25 * (scratch + blocks))

@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Bits of chosen experts to loads, by bit-sliced counters.
 
-A bit-sliced counter is one bit of each of many words: bit b of word i is bit i of the
-count of bit b. To add a word of bits is one half adder for each word of the counter,
-and counts 32 experts of 1024 sublanes and lanes at once.
+A bit-sliced counter is one bit of each of many words: bit b of word i is bit i
+of the count of bit b. To add a word of bits is one half adder for each word of
+the counter, and counts 32 experts in every element of a register at once.
 """
 
 import jax
@@ -24,7 +24,7 @@ _LOWEST_OF_FIELDS = 0x01010101
 
 
 def count_chosen(plan: Plan, scratch: Scratch) -> None:
-  """Adds the bits of the chosen experts of a block's valid tokens to the counters.
+  """Counts the chosen experts of a block's valid tokens.
 
   Reads `bits_not_below` and `valid`. Adds to `counters`.
 
@@ -56,15 +56,15 @@ def write_load(plan: Plan, scratch: Scratch, load_ref: Ref) -> None:
     scratch: buffers.
     load_ref: `[E]` int32.
   """
-  # Each lane holds the load of the expert, modulo 128, that it belongs to: the one of
-  # this register, if the lane has one of its sublane.
+  # Experts go to lanes by their index modulo 128. Expert s R + r is on sublane
+  # s, so that this is the r of the one, if there is one, that goes to a lane.
   register_of_lane = (
     layout.lane_index() - layout.sublane_index() * plan.experts_per_sublane
   ) & (_LANES - 1)
   load = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
   for word in range(plan.words_per_sublane):
-    # Eight bits of the counts at a time: four such fields fill a word, and their sums
-    # over the lanes are exact in float32.
+    # Eight bits of the counts at a time: four such fields fill a word, and
+    # their sums over the lanes are exact in float32.
     for first_bit in range(0, plan.counter_bits, _FIELD_BITS):
       totals = _sum_over_lanes(plan, word, first_bit, register_of_lane, scratch)
       load += bits.shift_left(totals.astype(jnp.int32), first_bit)
@@ -85,7 +85,7 @@ def _sum_over_lanes(
   register_of_lane: jax.Array,
   scratch: Scratch,
 ) -> jax.Array:
-  """Sums eight bits of the counts of a word's experts, each to the lanes it goes to."""
+  """Sums eight bits of the counts of a word's experts over all lanes."""
   first = word * WORD_BITS
   experts = range(first, min(plan.experts_per_sublane, first + WORD_BITS))
   end_bit = min(plan.counter_bits, first_bit + _FIELD_BITS)

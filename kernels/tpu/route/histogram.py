@@ -1,15 +1,16 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Counts how far experts are from the tokens' cutoffs, inside the routing kernel.
+"""Counts how far experts are from cutoffs, inside the routing kernel.
 
-The meaning is that of `jaxroute.routing.bias_histogram`, bin for bin: sixteen per
-expert, eight on either side of zero, each eight times as wide as the one before. A
-vector register holds 8 experts x 128 tokens, and its numbers are counted where they
-are:
+The meaning is that of `jaxroute.routing.bias_histogram`, bin for bin: sixteen
+per expert, eight on either side of zero, each eight times as wide as the one
+before. A vector register holds 8 experts x 128 tokens, and its numbers are
+counted where they are:
 
-  1. A distance becomes a 1 in one of eight 4-bit fields of a word, by its exponent.
-     The words of a block's columns are added, and those below zero once more.
-  2. The fields of a block, 8 at most, are spread to the bytes of four words, which
-     `BLOCKS_PER_FLUSH` blocks add to.
+  1. A distance becomes a 1 in one of eight 4-bit fields of a word, by its
+     exponent. The words of a block's columns are added, and those below zero
+     once more.
+  2. The fields of a block, 8 at most, are spread to the bytes of four words,
+     which `BLOCKS_PER_FLUSH` blocks add to.
   3. The bytes are summed over the tokens on the lanes and added to the result.
 """
 
@@ -35,7 +36,7 @@ _SIDE = BINS // 2
 _MAX_BYTE = 255
 _MAX_COLUMNS = 8
 BLOCKS_PER_FLUSH = _MAX_BYTE // _MAX_COLUMNS
-"""Blocks that the bytes have room for: each adds a column's count 8 times at most."""
+"""Blocks that the bytes have room for: each adds 8 at most."""
 
 # A bin is three octaves; the bins nearest to zero end at 2^-16.
 _OCTAVES, _FIRST_END = 3, -16
@@ -52,8 +53,8 @@ _EXPONENT_SHIFT = 23
 _EXPONENTS = range(
   127 + _LOWEST_OCTAVE + _INF_EXPONENT - _TOP_OCTAVE, 127 + _INF_EXPONENT + 1
 )
-# `exponent * 341 >> 10` is `(exponent - 1) // 3` for all of them, 232 to 255: 77 for the
-# first bin, 78 for the next. Modulo 8 that is the bin's field.
+# `exponent * 341 >> 10` is `(exponent - 1) // 3` for all of them, 232 to 255:
+# 77 for the first bin, 78 for the next. Modulo 8 that is the bin's field.
 _THIRD, _THIRD_SHIFT = 341, 10
 _FIRST_FIELD = _EXPONENTS[0] * _THIRD >> _THIRD_SHIFT
 
@@ -104,7 +105,8 @@ def store_cutoffs(
 def count_distances(plan: Plan, register: int, scratch: Scratch) -> None:
   """Counts the distances of a block's tokens from the 8 experts of a register.
 
-  Reads `selection_scores` and the cutoffs in `bound_above`. Adds to `bin_counts`.
+  Reads `selection_scores` and the cutoffs in `bound_above`. Adds to
+  `bin_counts`.
 
   Args:
     plan: the static shape of the call.

@@ -1,15 +1,17 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Where numbers lie in registers and buffers; the package says what the layouts are.
+"""Where numbers lie in buffers; the package says what the layouts are.
 
 Three kinds of buffers, all of rows of 128 lanes:
 
-  by expert   sublane s of register r is row `s * sublane_pitch + r`: the R experts
-              of a sublane follow one another, as they do in the logits.
-  by columns  register r of column c starts at row `(r * columns + c) * COLUMN_PITCH`.
-              It is stored as it is, and loaded dense: one sublane of every column.
-  dense       dense register n starts at row `n * dense_pitch`, column c in row c of
-              it. It is stored as it is, and loaded by columns: 8 registers of one
-              column.
+  by expert   Sublane s of register r is row `s * sublane_pitch + r`: the R
+              experts of a sublane follow one another, as in the logits. It is
+              stored that way, and loaded register by register.
+  by columns  Register r of column c begins at row
+              `(r * columns + c) * COLUMN_PITCH`. It is stored register by
+              register, and loaded dense: one sublane of every column.
+  dense       Dense register n begins at row `n * dense_pitch`, with column c in
+              the c-th row. It is stored register by register, and loaded by
+              columns: one column of 8 dense registers.
 """
 
 import jax
@@ -38,25 +40,24 @@ def lane_index() -> jax.Array:
 def pin(plan: Plan, x: jax.Array) -> jax.Array:
   """Keeps XLA from computing `x` anew, with other bits, where it is used.
 
-  It does so only where the kernel is interpreted: Mosaic has no such freedom, and no
-  barrier. It also keeps the stages apart, which XLA would be long in compiling as one.
+  It does so only where the kernel is interpreted: Mosaic has no such freedom,
+  and no barrier. It also keeps the stages apart, which XLA would be long in
+  compiling as one.
   """
   return lax.optimization_barrier(x) if plan.interpret else x
 
 
 def divide(expert_idx: jax.Array, divisor: int) -> jax.Array:
-  """Divides indices of experts, 0 to 1023, rounding down: no TPU divides integers."""
+  """Divides indices of experts, 0 to 1023, by a constant, rounding down."""
   if divisor & (divisor - 1) == 0:
     exponent = divisor.bit_length() - 1
     return lax.shift_right_logical(
       expert_idx, jnp.full_like(expert_idx, exponent)
     )
-  # Exact for indices below 1024: the inverse is too large by less than 2^-20, which
-  # adds less than 2^-10 to the quotient, whose distance to the next integer is more.
+  # Exact for indices below 1024: the inverse is too large by less than 2^-20,
+  # which adds less than 2^-10 to the quotient, whose distance to the next
+  # integer is more.
   return (expert_idx * np.int32(2**20 // divisor + 1)) >> 20
-
-
-# Buffers by expert.
 
 
 def store_experts(plan: Plan, ref: Ref, first: int, tile: jax.Array) -> None:
@@ -95,9 +96,6 @@ def broadcast_bias(plan: Plan, bias_ref: Ref, scratch: Scratch) -> None:
     store_experts(plan, scratch.bias, first, tile)
 
 
-# Buffers by columns.
-
-
 def column_slice(plan: Plan, register: int, column: int) -> pl.Slice | slice:
   """Rows of a column's register in a buffer by columns."""
   return pl.ds((register * plan.columns + column) * COLUMN_PITCH, _SUBLANES)
@@ -110,11 +108,8 @@ def across_columns(plan: Plan, register: int, sublane: int) -> pl.Slice | slice:
 
 
 def load_dense(plan: Plan, ref: Ref, register: int, sublane: int) -> jax.Array:
-  """Reads one sublane of every column, `[columns, 128]`, from a buffer by columns."""
+  """Reads one sublane of every column, `[columns, 128]`: dense."""
   return pin(plan, ref[across_columns(plan, register, sublane), :])
-
-
-# Dense buffers.
 
 
 def dense_slice(plan: Plan, register: int) -> pl.Slice | slice:
@@ -123,12 +118,9 @@ def dense_slice(plan: Plan, register: int) -> pl.Slice | slice:
 
 
 def load_column(plan: Plan, ref: Ref, first: int, column: int) -> jax.Array:
-  """Reads a column of 8 dense registers, `[8, 128]`, the first of which is `first`."""
+  """Reads a column of the 8 dense registers from `first` on, `[8, 128]`."""
   start = first * plan.dense_pitch + column
   return pin(plan, ref[pl.ds(start, _SUBLANES, stride=plan.dense_pitch), :])
-
-
-# Segments.
 
 
 def segment_register(plan: Plan, sublane: int, segment: int) -> int:

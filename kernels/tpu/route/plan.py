@@ -12,7 +12,7 @@ WORD_BITS = 32
 """Bits of the int32 words that hold one bit per expert."""
 
 COLUMN_PITCH = device.SUBLANES + 1
-"""Rows from one column's register to the next's, in a buffer by columns: odd."""
+"""Rows from a column's register to the next's, in a buffer by columns."""
 
 _MAX_TOP_K = 16
 _MAX_EXPERTS = 1024
@@ -61,7 +61,8 @@ class Plan:
     has_mask: whether there is a `token_mask`.
     with_chosen: whether what the weights were made from is returned.
     interpret: whether the kernel is interpreted, compiled by XLA.
-    divides_in_software: whether an inverse is approximate in hardware, and refined.
+    divides_in_software: whether an inverse is approximate in hardware, and
+      refined.
   """
 
   config: types.RouterConfig
@@ -78,8 +79,6 @@ class Plan:
     """E."""
     return self.config.num_experts
 
-  # Tokens.
-
   @property
   def columns(self) -> int:
     """Columns of 128 tokens in a block; fewer for few tokens, or for memory."""
@@ -95,9 +94,9 @@ class Plan:
   def blocks_per_step(self) -> int:
     """Blocks of tokens per grid step: 1 or 2.
 
-    With two, the second's loads and transposes overlap the first's last stages. The
-    more experts there are, the longer it takes until the first logits have come, so
-    that only a longer grid gains by this.
+    With two, the second's loads and transposes overlap the first's last stages.
+    The more experts there are, the longer it takes until the first logits have
+    come, so that only a longer grid gains by this.
     """
     blocks = pl.cdiv(self.tokens, self.block_tokens)
     enough = max(4, self.num_experts // 32)
@@ -111,7 +110,7 @@ class Plan:
 
   @property
   def grid_steps(self) -> int:
-    """Grid steps that route; in each of them every operation is executed once."""
+    """Grid steps that route: each executes every operation once."""
     return pl.cdiv(self.tokens, self.step_tokens)
 
   @property
@@ -125,8 +124,6 @@ class Plan:
     steps = self.grid_steps * self.blocks_per_step
     return (steps * self.columns).bit_length()
 
-  # Experts.
-
   @property
   def experts_first(self) -> bool:
     """Whether the logits come as [E, T]: the layout XLA gives narrow rows."""
@@ -139,7 +136,7 @@ class Plan:
 
   @property
   def experts_per_sublane(self) -> int:
-    """R, also the registers that hold all experts; experts past E are masked."""
+    """R: also how many registers hold all experts, and some past E."""
     return pl.cdiv(self.num_experts, device.SUBLANES)
 
   @property
@@ -171,16 +168,16 @@ class Plan:
       self.experts_per_segment, self.list_length, self.network_levels
     )
 
-  # Memory, in rows of 128 lanes.
+  # Pitches, in rows of 128 lanes, are odd: they spread loads over memory banks.
 
   @property
   def sublane_pitch(self) -> int:
-    """Rows from one sublane's experts to the next's, in a buffer by expert: odd."""
+    """Rows from a sublane's experts to the next's, in a buffer by expert."""
     return self.experts_per_sublane | 1
 
   @property
   def dense_pitch(self) -> int:
-    """Rows from one dense register to the next, in a buffer of these: odd."""
+    """Rows from a dense register to the next, in a dense buffer."""
     return self.columns | 1
 
   @property

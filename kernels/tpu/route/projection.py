@@ -1,10 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The router's projection inside the routing kernel: exact products on the MXU.
 
-A float32 router weight is the sum of three bfloat16 terms (bf16x3), and so tokens of
-bfloat16 times the weight are three products without rounding. The tokens are what
-the MXU holds and the experts pass by, so that few experts leave none of its width
-empty.
+A float32 router weight is the sum of three bfloat16 terms (bf16x3), and so
+tokens of bfloat16 times the weight are three products without rounding. The
+tokens are what the MXU holds and the experts pass by, so that few experts leave
+none of its width empty.
 """
 
 import jax
@@ -21,8 +21,8 @@ from jaxroute.kernels.tpu.route.refs import InputRefs, Scratch
 BF16_TERMS = 3
 """Numbers of bfloat16, of 8 bits each, that add up to one of float32, of 24."""
 
-# VMEM for tokens and router weight: what routing leaves of the 64 MiB of v7x, the
-# smallest.
+# VMEM for tokens and router weight: what routing leaves of the 64 MiB of v7x,
+# the smallest.
 _MAX_BYTES = 20 * 2**20
 
 
@@ -80,7 +80,8 @@ def split_bf16x3(plan: Plan, router_weight: jax.Array) -> tuple[jax.Array, ...]:
     router_weight: `[D, E]` floating point, taken as float32.
 
   Returns:
-    `BF16_TERMS` times `[projected_experts, D]` bfloat16, the largest term first.
+    `BF16_TERMS` times `[projected_experts, D]` bfloat16, the largest term
+    first.
   """
   padding = plan.projected_experts - plan.num_experts
   # [D, E] -> [projected_experts, D].

@@ -1,10 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """What the routing kernel reads, writes and keeps: one named field for each.
 
-Each class is a pytree with a leaf for each field that is there; what a call has not
-is None. Outside the kernel the leaves are arrays, or describe them (`BlockSpec`,
-`ShapeDtypeStruct`); `pallas_call` hands the kernel the same class with a reference in
-their place.
+Each class is a pytree with a leaf for each field that is there; what a call has
+not is None. Outside the kernel the leaves are arrays, or describe them
+(`BlockSpec`, `ShapeDtypeStruct`); `pallas_call` hands the kernel the same class
+with a reference in their place.
 """
 
 import dataclasses
@@ -31,11 +31,11 @@ class InputRefs:
   """The operands, with the shape of the block of a grid step.
 
   Attributes:
-    logits: `[step_tokens, E]` or, if `plan.experts_first`, `[E, step_tokens]` floating
-      point; None where tokens are projected here.
+    logits: `[step_tokens, E]` or, if `plan.experts_first`, `[E, step_tokens]`
+      floating point; None where tokens are projected here.
     tokens: `[block_tokens, D]` bfloat16, to be projected.
-    router_weight: `BF16_TERMS` times `[projected_experts, D]` bfloat16, which add up to
-      the router weight.
+    router_weight: `BF16_TERMS` times `[projected_experts, D]` bfloat16, which
+      add up to the router weight.
     expert_bias: `[E]` float32.
     token_mask: `[blocks_per_step * columns, 128]` int32. 0 marks padding.
   """
@@ -50,7 +50,7 @@ class InputRefs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OutputRefs:
-  """The results, with the shape of the block of a grid step, and of all T tokens.
+  """The results, with the shape of the block of a grid step and of all.
 
   Attributes:
     expert_idx: `[K, step_tokens]` int32 of `[K, T]`.
@@ -74,41 +74,48 @@ class OutputRefs:
 class Scratch:
   """What a block of tokens needs while it is routed, in VMEM.
 
-  The last axis is the 128 tokens of a column. The package says what the layouts are;
-  "by columns" and "dense" is what a buffer is stored as, and it is loaded as the
-  other.
+  The last axis is the 128 tokens of a column. The package says what the layouts
+  are; "by columns" and "dense" is what a buffer is stored as; it is loaded as
+  the other.
 
   Attributes:
-    expert_logits: `[2, 8 * sublane_pitch, 128]` float32. Logits of a column by expert,
-      as they came; the columns take turns in the two.
-    logits: `[columns, 8 R, 128]` float32. The same by columns, of the whole block.
+    expert_logits: `[2, 8 * sublane_pitch, 128]` float32. Logits of a column by
+      expert, as they came; the columns take turns in the two.
+    logits: `[columns, 8 R, 128]` float32. The same by columns, of the whole
+      block.
     selection_scores: `[columns, 8 R, 128]` float32, by columns; never NaN. What
       experts are chosen by.
-    bias: `[8 * sublane_pitch, 128]` float32. Bias by expert, the same on all lanes.
-    bias_row: `[1, E']` float32. Bias with experts on lanes, E' a multiple of 128.
+    bias: `[8 * sublane_pitch, 128]` float32. Bias by expert, the same on all
+      lanes.
+    bias_row: `[1, E']` float32. Bias with experts on lanes, E' a multiple of
+      128.
     lists: float32, by columns. For each segment of a sublane, and each of
       `list_sizes`, that many of the largest selection scores, falling.
-    bound_not_below: float32, dense, one for each segment of a sublane: a score that is
-      not below it is not below the K-th largest.
-    bound_above: the same for scores above the K-th largest. From stage 8 on, the
-      cutoffs that the histogram takes distances from.
-    bits_not_below: int32, by columns: a bit for each score that is not below the bound;
-      from stage 4 on, for each expert that is chosen.
+    bound_not_below: float32, dense, one for each segment of a sublane: a score
+      that is not below it is not below the K-th largest.
+    bound_above: the same for scores above the K-th largest. From stage 9 on,
+      the cutoffs that the histogram takes distances from.
+    bits_not_below: int32, by columns: a bit for each score that is not below
+      the bound; from stage 4 on, for each expert that is chosen.
     bits_above: int32, by columns: a bit for each score above the bound.
-    expert_idx: int32, dense: the chosen experts, in index order and, from stage 6 on,
-      the best first.
+    expert_idx: int32, dense: the chosen experts, in index order and, from stage
+      6 on, the best first.
     weights: float32, dense: their weights.
     chosen: float32, dense: what the weights were made from.
     chosen_logits: float32, by columns: logits of the experts in index order.
-    row_max: `[columns, 128]` float32. The largest logit of a token, for a softmax.
+    row_max: `[columns, 128]` float32. The largest logit of a token, for a
+      softmax.
     inverse_row_sum: `[columns, 128]` float32. 1 over its sum of exponentials.
-    cutoff: `[columns, 128]` float32. The largest selection score not chosen; not -0.
+    cutoff: `[columns, 128]` float32. The largest selection score not chosen;
+      not -0.
     valid: `[columns, 128]` int32. -1 (all bits) for tokens that count, else 0.
-    counters: `[words_per_sublane, counter_bits, 8, 128]` int32. Bit-sliced: bit b of
-      the i-th word is bit i of the count of expert b of a sublane, on a lane.
-    projected_logits: `[projected_experts, block_tokens]` float32. Logits of the next
-      block, where tokens are projected.
-    bin_counts: `[R, BIN_WORDS, 8, 128]` int32. Four counts in a word, for the histogram.
+    counters: `[words_per_sublane, counter_bits, 8, 128]` int32. Bit-sliced: bit
+      b of the i-th word is bit i of the count of expert b of a sublane, on a
+      lane.
+    projected_logits: `[projected_experts, block_tokens]` float32. Logits of the
+      next block, where tokens are projected.
+    bin_counts: `[R, BIN_WORDS, 8, 128]` int32. Four counts in a word, for the
+      histogram.
   """
 
   expert_logits: Ref

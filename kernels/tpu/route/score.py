@@ -94,7 +94,7 @@ def _store_logits(
 
 
 def _load_prepared(plan: Plan, expert_logits: Ref, register: int) -> jax.Array:
-  """Reads 8 experts' logits, prepared; -inf for experts past E, whose are none."""
+  """Reads the logits of 8 experts and prepares them; -inf past expert E."""
   logits = prepare(plan, layout.load_experts(plan, expert_logits, register))
   last_expert = (_SUBLANES - 1) * plan.experts_per_sublane + register
   if last_expert < plan.num_experts:

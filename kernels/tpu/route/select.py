@@ -1,10 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Selection scores to the K experts of every token, in index order.
 
-Scores are compared with the K-th largest of their token, and from then on experts
-are bits. A *cell* is the words of bits of one sublane, or one word with the bits of
-several sublanes; cells are in index order. Dense, a token has one element in every
-word of all its cells.
+Scores are compared with the K-th largest of their token, and from then on
+experts are bits. A *cell* is the words of bits of one sublane, or one word with
+the bits of several sublanes; cells are in index order. Dense, a token has one
+element in every word of all its cells.
 """
 
 import functools
@@ -39,16 +39,16 @@ _Kept = list[jax.Array]
 def threshold(plan: Plan, scratch: Scratch) -> _Kept | None:
   """Finds the K-th largest selection score of every token, and the next.
 
-  Reads `lists`. Writes `cutoff`, `bound_not_below` and `bound_above`: a token's bound
-  is NaN in a group it may not use, so that no comparison with it is true.
+  Reads `lists`. Writes `cutoff`, `bound_not_below` and `bound_above`: a token's
+  bound is NaN in a group it may not use, so that no comparison with it is true.
 
   Args:
     plan: the static shape of the call.
     scratch: buffers.
 
   Returns:
-    For each group, `[columns, 128]` bool: whether a token may use it. None if it may
-    use all.
+    For each group, `[columns, 128]` bool: whether a token may use it. None if
+    it may use all.
   """
   lists = _load_lists(plan, scratch.lists)
   if plan.config.limits_groups:
@@ -62,7 +62,7 @@ def threshold(plan: Plan, scratch: Scratch) -> _Kept | None:
 
 
 def _load_lists(plan: Plan, lists_ref: Ref) -> list[list[_List]]:
-  """Reads, for every segment of every sublane in turn, the list of each class."""
+  """Reads the list of each class, for every segment of every sublane."""
   segments = []
   for sublane in range(_SUBLANES):
     register = 0
@@ -98,7 +98,7 @@ def _best(plan: Plan, segments: list[list[_List]]) -> _List:
 def _best_of_kept_groups(
   plan: Plan, segments: list[list[_List]]
 ) -> tuple[_List, _Kept]:
-  """Finds the K + 1 largest of the groups that are kept, unsorted, and these."""
+  """Finds the K + 1 largest of the kept groups, unsorted, and these groups."""
   lists = [falling for (falling,) in segments]
   per_group = len(lists) // plan.config.num_groups
   groups = [
@@ -148,7 +148,7 @@ def _keep_groups(plan: Plan, groups: list[_List]) -> _Kept:
 
 
 def _two_smallest(plan: Plan, candidates: _List) -> tuple[jax.Array, jax.Array]:
-  """Returns the K-th largest of the scores and the next, which ends the K + 1."""
+  """Finds the K-th largest and the next of the K + 1 largest scores."""
   kth = smallest = jnp.full_like(candidates[0], _INF)
   for score in candidates:
     kth = jnp.minimum(kth, jnp.maximum(smallest, score))
@@ -169,8 +169,8 @@ def _store_bounds(
   plan: Plan, kth: jax.Array, kept: _Kept | None, scratch: Scratch
 ) -> None:
   """Writes `bound_not_below` and, if groups differ in it, `bound_above`."""
-  # Where the groups that are kept have too few experts, -inf is the K-th largest,
-  # and all masked experts tie, also those of other groups.
+  # Where the groups that are kept have too few experts, -inf is the K-th
+  # largest, and all masked experts tie, also those of other groups.
   not_kept = jnp.where(kth == _NEG_INF, _NEG_INF, _NAN)
   for sublane in range(_SUBLANES):
     for segment in range(plan.segments_per_sublane):
@@ -186,10 +186,10 @@ def _store_bounds(
 
 
 def compare_column(plan: Plan, column: int, scratch: Scratch) -> None:
-  """Turns the scores of 128 tokens into bits: not below the bound, and above it.
+  """Sets bits where scores of 128 tokens are not below a bound, and above.
 
-  Reads `selection_scores`, `bound_not_below`, `bound_above`. Writes `bits_not_below` and
-  `bits_above`.
+  Reads `selection_scores`, `bound_not_below`, `bound_above`. Writes
+  `bits_not_below` and `bits_above`.
 
   Args:
     plan: the static shape of the call.
@@ -197,8 +197,8 @@ def compare_column(plan: Plan, column: int, scratch: Scratch) -> None:
     scratch: buffers.
   """
   for word in range(plan.words_per_sublane):
-    # Register r has two bits in one word, of its parity: not below at r, above at the
-    # other bit of its pair, r ^ 1. So both are set by one select.
+    # Register r has two bits in one word, of its parity: not below at r, above
+    # at the other bit of its pair, r ^ 1. So both are set by one select.
     even = odd = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
     end = min(plan.experts_per_sublane, (word + 1) * WORD_BITS)
     for register in range(word * WORD_BITS, end):
@@ -217,7 +217,7 @@ def compare_column(plan: Plan, column: int, scratch: Scratch) -> None:
 def _compare_register(
   plan: Plan, register: int, column: int, scratch: Scratch
 ) -> jax.Array:
-  """Sets bit r of scores not below the bound, bits r and r ^ 1 of those above."""
+  """Computes bit r where a score is not below, r and r ^ 1 where above."""
   experts = pl.ds(register * _SUBLANES, _SUBLANES)
   scores = scratch.selection_scores[column, experts, :]
   segment = register // plan.experts_per_segment
@@ -267,7 +267,7 @@ def _store_cells(plan: Plan, bits_ref: Ref, cells: list[_Cell]) -> None:
 
 
 class _TiedWord(NamedTuple):
-  """A word of bits, and what becomes of its scores equal to the K-th largest."""
+  """A word of bits, and what it gives of the scores equal to the K-th."""
 
   not_below: jax.Array
   above: jax.Array
@@ -278,7 +278,8 @@ class _TiedWord(NamedTuple):
 def break_ties(plan: Plan, scratch: Scratch) -> list[_Cell]:
   """Leaves K bits per token: of the scores equal to the K-th largest the first.
 
-  Reads `bits_not_below` and `bits_above`. Replaces `bits_not_below` by the result.
+  Reads `bits_not_below` and `bits_above`. Replaces `bits_not_below` by the
+  result.
 
   Args:
     plan: the static shape of the call.
@@ -291,8 +292,8 @@ def break_ties(plan: Plan, scratch: Scratch) -> list[_Cell]:
   above = _load_cells(plan, scratch.bits_above)
   above_words = [word for cell in above for word in cell]
   wanted = plan.config.top_k - bits.population(above_words)
-  # In index order, words give all their equal scores while these are wanted, then
-  # one word gives some, the rest none.
+  # In index order, words give all their equal scores while these are wanted,
+  # then one word gives some, the rest none.
   num_equal = some_word = some_count = jnp.zeros_like(wanted)
   words = []
   for cell, cell_above in zip(not_below, above, strict=True):
@@ -350,8 +351,8 @@ def _extract_set_bits(
 ) -> list[jax.Array]:
   """Extracts set bits in index order, or from the last one backwards.
 
-  A cell is a few words; `next_start` is the index of the first bit of the next cell
-  that is not empty, or -1.
+  A cell is a few words; `next_start` is the index of the first bit of the next
+  cell that is not empty, or -1.
   """
   cell_size = plan.sublanes_per_word * plan.experts_per_sublane
   starts = range(0, len(cells) * cell_size, cell_size)
@@ -359,7 +360,8 @@ def _extract_set_bits(
   current = [jnp.zeros_like(cells[0][0])] * plan.words_per_sublane
   current_start = jnp.zeros_like(current[0])
 
-  # What `next_start` becomes on entering each cell and, at last, what it is first.
+  # What `next_start` becomes on entering each cell and, at last, what it is
+  # first.
   next_starts: list[jax.Array] = []
   next_start = jnp.full_like(current_start, -1)
   for cell_start, cell in reversed(ordered):

@@ -56,8 +56,8 @@ class _Chosen:
     selection: float32 selection scores.
     expert_idx: int32.
     scores: float32; logits, where scores are a softmax of the chosen ones.
-    weighed: float32, what the weights are made from for a gradient: logits as they
-      came, or scores if these depend on the logits of all experts.
+    weighed: float32, what the weights are made from for a gradient: logits as
+      they came, or scores if these depend on the logits of all experts.
   """
 
   selection: list[jax.Array]
@@ -74,10 +74,10 @@ def weigh(
   mask_ref: Ref,
   scratch: Scratch,
 ) -> None:
-  """Sorts the chosen experts by score, weighs them and tells which tokens count.
+  """Sorts the chosen experts by score, weighs them, finds tokens that count.
 
-  Reads `chosen_logits`, `bias_row`, `row_max`, `inverse_row_sum`. Writes `expert_idx`,
-  `weights`, `chosen` and `valid`.
+  Reads `chosen_logits`, `bias_row`, `row_max`, `inverse_row_sum`. Writes
+  `expert_idx`, `weights`, `chosen` and `valid`.
 
   Args:
     plan: the static shape of the call.
@@ -164,7 +164,7 @@ def _in_kept_group(
 
 
 def _sort_chosen(plan: Plan, chosen: _Chosen) -> None:
-  """Sorts the lists of `chosen`: the largest selection score, the lowest index first."""
+  """Sorts the lists of `chosen`: best first, the lowest index on ties."""
   lists = [chosen.selection, chosen.expert_idx, chosen.scores]
   if plan.with_chosen:
     lists.append(chosen.weighed)
@@ -179,7 +179,7 @@ def _sort_chosen(plan: Plan, chosen: _Chosen) -> None:
 
 
 def _normalize(plan: Plan, scores: list[jax.Array]) -> list[jax.Array]:
-  """Computes weights of the chosen scores, or logits if those are a softmax of them."""
+  """Computes weights from scores; from logits, if of a softmax of these."""
   config = plan.config
   if config.score_fn == "softmax" and config.score_after_top_k:
     peak = functools.reduce(jnp.maximum, scores)
@@ -203,7 +203,7 @@ def _mask_tokens(
   mask_ref: Ref,
   scratch: Scratch,
 ) -> list[jax.Array]:
-  """Returns weights: NaN for a token that has a NaN, 0 for padding. Writes `valid`."""
+  """Writes `valid`; returns weights, NaN if one is NaN, 0 for padding."""
   has_nan = jnp.isnan(functools.reduce(jnp.add, weights))
   valid = jnp.where(has_nan, 0, -1).astype(jnp.int32)
   weights = [jnp.where(has_nan, _NAN, weight) for weight in weights]
@@ -226,9 +226,10 @@ def _mask_tokens(
 def write_column(
   plan: Plan, column: int, scratch: Scratch, outputs: OutputRefs
 ) -> None:
-  """Writes what belongs to the tokens of a column to the outputs, experts by tokens.
+  """Writes the results of the tokens of a column, experts by tokens.
 
-  Reads `expert_idx`, `weights`, `chosen` and `cutoff`. Writes the outputs of these names.
+  Reads `expert_idx`, `weights`, `chosen` and `cutoff`. Writes the outputs of
+  these names.
 
   Args:
     plan: the static shape of the call.
