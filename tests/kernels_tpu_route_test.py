@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The TPU routing kernel, interpreted: the oracle, XLA bit for bit, gradients."""
+"""The TPU routing kernel, interpreted: against the oracle and XLA; gradients."""
 
 import dataclasses
 import functools

@@ -39,7 +39,7 @@ def population(words: Iterable[jax.Array]) -> jax.Array:
 
 
 def union(words: Iterable[jax.Array]) -> jax.Array:
-  """Returns the bits that are set in some word: 0 if no word has any."""
+  """Returns the bits that are set in any word."""
   return functools.reduce(jnp.bitwise_or, words)
 
 

@@ -293,7 +293,7 @@ def _output_shapes(plan: Plan, operands: InputRefs) -> OutputRefs:
 
 
 def _vmem_limit(plan: Plan) -> int:
-  """Computes the bytes of VMEM to ask for: the buffers, and some spare."""
+  """Computes the bytes of VMEM to ask for: all buffers, with room to spare."""
   scratch = sum(
     buffer.size * buffer.dtype.itemsize
     for buffer in jax.tree.leaves(scratch_shapes(plan))
@@ -315,11 +315,11 @@ def _kernel(
   if plan.width:
 
     @pl.when(step < 0)
-    def _zero_logits():
+    def _zero_logits() -> None:
       scratch.projected_logits[...] = jnp.zeros_like(scratch.projected_logits)
 
   @pl.when(step <= 0)
-  def _start():
+  def _start() -> None:
     scratch.counters[...] = jnp.zeros_like(scratch.counters)
     if plan.has_bias:
       layout.broadcast_bias(plan, inputs.expert_bias, scratch)
@@ -338,7 +338,7 @@ def _kernel(
     is_full = step % steps_per_flush == steps_per_flush - 1
 
     @pl.when(is_full | (step == plan.grid_steps - 1))
-    def _flush_bins():
+    def _flush_bins() -> None:
       _unroll_registers(
         plan,
         lambda register: histogram.reduce_bins(
@@ -348,7 +348,7 @@ def _kernel(
       scratch.bin_counts[...] = jnp.zeros_like(scratch.bin_counts)
 
   @pl.when(step == plan.grid_steps - 1)
-  def _finish():
+  def _finish() -> None:
     count.write_load(plan, scratch, outputs.load)
 
 
@@ -368,20 +368,22 @@ def _route_block(
   def each_column(stage: Callable[[Any], None]) -> None:
     registers.unroll(plan.columns, stage, plan.interpret)
 
-  each_column(lambda c: score.score_column(plan, c, inputs.logits, scratch))
+  each_column(
+    lambda column: score.score_column(plan, column, inputs.logits, scratch)
+  )
   kept = select.threshold(plan, scratch)
-  each_column(lambda c: select.compare_column(plan, c, scratch))
+  each_column(lambda column: select.compare_column(plan, column, scratch))
   cells = select.break_ties(plan, scratch)
   expert_idx = select.extract_chosen(plan, cells, scratch)
-  each_column(lambda c: weigh.gather_column(plan, c, scratch))
+  each_column(lambda column: weigh.gather_column(plan, column, scratch))
   block_number = step * plan.blocks_per_step + block
   weigh.weigh(plan, block_number, expert_idx, kept, inputs.token_mask, scratch)
-  each_column(lambda c: weigh.write_column(plan, c, scratch, outputs))
+  each_column(lambda column: weigh.write_column(plan, column, scratch, outputs))
   count.count_chosen(plan, scratch)
   if plan.config.histogram:
     histogram.store_cutoffs(plan, kept, scratch)
     _unroll_registers(
-      plan, lambda r: histogram.count_distances(plan, r, scratch)
+      plan, lambda register: histogram.count_distances(plan, register, scratch)
     )
 
 
@@ -396,8 +398,10 @@ def _inputs_of_block(plan: Plan, block: int, inputs: InputRefs) -> InputRefs:
   mask = inputs.token_mask
   if mask is not None:
     mask = mask.at[pl.ds(block * plan.columns, plan.columns)]
-  where = (slice(None), tokens) if plan.experts_first else (tokens, slice(None))
-  logits = inputs.logits.at[where]
+  if plan.experts_first:
+    logits = inputs.logits.at[:, tokens]
+  else:
+    logits = inputs.logits.at[tokens, :]
   return dataclasses.replace(inputs, logits=logits, token_mask=mask)
 
 

@@ -73,7 +73,7 @@ def field_offset(exponent: jax.Array) -> jax.Array:
   Returns:
     int32, a multiple of 4 below 32.
   """
-  # A shift by 2 less leaves the bin times 4.
+  # Shifted by two bits fewer, the bin comes times 4.
   shift = _THIRD_SHIFT - _LOG2_FIELD_BITS
   return (exponent * np.int32(_THIRD) >> shift) & _FIELD_OFFSETS
 

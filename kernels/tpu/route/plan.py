@@ -136,7 +136,7 @@ class Plan:
 
   @property
   def experts_per_sublane(self) -> int:
-    """R: also how many registers hold all experts, and some past E."""
+    """R: also how many registers hold all experts, with padding past E."""
     return pl.cdiv(self.num_experts, device.SUBLANES)
 
   @property

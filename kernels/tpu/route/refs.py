@@ -89,29 +89,31 @@ class Scratch:
       lanes.
     bias_row: `[1, E']` float32. Bias with experts on lanes, E' a multiple of
       128.
-    lists: float32, by columns. For each segment of a sublane, and each of
-      `list_sizes`, that many of the largest selection scores, falling.
-    bound_not_below: float32, dense, one for each segment of a sublane: a score
-      that is not below it is not below the K-th largest.
+    lists: float32, `segments_per_sublane * sum(list_sizes)` registers by
+      columns. The largest selection scores of each segment, in falling lists.
+    bound_not_below: float32, `8 * segments_per_sublane` dense registers. A
+      score not below the bound of its segment is not below the K-th largest.
     bound_above: the same for scores above the K-th largest. From stage 9 on,
       the cutoffs that the histogram takes distances from.
-    bits_not_below: int32, by columns: a bit for each score that is not below
-      the bound; from stage 4 on, for each expert that is chosen.
-    bits_above: int32, by columns: a bit for each score above the bound.
-    expert_idx: int32, dense: the chosen experts, in index order and, from stage
-      6 on, the best first.
-    weights: float32, dense: their weights.
-    chosen: float32, dense: what the weights were made from.
-    chosen_logits: float32, by columns: logits of the experts in index order.
+    bits_not_below: int32, `words_per_sublane` registers by columns. A bit for
+      each score that is not below the bound; from stage 4 on, for each expert
+      that is chosen.
+    bits_above: the same for scores above the bound.
+    expert_idx: int32, `padded_top_k` dense registers. The chosen experts, in
+      index order and, from stage 6 on, the best first.
+    weights: float32, `padded_top_k` dense registers. Their weights.
+    chosen: float32, `padded_top_k` dense registers. What these are made from.
+    chosen_logits: float32, `padded_top_k / 8` registers by columns. Logits of
+      the chosen experts, in index order.
     row_max: `[columns, 128]` float32. The largest logit of a token, for a
       softmax.
     inverse_row_sum: `[columns, 128]` float32. 1 over its sum of exponentials.
     cutoff: `[columns, 128]` float32. The largest selection score not chosen;
       not -0.
     valid: `[columns, 128]` int32. -1 (all bits) for tokens that count, else 0.
-    counters: `[words_per_sublane, counter_bits, 8, 128]` int32. Bit-sliced: bit
-      b of the i-th word is bit i of the count of expert b of a sublane, on a
-      lane.
+    counters: `[words_per_sublane, counter_bits, 8, 128]` int32, bit-sliced. Bit
+      b of `counters[w, i]` is bit i of the count of the sublane's expert
+      `32 w + b`, by lane.
     projected_logits: `[projected_experts, block_tokens]` float32. Logits of the
       next block, where tokens are projected.
     bin_counts: `[R, BIN_WORDS, 8, 128]` int32. Four counts in a word, for the

@@ -2,6 +2,7 @@
 """Logits to selection scores, and the largest scores of every sublane."""
 
 import functools
+import itertools
 from collections.abc import Callable
 
 import jax
@@ -72,7 +73,7 @@ def score_column(
     registers = range(first, first + plan.experts_per_segment)
     values = [selection_scores(register) for register in registers]
     lists = networks.best(values, plan.list_length, plan.network_levels)
-    for value in [value for falling in lists for value in falling]:
+    for value in itertools.chain.from_iterable(lists):
       rows = layout.column_slice(plan, list_register, column)
       scratch.lists[rows, :] = value
       list_register += 1
@@ -129,7 +130,7 @@ def apply_score_fn(
   row_max: jax.Array | float = 0.0,
   inverse_row_sum: jax.Array | float = 1.0,
 ) -> jax.Array:
-  """Computes scores; the same bits for an expert here and when it is chosen.
+  """Computes scores from logits.
 
   Args:
     plan: the static shape of the call.

@@ -197,8 +197,9 @@ def compare_column(plan: Plan, column: int, scratch: Scratch) -> None:
     scratch: buffers.
   """
   for word in range(plan.words_per_sublane):
-    # Register r has two bits in one word, of its parity: not below at r, above
-    # at the other bit of its pair, r ^ 1. So both are set by one select.
+    # Register r owns two bits of the word of its parity: bit r says not below,
+    # and the other bit of its pair, r ^ 1, says above. So one select sets both,
+    # and masks sort them into the two words wanted.
     even = odd = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
     end = min(plan.experts_per_sublane, (word + 1) * WORD_BITS)
     for register in range(word * WORD_BITS, end):
@@ -267,12 +268,19 @@ def _store_cells(plan: Plan, bits_ref: Ref, cells: list[_Cell]) -> None:
 
 
 class _TiedWord(NamedTuple):
-  """A word of bits, and what it gives of the scores equal to the K-th."""
+  """A word of bits, and what is chosen of its scores equal to the K-th largest.
+
+  Attributes:
+    not_below: int32, a bit for each score not below the K-th largest.
+    above: int32, a bit for each score above it.
+    takes_all: bool, whether all the equal ones are chosen.
+    takes_part: bool, whether the first of the equal ones are, but not all.
+  """
 
   not_below: jax.Array
   above: jax.Array
   takes_all: jax.Array
-  takes_some: jax.Array
+  takes_part: jax.Array
 
 
 def break_ties(plan: Plan, scratch: Scratch) -> list[_Cell]:
@@ -293,25 +301,25 @@ def break_ties(plan: Plan, scratch: Scratch) -> list[_Cell]:
   above_words = [word for cell in above for word in cell]
   wanted = plan.config.top_k - bits.population(above_words)
   # In index order, words give all their equal scores while these are wanted,
-  # then one word gives some, the rest none.
-  num_equal = some_word = some_count = jnp.zeros_like(wanted)
+  # then one word gives a part, and the rest give none.
+  num_equal = partial_word = partial_count = jnp.zeros_like(wanted)
   words = []
   for cell, cell_above in zip(not_below, above, strict=True):
     for word, word_above in zip(cell, cell_above, strict=True):
       equal = word & ~word_above
       num_equal_through = num_equal + lax.population_count(equal)
-      takes_some = (num_equal < wanted) & (wanted < num_equal_through)
-      some_word = jnp.where(takes_some, equal, some_word)
-      some_count = jnp.where(takes_some, wanted - num_equal, some_count)
+      takes_part = (num_equal < wanted) & (wanted < num_equal_through)
+      partial_word = jnp.where(takes_part, equal, partial_word)
+      partial_count = jnp.where(takes_part, wanted - num_equal, partial_count)
       takes_all = num_equal_through <= wanted
-      words.append(_TiedWord(word, word_above, takes_all, takes_some))
+      words.append(_TiedWord(word, word_above, takes_all, takes_part))
       num_equal = num_equal_through
-  first_equal = bits.lowest_ones(some_word, some_count)
+  first_equal = bits.lowest_ones(partial_word, partial_count)
   chosen = [
     jnp.where(
       word.takes_all,
       word.not_below,
-      jnp.where(word.takes_some, word.above | first_equal, word.above),
+      jnp.where(word.takes_part, word.above | first_equal, word.above),
     )
     for word in words
   ]
@@ -351,8 +359,8 @@ def _extract_set_bits(
 ) -> list[jax.Array]:
   """Extracts set bits in index order, or from the last one backwards.
 
-  A cell is a few words; `next_start` is the index of the first bit of the next
-  cell that is not empty, or -1.
+  A cell is a few words. One is emptied bit by bit; `next_start` is the index of
+  the lowest bit of the next one that is not empty, or -1 if all others are.
   """
   cell_size = plan.sublanes_per_word * plan.experts_per_sublane
   starts = range(0, len(cells) * cell_size, cell_size)
@@ -360,8 +368,8 @@ def _extract_set_bits(
   current = [jnp.zeros_like(cells[0][0])] * plan.words_per_sublane
   current_start = jnp.zeros_like(current[0])
 
-  # What `next_start` becomes on entering each cell and, at last, what it is
-  # first.
+  # A list of what `next_start` becomes on entering each cell; and what it is
+  # before the first is entered.
   next_starts: list[jax.Array] = []
   next_start = jnp.full_like(current_start, -1)
   for cell_start, cell in reversed(ordered):
