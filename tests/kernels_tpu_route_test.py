@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The TPU routing kernel, interpreted: against the oracle and XLA; gradients."""
+"""The TPU routing kernel, interpreted: oracle, XLA bit for bit, gradients."""
 
 import dataclasses
 import functools
