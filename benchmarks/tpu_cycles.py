@@ -243,8 +243,9 @@ def compile_for(generation: str, case: str, candidate: str):
 
 def _child(generation, case, candidate, folder):
   """Compiles, and writes what the compiler says to `folder`/result.json."""
-  from jaxroute.kernels.tpu import route
+  from jaxroute.kernels.tpu.route import plan as plan_lib
 
+  plan = plan_lib.Plan(config=_config(case), tokens=CASES[case][0])
   compiled = compile_for(generation, case, candidate)
   memory = compiled.memory_analysis()
   # The compiler estimates one of several ops that are the same.
@@ -254,7 +255,7 @@ def _child(generation, case, candidate, folder):
     same[op].append(name)
   used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   result = {
-    "grid": route.grid(_config(case), CASES[case][0]),
+    "grid": plan.grid_steps,
     "vmem": max(map(int, re.findall(used, compiled.as_text())), default=0),
     "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     "same": [names for names in same.values() if len(names) > 1],

@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The TPU routing kernel, interpreted: the oracle, XLA bit for bit, gradients."""
+"""The TPU routing kernel, interpreted: oracle, XLA bit for bit, gradients."""
 
 import dataclasses
 import functools
@@ -12,19 +12,20 @@ import numpy as np
 import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import jaxroute
-from jaxroute import routing
-from jaxroute.kernels import route_tpu
+from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.route import call
 
-
-def _route(logits, expert_bias, config, token_mask=None):
-  return routing._route_tpu(
-    logits, None, expert_bias, config, token_mask, interpret=True
-  )
-
+_route = functools.partial(
+  jaxroute.route, implementation="pallas_tpu", interpret=True
+)
 
 _interpreted = conformance.jit_interpreted(_route, static_argnames="config")
+_with_selection = conformance.jit_interpreted(
+  conformance.with_selection(_route), static_argnames="config"
+)
 
 _xla = jax.jit(
   functools.partial(jaxroute.route, implementation="xla"),
@@ -41,11 +42,10 @@ def _assert_conforms(t, config, masked=False):
   e = config.num_experts
   mask = np.random.default_rng(0).random(t) < 0.7 if masked else None
   # The sum of a softmax is taken in another order than by XLA.
-  after = config.score_after_top_k
-  rtol = 1e-6 if config.score_fn == "softmax" and not after else 0
+  rtol = 1e-6 if config.needs_row_softmax else 0
   for kind in cases.KINDS:
     x, bias = cases.logits(kind, t, e), conformance.bias(e)
-    conformance.assert_is_oracle(_interpreted, x, bias, config, mask, rtol)
+    conformance.assert_is_oracle(_with_selection, x, bias, config, mask, rtol)
 
 
 @pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
@@ -102,7 +102,7 @@ def test_infinite_logits_and_biases(score_fn):
 def test_the_inverse_of_older_generations(monkeypatch):
   # The interpreter rounds an approximate inverse to bfloat16: one Newton step
   # from there leaves 2^-16.
-  monkeypatch.setattr(route_tpu, "_divides_in_software", lambda interpret: True)
+  monkeypatch.setattr(call, "_divides_in_software", lambda interpret: True)
   config, x = _config(24, 3), cases.logits("nan", 40, 24)
   x[0, :4] = np.inf, -np.inf, 200.0, -200.0
   actual = _interpreted(x, None, config)
@@ -129,19 +129,21 @@ def test_the_simulator_finds_no_race_and_no_uninitialised_read(name):
   )
   for kind in cases.KINDS:
     x = cases.logits(kind, 140, 64)
-    idx, _, load, _, histogram = route_tpu.route(
+    actual = jaxroute.route(
       jnp.asarray(x),
       jnp.asarray(bias),
-      None,
-      config=config,
+      config,
+      implementation="pallas_tpu",
       interpret=simulator,
     )
     expected = _xla(x, bias, config)
     assert not interpret_pallas_call.races.races_found
-    np.testing.assert_array_equal(idx, expected.expert_idx)
-    np.testing.assert_array_equal(load, expected.load)
-    if name == "deepseek_v3":  # its scores are the same bits in both
-      np.testing.assert_array_equal(histogram, expected.histogram)
+    np.testing.assert_array_equal(actual.expert_idx, expected.expert_idx)
+    np.testing.assert_array_equal(actual.load, expected.load)
+    if name == "deepseek_v3":  # Its scores are the same bits in both.
+      np.testing.assert_array_equal(
+        actual.counts.histogram, expected.counts.histogram
+      )
 
 
 @pytest.mark.parametrize(
@@ -209,42 +211,77 @@ def test_explicit_sharding_changes_nothing():
   assert actual.load.is_fully_replicated
 
 
-def test_none_takes_the_kernel_only_where_it_can_run(monkeypatch):
-  config, x = _config(16, 3), cases.logits("random", 16, 16)
-  calls = []
+def _takes_kernel(config=None, implementation=None):
+  """Whether what `route` traces to has the kernel in it."""
+  config = config or _config(16, 3)
+  x = jax.ShapeDtypeStruct((16, config.num_experts), jnp.float32)
 
-  def spy(logits, kernel, *args):
-    assert kernel is None
-    calls.append(1)
-    return routing._route_xla(logits, *args)
+  # A function of its own, so that nothing is cached.
+  def call(x):
+    return jaxroute.route(x, None, config, implementation=implementation)
 
-  monkeypatch.setattr(routing, "_route_tpu", spy)
+  return "jaxroute_route" in str(jax.make_jaxpr(call)(x))
 
-  def took_the_kernel(config=config, x=x):
-    calls.clear()
-    jax.eval_shape(lambda x: jaxroute.route(x, None, config), x)
-    return bool(calls)
 
-  assert not took_the_kernel()  # a CPU
-  monkeypatch.setattr(route_tpu, "runs_here", lambda: True)
-  assert not took_the_kernel()  # eight devices, and no mesh to say how
+def _tpu_mesh(size, axis_type, kind="TPU v6 lite"):
+  """A mesh of TPUs that are not here."""
+  tpu = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+  return AbstractMesh(
+    (size,), ("data",), axis_types=(axis_type,), abstract_device=tpu
+  )
+
+
+@pytest.mark.parametrize(
+  ("size", "axis_type", "kind", "takes"),
+  (
+    (1, AxisType.Auto, "TPU v6 lite", True),
+    (1, AxisType.Explicit, "TPU v5 lite", True),
+    (8, AxisType.Manual, "TPU v6 lite", True),
+    (8, AxisType.Explicit, "TPU v6 lite", True),
+    (8, AxisType.Auto, "TPU v6 lite", False),
+    (1, AxisType.Auto, "TPU v4", False),
+  ),
+)
+def test_none_takes_it_on_new_tpus_and_what_it_can_map(
+  size, axis_type, kind, takes
+):
+  with jax.sharding.use_abstract_mesh(_tpu_mesh(size, axis_type, kind)):
+    assert _takes_kernel() == takes
+    assert not _takes_kernel(implementation="xla")
+    # What it cannot do is left to XLA.
+    assert not _takes_kernel(_config(12, 3, num_groups=3, group_top_k=2))
+
+
+def test_none_takes_it_without_a_mesh_on_one_tpu_only(monkeypatch):
+  assert not _takes_kernel()  # A CPU.
+  monkeypatch.setattr(device, "generation", lambda: 6)
+  assert not _takes_kernel()  # Of eight devices, none says which it is for.
   monkeypatch.setattr(jax, "device_count", lambda: 1)
-  assert took_the_kernel()
-  three = _config(12, 3, num_groups=3, group_top_k=2)
-  assert not took_the_kernel(three, x[:, :12])
-  for kind in jax.sharding.AxisType.Explicit, jax.sharding.AxisType.Auto:
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(kind,))
-    with jax.set_mesh(mesh):
-      assert took_the_kernel() == (kind == jax.sharding.AxisType.Explicit)
-  calls.clear()
+  assert _takes_kernel()
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  with jax.set_mesh(mesh):
+    assert not _takes_kernel()
   sharded = jax.shard_map(
-    lambda x: jaxroute.route(x, None, config).expert_idx,
+    lambda x: jaxroute.route(x, None, _config(16, 3)).expert_idx,
     mesh=mesh,
     in_specs=jax.P("data"),
     out_specs=jax.P("data"),
   )
-  jax.eval_shape(sharded, x)
-  assert calls
+  x = jax.ShapeDtypeStruct((16, 16), jnp.float32)
+  assert "jaxroute_route" in str(jax.make_jaxpr(sharded)(x))
+
+
+def test_asked_for_by_name_it_is_traced_anywhere_and_refused_by_a_cpu():
+  assert _takes_kernel(implementation="pallas_tpu")
+  route = jax.jit(
+    lambda x: jaxroute.route(
+      x, None, _config(16, 3), implementation="pallas_tpu"
+    )
+  )
+  with pytest.raises(NotImplementedError) as error:
+    route(jnp.zeros((16, 16)))
+  for words in ("kernel for TPU", "another platform", "interpret=True"):
+    assert words in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -260,7 +297,7 @@ def test_what_it_cannot_do_is_named(fields, words):
   config = _config(**fields)
   x = jnp.zeros((2, config.num_experts))
   with pytest.raises(NotImplementedError) as error:
-    jaxroute.route(x, None, config, implementation="tpu")
+    jaxroute.route(x, None, config, implementation="pallas_tpu")
   for word in words:
     assert word in str(error.value)
   assert jaxroute.route(x, None, config).load.sum() == 2 * config.top_k

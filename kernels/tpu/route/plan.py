@@ -1,30 +1,73 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The static shape of one call of the TPU routing kernel, and its memory."""
+"""The static shape of one call of the TPU routing kernel."""
 
 import dataclasses
-from typing import Any
 
-import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from jaxroute import types
 from jaxroute.kernels.tpu import device, networks
-from jaxroute.kernels.tpu.route import histogram
 
-WORD = 32
-PITCH = device.SUBLANES + 1
-"""Of a column in a buffer that is stored by columns and loaded dense."""
+WORD_BITS = 32
+"""Bits of the int32 words that hold one bit per expert."""
 
-PARTS = 3
-"""Numbers of bfloat16 that add up to one of float32."""
+COLUMN_PITCH = device.SUBLANES + 1
+"""Rows from a column's register to the next's, in a buffer by columns."""
+
+_MAX_TOP_K = 16
+_MAX_EXPERTS = 1024
+_GROUPS = (2, 4, 8, 16, 24, 32)
+
+
+def unsupported(config: types.RouterConfig) -> str | None:
+  """Why the kernel cannot route this way, or None if it can.
+
+  Args:
+    config: static router description.
+
+  Returns:
+    The reason, for an error message.
+  """
+  if config.top_k > _MAX_TOP_K:
+    return (
+      f"`top_k` is at most {_MAX_TOP_K} in the TPU kernel, got {config.top_k}"
+    )
+  if config.num_experts > _MAX_EXPERTS:
+    return (
+      f"`num_experts` is at most {_MAX_EXPERTS} in the TPU kernel, got"
+      f" {config.num_experts}"
+    )
+  groups_fit = (
+    config.num_groups in _GROUPS and config.num_experts % device.SUBLANES == 0
+  )
+  if config.limits_groups and not groups_fit:
+    return (
+      "groups must be 2, 4, 8, 16, 24 or 32 in the TPU kernel and 8 divide"
+      f" `num_experts`, got {config.num_groups} groups of"
+      f" {config.num_experts} experts"
+    )
+  return None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-  """The static shape of one call."""
+  """The static shape of one call; R stands for `experts_per_sublane`.
 
-  config: Any
+  Attributes:
+    config: static router description.
+    tokens: T.
+    width: D of the tokens that are projected here, or 0 if logits are given.
+    has_bias: whether there is an `expert_bias`.
+    has_mask: whether there is a `token_mask`.
+    with_chosen: whether what the weights were made from is returned.
+    interpret: whether the kernel is interpreted, compiled by XLA.
+    divides_in_software: whether an inverse is approximate in hardware, and
+      refined.
+  """
+
+  config: types.RouterConfig
   tokens: int
-  width: int = 0  # D of tokens that are projected here
+  width: int = 0
   has_bias: bool = True
   has_mask: bool = True
   with_chosen: bool = False
@@ -33,6 +76,7 @@ class Plan:
 
   @property
   def num_experts(self) -> int:
+    """E."""
     return self.config.num_experts
 
   @property
@@ -42,148 +86,114 @@ class Plan:
     return min(most, max(1, pl.cdiv(self.tokens, device.LANES)))
 
   @property
-  def block(self) -> int:
+  def block_tokens(self) -> int:
+    """Tokens that are routed at a time, 128 to 1024."""
     return self.columns * device.LANES
 
   @property
-  def blocks(self) -> int:
-    """Of a grid step: one of two begins while the other ends.
+  def blocks_per_step(self) -> int:
+    """Blocks of tokens per grid step: 1 or 2.
 
-    The more experts, the longer are the first logits in coming, so that it takes a
-    longer grid to win by that.
+    With two, the second's loads and transposes overlap the first's last stages.
+    The more experts there are, the longer it takes until the first logits have
+    come, so that only a longer grid gains by this.
     """
-    count = pl.cdiv(self.tokens, self.block)
-    enough = self.num_experts <= 512 and count >= max(4, self.num_experts // 32)
-    return 2 if enough and count % 2 == 0 and not self.width else 1
+    blocks = pl.cdiv(self.tokens, self.block_tokens)
+    enough = max(4, self.num_experts // 32)
+    is_long = self.num_experts <= 512 and blocks >= enough
+    return 2 if is_long and blocks % 2 == 0 and not self.width else 1
 
   @property
   def step_tokens(self) -> int:
-    return self.blocks * self.block
+    """Tokens of a grid step."""
+    return self.blocks_per_step * self.block_tokens
 
   @property
-  def grid(self) -> int:
+  def grid_steps(self) -> int:
+    """Grid steps that route: each executes every operation once."""
     return pl.cdiv(self.tokens, self.step_tokens)
 
   @property
-  def lag(self) -> int:
-    """Grid steps between the projection of a block and its routing."""
+  def projection_lead(self) -> int:
+    """Grid steps by which the projection of a block is ahead of its routing."""
     return 1 if self.width else 0
 
   @property
-  def transposed(self) -> bool:
+  def counter_bits(self) -> int:
+    """Bits per counter: enough for one per column of the whole call."""
+    steps = self.grid_steps * self.blocks_per_step
+    return (steps * self.columns).bit_length()
+
+  @property
+  def experts_first(self) -> bool:
     """Whether the logits come as [E, T]: the layout XLA gives narrow rows."""
     return self.width > 0 or self.num_experts % device.LANES != 0
 
   @property
-  def projected_rows(self) -> int:
+  def projected_experts(self) -> int:
     """E, rounded up to whole registers of bfloat16."""
     return pl.cdiv(self.num_experts, 2 * device.SUBLANES) * 2 * device.SUBLANES
 
   @property
-  def rows(self) -> int:
-    """R, experts per sublane; those past E are masked."""
+  def experts_per_sublane(self) -> int:
+    """R: also how many registers hold all experts, with padding past E."""
     return pl.cdiv(self.num_experts, device.SUBLANES)
 
   @property
-  def row_pitch(self) -> int:
-    return self.rows | 1
-
-  @property
-  def column_pitch(self) -> int:
-    return self.columns | 1
-
-  @property
-  def words(self) -> int:
-    """Words of bits per sublane."""
-    return pl.cdiv(self.rows, WORD)
-
-  @property
-  def packed(self) -> int:
-    """Sublanes whose bits fit one word in the dense layout."""
-    return next(n for n in (8, 4, 2, 1) if n == 1 or n * self.rows <= WORD)
-
-  @property
-  def listed(self) -> int:
-    """Length of lists: the K chosen and the first that is not, for the cutoff."""
-    return self.config.top_k + 1
-
-  @property
-  def levels(self) -> int:
-    """Of comparisons whose winners and losers are merged apart."""
-    return 0 if self.grouped else 2
-
-  @property
-  def list_sizes(self) -> list[int]:
-    """Lengths of the lists of one segment of a sublane."""
-    return networks.sizes(self.segment_rows, self.listed, self.levels)
-
-  @property
-  def chosen_rows(self) -> int:
-    """K, rounded up to whole registers."""
-    return pl.cdiv(self.config.top_k, device.SUBLANES) * device.SUBLANES
-
-  @property
-  def planes(self) -> int:
-    """Bits that one position of a counter can reach: columns of all blocks."""
-    return (self.grid * self.blocks * self.columns).bit_length()
-
-  @property
-  def grouped(self) -> bool:
-    return self.config.group_top_k < self.config.num_groups
-
-  @property
-  def segments(self) -> int:
-    """Parts of a sublane's rows that belong to different groups."""
-    if not self.grouped:
+  def segments_per_sublane(self) -> int:
+    """Parts of a sublane's experts that belong to different groups."""
+    if not self.config.limits_groups:
       return 1
     return max(1, self.config.num_groups // device.SUBLANES)
 
   @property
-  def segment_rows(self) -> int:
-    return self.rows // self.segments
+  def experts_per_segment(self) -> int:
+    """R over the segments of a sublane."""
+    return self.experts_per_sublane // self.segments_per_sublane
 
   @property
-  def logit_space(self) -> bool:
-    config = self.config
-    return config.score_after_top_k or config.bias_space == "logits"
+  def list_length(self) -> int:
+    """K + 1: the chosen scores and the first that is not, for the cutoff."""
+    return self.config.top_k + 1
 
   @property
-  def row_softmax(self) -> bool:
-    """Whether scores need the maximum and sum over all experts of a token."""
-    config = self.config
-    return config.score_fn == "softmax" and not config.score_after_top_k
+  def network_levels(self) -> int:
+    """Levels of comparisons whose winners and losers are listed apart."""
+    return 0 if self.config.limits_groups else 2
 
-  def buffers(self) -> dict[str, tuple[tuple[int, ...], Any]]:
-    """Name, shape and dtype of every scratch buffer."""
-    c, seg = self.columns, self.segments
-    f32, i32 = jnp.float32, jnp.int32
-    rows = device.SUBLANES * self.rows
-    by_column, dense = c * PITCH, device.SUBLANES * self.column_pitch
-    chosen = self.chosen_rows // device.SUBLANES
-    buffers: dict[str, tuple[tuple[int, ...], Any]] = {
-      "transposed": ((2, device.SUBLANES * self.row_pitch, device.LANES), f32),
-      "logits": ((c, rows, device.LANES), f32),
-      "chosen_from": ((c, rows, device.LANES), f32),
-      "bias": ((device.SUBLANES * self.row_pitch, device.LANES), f32),
-      "bias_row": ((1, pl.cdiv(rows, device.LANES) * device.LANES), f32),
-      "lists": ((seg * sum(self.list_sizes) * by_column, device.LANES), f32),
-      "not_below": ((seg * dense, device.LANES), f32),
-      "above": ((seg * dense, device.LANES), f32),
-      "bits_not_below": ((self.words * by_column, device.LANES), i32),
-      "bits_above": ((self.words * by_column, device.LANES), i32),
-      "idx": ((self.chosen_rows * self.column_pitch, device.LANES), i32),
-      "weights": ((self.chosen_rows * self.column_pitch, device.LANES), f32),
-      "chosen": ((self.chosen_rows * self.column_pitch, device.LANES), f32),
-      "picked": ((chosen * by_column, device.LANES), f32),
-      "peak": ((c, device.LANES), f32),
-      "inverse_total": ((c, device.LANES), f32),
-      "cutoff": ((c, device.LANES), f32),
-      "valid": ((c, device.LANES), i32),
-      "planes": ((self.words, self.planes, device.SUBLANES, device.LANES), i32),
-    }
-    if self.width:
-      buffers["projected"] = (self.projected_rows, self.block), f32
-    if self.config.histogram:
-      words = self.rows, histogram.WORDS, device.SUBLANES, device.LANES
-      buffers["distances"] = words, i32
-    return buffers
+  @property
+  def list_sizes(self) -> list[int]:
+    """Lengths of the lists of one segment of a sublane."""
+    return networks.sizes(
+      self.experts_per_segment, self.list_length, self.network_levels
+    )
+
+  # Pitches, in rows of 128 lanes, are odd: they spread loads over memory banks.
+
+  @property
+  def sublane_pitch(self) -> int:
+    """Rows from a sublane's experts to the next's, in a buffer by expert."""
+    return self.experts_per_sublane | 1
+
+  @property
+  def dense_pitch(self) -> int:
+    """Rows from a dense register to the next, in a dense buffer."""
+    return self.columns | 1
+
+  @property
+  def words_per_sublane(self) -> int:
+    """Words that hold one bit for each expert of a sublane."""
+    return pl.cdiv(self.experts_per_sublane, WORD_BITS)
+
+  @property
+  def sublanes_per_word(self) -> int:
+    """Sublanes whose bits fit into one word, when packed: 8, 4, 2 or 1."""
+    for sublanes in (8, 4, 2):
+      if sublanes * self.experts_per_sublane <= WORD_BITS:
+        return sublanes
+    return 1
+
+  @property
+  def padded_top_k(self) -> int:
+    """K, rounded up to whole registers."""
+    return pl.cdiv(self.config.top_k, device.SUBLANES) * device.SUBLANES
