@@ -65,6 +65,23 @@ def test_it_stops_when_a_balanced_assignment_proves_it(optimum):
   assert again.converged and again.iterations == 1
 
 
+def test_the_last_iteration_is_checked_whatever_its_number():
+  solution = dual.solve(
+    _scores(),
+    K,
+    solvers.alternating_quantiles(),
+    tolerance=0.0,
+    max_iterations=3,
+  )
+  first, second, third = np.asarray(solution.dual_values)
+  assert first > second > third
+  gap_of = jax.jit(assignment.duality_gap, static_argnums=2)
+  gap = gap_of(_scores(), solution.expert_bias, K)
+  np.testing.assert_allclose(
+    solution.dual_value - solution.primal_value, gap, rtol=0.02
+  )
+
+
 def test_a_mean_load_that_is_no_integer_has_a_fractional_optimum():
   scores = _scores(100, 7)
   solution = dual.solve(scores, 3, solvers.bundle(), max_iterations=200)

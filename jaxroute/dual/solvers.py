@@ -77,7 +77,7 @@ def bip() -> Solver:
 
   It is for the program with at most K experts per token and at most L tokens
   per expert, whose prices of tokens (cutoffs) and experts (minus the bias) are
-  at least 0. An expert that fewer than L tokens want keeps a bias of 0.
+  at least 0. An expert that at most L tokens want without a bias has none.
 
   References:
     Sun, 2025, https://arxiv.org/abs/2502.15451.
