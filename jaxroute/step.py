@@ -138,7 +138,8 @@ def update(
     >>> from jaxroute import dual
     >>> rule = dual.sign(0.5)
     >>> state = init_router_state(rule, num_experts=2)
-    >>> state = dataclasses.replace(state, load=jnp.array([[3, 1]]))
+    >>> counts = types.Counts(load=jnp.array([[3, 1]]))
+    >>> state = dataclasses.replace(state, counts=counts)
     >>> update(state, rule).expert_bias
     Array([[-0.5,  0.5]], dtype=float32)
   """
