@@ -32,8 +32,6 @@ the data, so every operation of its body counts once a grid step.
 
 import collections
 import concurrent.futures
-import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import json
@@ -71,9 +69,6 @@ TPUS = {
   "v6e": ("v6e:2x2", 1.75, 1640),
   "v7x": ("tpu7x:2x2x1", 1.9, 7380 / 2),
 }
-
-# D of the tokens that are projected.
-_WIDTH = 2048
 
 _V3 = dict(num_groups=8, group_top_k=4)
 # Name to (T, E, K, the rest of the configuration).
@@ -114,94 +109,12 @@ def libtpu_version() -> str:
   return importlib.metadata.version("libtpu")
 
 
-def _config(case):
+def _config(case: str) -> Any:
+  """The `RouterConfig` of a case."""
   import jaxroute
 
   _, e, k, fields = CASES[case]
   return jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
-
-
-def _programs(config):
-  """Candidate to function of its operands."""
-  import jax
-  import jax.numpy as jnp
-
-  import jaxroute
-
-  e = config.num_experts
-
-  def ours(logits, bias):
-    r = jaxroute.route(logits, bias, config, implementation="pallas_tpu")
-    return r.expert_idx, r.weights, r.load, r.cutoff
-
-  def histogram(logits, bias):
-    counted = dataclasses.replace(config, histogram=True)
-    r = jaxroute.route(logits, bias, counted, implementation="pallas_tpu")
-    return r.expert_idx, r.weights, r.load, r.counts.histogram
-
-  def project(tokens, router_weight, bias):
-    logits = jaxroute.routing.project(tokens, router_weight)
-    return ours(logits, bias)
-
-  def project_fused(tokens, router_weight, bias):
-    r = jaxroute.routing.project_and_route(
-      tokens, router_weight, bias, config, implementation="pallas_tpu"
-    )
-    return r.expert_idx, r.weights, r.load, r.cutoff
-
-  def tokamax(logits, bias):
-    from tokamax.ops import router_topk
-
-    return plain(logits, bias, lambda x, k: router_topk(x, k)[1])
-
-  def grad(route, logits, bias, d_weights):
-    def weights(logits):
-      expert_idx, weights, load, *_ = route(logits, bias)
-      return weights, (expert_idx, load)
-
-    out, pull, aux = jax.vjp(weights, logits, has_aux=True)
-    return out, aux, pull(d_weights)
-
-  def sort(expert_idx):
-    return jaxroute.dispatch.sort_by_expert(
-      expert_idx, e, implementation="pallas_tpu"
-    )
-
-  def argsort(expert_idx):
-    permutation = jnp.argsort(expert_idx.reshape(-1), stable=True)
-    load = jnp.zeros(e, jnp.int32).at[expert_idx].add(1)
-    return permutation, jnp.argsort(permutation), load
-
-  def plain(logits, bias, top_k=lambda x, k: jax.lax.top_k(x, k)[1]):
-    scores = logits.astype(jnp.float32)
-    softmax = config.score_fn == "softmax"
-    scores = jax.nn.softmax(scores) if softmax else jax.nn.sigmoid(scores)
-    selection = scores + bias
-    if config.num_groups > 1:
-      grouped = selection.reshape(-1, config.num_groups, config.group_size)
-      best = jax.lax.top_k(grouped, 2)[0].sum(-1)
-      kept = jax.lax.top_k(best, config.group_top_k)[1]
-      keep = jax.nn.one_hot(kept, config.num_groups, dtype=bool).any(1)
-      selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(-1, e)
-    idx = top_k(selection, config.top_k)
-    # Sums of comparisons: gathers and scatters cost more than all the rest.
-    chosen = idx[:, :, None] == jnp.arange(e)
-    weights = jnp.sum(jnp.where(chosen, scores[:, None], 0.0), axis=2)
-    weights /= weights.sum(1, keepdims=True)
-    return idx, weights, jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
-
-  return {
-    "plain": plain,
-    "tokamax": tokamax,
-    "jaxroute": ours,
-    "plain grad": functools.partial(grad, plain),
-    "jaxroute grad": functools.partial(grad, ours),
-    "jaxroute histogram": histogram,
-    "project": project,
-    "project fused": project_fused,
-    "argsort": argsort,
-    "sort": sort,
-  }
 
 
 def compile_for(generation: str, case: str, candidate: str):
@@ -216,32 +129,27 @@ def compile_for(generation: str, case: str, candidate: str):
     The compiled program.
   """
   import jax
-  import jax.numpy as jnp
   import numpy as np
+  import tpu_programs
   from jax.experimental import topologies
 
-  t, e, k, _ = CASES[case]
   topology = topologies.get_topology_desc(
     platform="tpu", topology_name=TPUS[generation][0]
   )
   mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
   whole = jax.NamedSharding(mesh, jax.P())
-  shapes = [((t, e), jnp.float32), ((e,), jnp.float32)]
-  if candidate in ("sort", "argsort"):
-    shapes = [((t, k), jnp.int32)]
-  if "project" in candidate:
-    projected = [((t, _WIDTH), jnp.bfloat16), ((_WIDTH, e), jnp.float32)]
-    shapes[:1] = projected
-  if "grad" in candidate:
-    shapes.append(((t, k), jnp.float32))
-  arguments = [jax.ShapeDtypeStruct(*shape, sharding=whole) for shape in shapes]
-  function = _programs(_config(case))[candidate]
+  config = _config(case)
+  arguments = [
+    jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
+    for x in tpu_programs.shapes(CASES[case][0], config, candidate)
+  ]
+  function = tpu_programs.programs(config)[candidate]
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     traced = jax.jit(function).trace(*arguments)
     return traced.lower(lowering_platforms=("tpu",)).compile()
 
 
-def _child(generation, case, candidate, folder):
+def _child(generation: str, case: str, candidate: str, folder: str) -> None:
   """Compiles, and writes what the compiler says to `folder`/result.json."""
   from jaxroute.kernels.tpu.route import plan as plan_lib
 
@@ -396,7 +304,7 @@ def main(argv: list[str]) -> None:
     TABLE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
-def _print_worst(rows):
+def _print_worst(rows: dict[str, dict[str, dict[str, float]]]) -> None:
   """The ten cases that are the most times over their floor."""
   found = {n: row["jaxroute"] for n, row in rows.items() if row["jaxroute"]}
   print("\nfarthest from the time to move the bytes:")

@@ -97,9 +97,8 @@ def round_to_balanced(
   chosen = chosen.at[token, routes.expert_idx].set(True) & counted
   num_assigned = jnp.sum(counted, dtype=jnp.float32) * top_k
   mean = num_assigned / e
-  # A round that cuts a move short balances an expert for good. Any other
-  # empties or fills an expert's share of every token that can move: at most 2 K
-  # of those.
+  # A round that cuts a move short balances an expert for good: at most E do. Any
+  # other empties or fills a share of every token that can move: at most 2 K do.
   max_rounds = 2 * (e + top_k)
 
   def goes_on(progress: _Progress) -> jax.Array:
@@ -108,9 +107,8 @@ def round_to_balanced(
 
   def move(progress: _Progress) -> _Progress:
     over, under = _imbalance(progress.x, mean)
-    # A token leaves only experts that it chose and enters only others. It chose
-    # the largest selection scores, so no move costs less than 0, nor does their
-    # sum.
+    # A token leaves chosen experts and enters others, with no larger selection
+    # scores: no move costs less than 0, and the loss is a sum of such costs.
     moves = _cheapest_moves(
       selection,
       can_leave=chosen & (progress.x > 0) & (over > 0)[None],

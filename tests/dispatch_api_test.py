@@ -1,7 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""`sort_by_expert` against the oracle, in both of its algorithms."""
+"""`sort_by_expert` against the oracle, and the capacity of experts."""
 
 import functools
+import math
 
 import cases
 import hypothesis
@@ -12,7 +13,8 @@ import oracle
 import pytest
 from hypothesis import strategies as st
 
-from jaxroute import dispatch
+from jaxroute import dispatch, types
+from jaxroute.dispatch import xla
 
 pytestmark = pytest.mark.optimized
 
@@ -66,7 +68,7 @@ def test_both_algorithms_agree(n, capacity):
   load = jnp.bincount(key, length=7)
   counted, packed = (
     jax.jit(functools.partial(sort, capacity=capacity))(key, load)
-    for sort in (dispatch._counting_sort, dispatch._packed_sort)
+    for sort in (xla._counting_sort, xla._packed_sort)
   )
   jax.tree.map(np.testing.assert_array_equal, counted, packed)
   if capacity is None:
@@ -81,7 +83,7 @@ def test_pairs_that_fit_a_word_or_not_sort_alike(majors):
   major[0], minor = majors - 1, rng.permutation(2**16)[:50].astype(np.int32)
   minor[0] = 2**16 - 1
   order = np.lexsort((minor, major))
-  got = jax.jit(dispatch._sort_pairs, static_argnums=(2, 3))(
+  got = jax.jit(xla.sort_pairs, static_argnums=(2, 3))(
     major, minor, majors, 2**16
   )
   np.testing.assert_array_equal(got, (major[order], minor[order]))
@@ -139,6 +141,18 @@ def test_the_platform_picks_the_algorithm(platform, sorts):
   assert text.count("stablehlo.sort") == sorts
 
 
+def test_xla_has_nothing_to_interpret():
+  idx = jnp.zeros((4, 2), jnp.int32)
+  with pytest.raises(NotImplementedError, match="no kernel to interpret.*True"):
+    dispatch.sort_by_expert(idx, 8, implementation="xla", interpret=True)
+
+
+def test_an_unknown_implementation_is_refused():
+  idx = jnp.zeros((4, 2), jnp.int32)
+  with pytest.raises(ValueError, match="`implementation`.*'pallas_tpu'.*'tpu'"):
+    dispatch.sort_by_expert(idx, 8, implementation="tpu")
+
+
 @pytest.mark.parametrize(
   ("idx", "capacity", "words"),
   (
@@ -152,3 +166,20 @@ def test_errors_name_argument_value_and_fix(idx, capacity, words):
     dispatch.sort_by_expert(idx, 8, capacity=capacity)
   for word in words:
     assert word in str(error.value)
+
+
+CONFIG = types.RouterConfig(num_experts=8, top_k=2)
+
+
+@pytest.mark.parametrize(
+  "num_tokens, factor, rows",
+  [(64, 1.0, 16), (64, 1.25, 20), (65, 1.0, 17), (1, 1.0, 1), (0, 1.0, 1)],
+)
+def test_capacity_rounds_up(num_tokens, factor, rows):
+  assert dispatch.expert_capacity(CONFIG, num_tokens, factor) == rows
+
+
+@pytest.mark.parametrize("factor", (0.0, -1.0, math.inf, math.nan))
+def test_impossible_capacity_factors_are_refused(factor):
+  with pytest.raises(ValueError, match=f"`capacity_factor`.*{factor}"):
+    dispatch.expert_capacity(CONFIG, 8, factor)

@@ -1,8 +1,6 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Dispatch and combine against loops over assignments, and their gradients."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxroute import dispatch, types
+from jaxroute import dispatch
 
 pytestmark = pytest.mark.optimized
 
@@ -205,23 +203,6 @@ def test_under_shard_map_and_remat_the_gradients_stay():
     )(*args)
   for whole, *parts in zip(sharded, *halves, strict=True):
     np.testing.assert_allclose(whole, np.concatenate(parts), rtol=1e-5)
-
-
-CONFIG = types.RouterConfig(num_experts=8, top_k=2)
-
-
-@pytest.mark.parametrize(
-  "num_tokens, factor, rows",
-  [(64, 1.0, 16), (64, 1.25, 20), (65, 1.0, 17), (1, 1.0, 1), (0, 1.0, 1)],
-)
-def test_capacity_rounds_up(num_tokens, factor, rows):
-  assert dispatch.expert_capacity(CONFIG, num_tokens, factor) == rows
-
-
-@pytest.mark.parametrize("factor", (0.0, -1.0, math.inf, math.nan))
-def test_impossible_capacity_factors_are_refused(factor):
-  with pytest.raises(ValueError, match=f"`capacity_factor`.*{factor}"):
-    dispatch.expert_capacity(CONFIG, 8, factor)
 
 
 def test_arrays_of_another_batch_are_refused():

@@ -50,7 +50,7 @@ def _on_scores(e, k, **kwargs):
 
 
 def _distances(logits, bias, k):
-  """[T, E] float64 price less bias, for selection scores logits + bias."""
+  """[T, E] float64 needed bias minus bias, if the logits are scores."""
   selection = np.float64(logits + bias)
   cutoff = -np.sort(-selection, axis=1)[:, k]
   return cutoff[:, None] - selection
@@ -131,9 +131,9 @@ def test_with_the_cutoffs_held_the_mean_load_is_below():
   t, e, k = 512, 8, 2
   rng = np.random.default_rng(0)
   x, cutoff = rng.random((t, e)), rng.random(t)
-  price = jnp.asarray(cutoff[:, None] - x, jnp.float32)
-  found = order_statistic(price, jnp.full(e, t * k // e))
-  np.testing.assert_array_equal((price < found[None]).sum(0), t * k // e)
+  needed = jnp.asarray(cutoff[:, None] - x, jnp.float32)
+  found = order_statistic(needed, jnp.full(e, t * k // e))
+  np.testing.assert_array_equal((needed < found[None]).sum(0), t * k // e)
 
 
 @given(seed=st.integers(0, 10_000), k=st.integers(1, 7))
@@ -142,10 +142,10 @@ def test_a_coordinate_step_never_raises_the_dual(seed, k):
   rng = np.random.default_rng(seed)
   x = rng.normal(size=(t, e)).astype(np.float32)
   bias = (rng.normal(size=e) * 0.5).astype(np.float32)
-  price = _distances(x, bias, k) + bias
+  needed = _distances(x, bias, k) + bias
   # The function that coordinate steps descend on has cutoffs of its own.
   cutoff = -np.sort(-np.float64(x + bias), axis=1)[:, k]
-  found = oracle.quantile_step(price, t * k // e)
+  found = oracle.quantile_step(needed, t * k // e)
 
   def relaxed(b):
     above = np.maximum(np.float64(x) + b - cutoff[:, None], 0)
@@ -247,7 +247,7 @@ def test_what_cannot_be_balanced_stays_finite():
   rule = dual.quantile()
   x = np.array(cases.logits("random", 64, 8))
   x[:, 3] = -np.inf  # no token can choose it
-  x[4:, 5] = -np.inf  # four can: it is brought to the largest of their prices
+  x[4:, 5] = -np.inf  # four can: it goes to the most that one needs
   config = _on_scores(8, 2)
   step = _step_of(rule, config)
   state = jaxroute.init_router_state(rule, 8, histogram=True)

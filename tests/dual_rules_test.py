@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Rules against their papers' updates, on numbers worked out by hand."""
 
+import functools
 import math
 
 import chex
@@ -33,6 +34,9 @@ RULES = {
   "nesterov": lambda: optax.sgd(1e-3, momentum=0.9, nesterov=True),
   "adam": lambda: optax.adam(1e-2),
 }
+
+
+_route = jax.jit(jaxroute.route, static_argnames="config")
 
 
 def _run(rule, violations):
@@ -180,8 +184,11 @@ def test_every_rule_balances_a_skewed_router(name):
   assert jnp.max(max_vio[-20:]) < 0.2
 
 
+_scores = jax.jit(scores.scores, static_argnames="config")
+
+
 def _dual_value(logits, bias, config):
-  return oracle.dual_value(scores.scores(logits, config), bias, config.top_k)
+  return oracle.dual_value(_scores(logits, config), bias, config.top_k)
 
 
 @settings(deadline=None, max_examples=25)
@@ -192,11 +199,22 @@ def test_violation_is_a_subgradient_of_the_dual(seed, k):
   config = jaxroute.RouterConfig(num_experts=6, top_k=k)
   logits = jnp.asarray(rng.normal(size=(24, 6)), jnp.float32)
   b, other = rng.normal(size=(2, 6)).astype(np.float32) * 0.3
-  routing = jaxroute.route(logits, jnp.asarray(b), config)
+  routing = _route(logits, b, config)
   mean = 24 * k / 6
   slope = np.asarray(metrics.violation(routing.load)) * mean
   bound = _dual_value(logits, b, config) + slope @ (other - b)
   assert _dual_value(logits, other, config) >= bound - 1e-4
+
+
+PLAIN_AND_CENTRED = (
+  dual.sign(0.125),
+  optax.chain(dual.sign(0.125), dual.center()),
+)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _count_and_update(state, routing, rule):
+  return jaxroute.update(jaxroute.accumulate(state, routing), rule)
 
 
 @settings(deadline=None, max_examples=25)
@@ -206,17 +224,15 @@ def test_centred_and_plain_sign_rules_choose_alike(seed):
   config = jaxroute.RouterConfig(num_experts=8, top_k=2, bias_space="logits")
   # Multiples of 1/64 and a step of 1/8: every sum below is exact in float32.
   logits = jnp.asarray(rng.integers(-64, 64, size=(32, 8)) / 64, jnp.float32)
-  rules = dual.sign(0.125), optax.chain(dual.sign(0.125), dual.center())
+  rules = PLAIN_AND_CENTRED
   states = [jaxroute.init_router_state(rule, 8) for rule in rules]
   for _ in range(4):
-    routings = [
-      jaxroute.route(logits, s.expert_bias[0], config) for s in states
-    ]
+    routings = [_route(logits, s.expert_bias[0], config) for s in states]
     np.testing.assert_array_equal(
       routings[0].expert_idx, routings[1].expert_idx
     )
     states = [
-      jaxroute.update(jaxroute.accumulate(s, routing), rule)
+      _count_and_update(s, routing, rule)
       for s, routing, rule in zip(states, routings, rules, strict=True)
     ]
 

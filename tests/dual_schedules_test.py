@@ -9,6 +9,8 @@ import pytest
 
 from jaxroute import dual
 
+pytestmark = pytest.mark.any_jax
+
 
 @pytest.mark.parametrize(
   "schedule, sizes",

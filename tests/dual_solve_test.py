@@ -3,6 +3,7 @@
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -44,7 +45,7 @@ def test_padding_is_invisible():
   np.testing.assert_allclose(padded.expert_bias, kept.expert_bias, atol=5e-6)
   np.testing.assert_allclose(padded.dual_values, kept.dual_values, rtol=1e-6)
   np.testing.assert_allclose(padded.primal_value, kept.primal_value, rtol=1e-6)
-  x, _ = assignment.round_to_balanced(
+  x, _ = jax.jit(assignment.round_to_balanced, static_argnums=2)(
     masked, kept.expert_bias, K, jnp.asarray(mask)
   )
   np.testing.assert_array_equal(x[~mask], 0)
@@ -62,6 +63,23 @@ def test_it_stops_when_a_balanced_assignment_proves_it(optimum):
     _scores(), K, expert_bias=solution.expert_bias, tolerance=2e-3
   )
   assert again.converged and again.iterations == 1
+
+
+def test_the_last_iteration_is_checked_whatever_its_number():
+  solution = dual.solve(
+    _scores(),
+    K,
+    solvers.alternating_quantiles(),
+    tolerance=0.0,
+    max_iterations=3,
+  )
+  first, second, third = np.asarray(solution.dual_values)
+  assert first > second > third
+  gap_of = jax.jit(assignment.duality_gap, static_argnums=2)
+  gap = gap_of(_scores(), solution.expert_bias, K)
+  np.testing.assert_allclose(
+    solution.dual_value - solution.primal_value, gap, rtol=0.02
+  )
 
 
 def test_a_mean_load_that_is_no_integer_has_a_fractional_optimum():

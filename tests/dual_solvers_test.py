@@ -114,7 +114,9 @@ def test_alternation_is_the_exact_quantile_step():
     tolerance=0.0,
     max_iterations=2,
   )
-  after = dual.quantile_bias(_scores(), jnp.zeros(E), K)
+  after = jax.jit(dual.quantile_bias, static_argnums=2)(
+    _scores(), jnp.zeros(E), K
+  )
   np.testing.assert_allclose(
     first.dual_values[1],
     oracle.dual_value(_scores(), np.asarray(after), K),
@@ -127,7 +129,7 @@ def test_bip_by_hand():
   scores = jnp.asarray(_scores(64, 8) - 0.6)
   config = jaxroute.RouterConfig.on_scores(8, 2)
   problem = solvers.Problem(scores, jnp.float32(1))
-  step = solvers.bip().step
+  step = jax.jit(solvers.bip().step)
   s, q, bias = np.asarray(scores), np.zeros(8, np.float32), jnp.zeros(8)
   for _ in range(3):
     routes = _route(scores, bias, config)
@@ -164,7 +166,7 @@ def test_sparse_transport_by_hand():
   solver = solvers.sparse_transport(optax.sgd(rate), regularization)
   problem = solvers.Problem(jnp.asarray(scores), jnp.float32(scale))
   state = solver.init(problem, jnp.asarray(bias))
-  moved, _ = solver.step(problem, state, jnp.asarray(bias), routes, None)
+  moved, _ = jax.jit(solver.step)(problem, state, bias, routes, None)
   np.testing.assert_allclose(moved, expected, rtol=1e-5)
 
 

@@ -15,6 +15,7 @@ import train as train_lib
 from absl.testing import flagsaver
 
 pytestmark = [
+  pytest.mark.any_jax,
   # optax's Adam promotes.
   pytest.mark.implicit_promotion,
   pytest.mark.xdist_group("lm_compare_rules"),

@@ -10,6 +10,8 @@ import lm_runs
 import pytest
 import train as train_lib
 
+pytestmark = pytest.mark.any_jax
+
 CONFIG = config_lib.Config(
   batch_size=4, seq_len=32, model_size=32, num_heads=2, num_experts=8
 )

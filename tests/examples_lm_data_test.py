@@ -8,6 +8,8 @@ import data as data_lib
 import numpy as np
 import pytest
 
+pytestmark = pytest.mark.any_jax
+
 CONFIG = config_lib.Config(batch_size=4, seq_len=32)
 
 

@@ -36,11 +36,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compilation_cache(tmp_path_factory):
-  yield from lm_runs.compilation_cache_in(tmp_path_factory.mktemp("cache"))
-
-
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
   return lm_runs.write_corpus(tmp_path_factory.mktemp("corpus"))
@@ -114,6 +109,7 @@ def test_a_run_leaves_metrics_checkpoints_and_figures(unbroken):
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
 
 
+@pytest.mark.any_jax
 def test_the_summary_is_what_the_rows_say(unbroken):
   out = pathlib.Path(unbroken.out)
   summary = json.loads((out / "summary.json").read_text())
@@ -137,6 +133,7 @@ def test_the_rule_balances(unbroken):
   assert before[-1]["max_vio_global"] > 2 * after[-1]["max_vio_global"]
 
 
+@pytest.mark.any_jax
 def test_a_finished_run_is_only_reported_again(unbroken):
   out = pathlib.Path(unbroken.out)
   before = (out / "metrics.jsonl").read_bytes()
@@ -145,6 +142,7 @@ def test_a_finished_run_is_only_reported_again(unbroken):
   assert summary == json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.any_jax
 def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(unbroken):
   summary = lm_runs.train(dataclasses.replace(unbroken, save_scores=True))
   with np.load(pathlib.Path(unbroken.out) / "scores.npz") as file:
@@ -161,6 +159,7 @@ def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(unbroken):
   np.testing.assert_array_equal(rows[-1]["expert_bias"], bias)
 
 
+@pytest.mark.any_jax
 def test_the_complementary_slackness_is_of_the_bias_that_routed(unbroken):
   rows = lm_runs.rows(unbroken.out, "train")
   # The first bias is 0, so there is none to differ from the load.
@@ -238,6 +237,7 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
   _assert_same_run(config, unbroken)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(
   config, unbroken, number, monkeypatch
@@ -257,6 +257,7 @@ def test_a_signal_finishes_the_step_and_saves(
   _assert_same_run(config, unbroken)
 
 
+@pytest.mark.any_jax
 def test_a_second_ctrl_c_aborts(config, monkeypatch):
   def twice():
     signal.raise_signal(signal.SIGINT)
@@ -268,6 +269,7 @@ def test_a_second_ctrl_c_aborts(config, monkeypatch):
   assert lm_runs.kept(config.out) == ["50", "55"]
 
 
+@pytest.mark.any_jax
 def test_a_checkpoint_of_other_settings_is_refused(unbroken):
   other = dataclasses.replace(unbroken, rule="none", seed=3)
   with pytest.raises(
@@ -281,6 +283,7 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken):
   assert lm_runs.kept(unbroken.out) == ["50", "60"]
 
 
+@pytest.mark.any_jax
 def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   unbroken, tmp_path
 ):
@@ -310,6 +313,7 @@ def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   _assert_same_run(config, unbroken)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "error",
   [

@@ -10,6 +10,8 @@ import pytest
 
 from jaxroute.kernels.tpu import networks
 
+pytestmark = pytest.mark.any_jax
+
 
 def _falling(rng, n):
   return -np.sort(-rng.integers(0, 9, (n, 50)), axis=0)

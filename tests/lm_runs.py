@@ -7,7 +7,6 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
 from typing import Any
 
 import config as config_lib
@@ -16,7 +15,6 @@ import numpy as np
 import pytest
 import report as report_lib
 import train as train_lib
-from jax.experimental.compilation_cache import compilation_cache
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "examples" / "lm" / "train.py"
@@ -136,24 +134,3 @@ def environment() -> dict[str, str]:
   folders = [str(SCRIPT.parent), str(ROOT / "tests")]
   given = [p for p in [os.environ.get("PYTHONPATH")] if p]
   return os.environ | {"PYTHONPATH": os.pathsep.join(folders + given)}
-
-
-def compilation_cache_in(folder: pathlib.Path) -> Iterator[None]:
-  """Has this process and those it starts keep what they compile in a folder.
-
-  A folder that JAX_COMPILATION_CACHE_DIR names is kept instead.
-  """
-  settings: dict[str, Any] = {
-    "jax_compilation_cache_dir": jax.config.jax_compilation_cache_dir
-    or str(folder),
-    "jax_persistent_cache_min_compile_time_secs": 0.1,
-  }
-  with pytest.MonkeyPatch.context() as patch:
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-      jax.config.update(name, value)
-      patch.setenv(name.upper(), str(value))
-    yield
-    for name, value in before.items():
-      jax.config.update(name, value)
-    compilation_cache.reset_cache()

@@ -14,6 +14,12 @@ from jaxroute import losses
 SOFTMAX = jaxroute.RouterConfig(num_experts=4, top_k=2, score_fn="softmax")
 SIGMOID = jaxroute.RouterConfig(num_experts=4, top_k=2)
 
+_route = jax.jit(jaxroute.route, static_argnames="config")
+_switch = jax.jit(losses.switch, static_argnames="config")
+_global_batch = jax.jit(losses.global_batch, static_argnames="config")
+_sequence_wise = jax.jit(losses.sequence_wise, static_argnums=(1, 2))
+_z_loss = jax.jit(losses.z_loss)
+
 
 def _logits(t, seed=0):
   rng = np.random.default_rng(seed)
@@ -46,10 +52,10 @@ def _sigmoid(x):
 def test_switch_against_the_formula(config, score):
   logits, mask = _logits(9), np.arange(9) % 3 != 1
   bias = jnp.array([0.5, 0.0, -0.5, 0.1])
-  routing = jaxroute.route(logits, bias, config, jnp.asarray(mask))
+  routing = _route(logits, bias, config, jnp.asarray(mask))
   expected = _expected(logits, mask, score, routing.expert_idx)
   np.testing.assert_allclose(
-    losses.switch(logits, routing, config), expected, rtol=1e-5
+    _switch(logits, routing, config), expected, rtol=1e-5
   )
 
 
@@ -57,23 +63,19 @@ def test_switch_is_one_at_perfect_balance():
   # Every expert is first once and second once, by symmetric logits.
   base = jnp.array([2.0, 1.0, 0.0, -1.0])
   logits = jnp.stack([jnp.roll(base, i) for i in range(4)])
-  routing = jaxroute.route(logits, None, SOFTMAX)
-  np.testing.assert_allclose(
-    losses.switch(logits, routing, SOFTMAX), 1.0, rtol=1e-6
-  )
+  routing = _route(logits, None, SOFTMAX)
+  np.testing.assert_allclose(_switch(logits, routing, SOFTMAX), 1.0, rtol=1e-6)
 
 
 def test_global_batch_uses_the_load_it_is_given():
   logits = _logits(8)
-  halves = [jaxroute.route(h, None, SOFTMAX) for h in (logits[:4], logits[4:])]
+  halves = [_route(h, None, SOFTMAX) for h in (logits[:4], logits[4:])]
   total = halves[0].load + halves[1].load
-  whole = losses.switch(logits, jaxroute.route(logits, None, SOFTMAX), SOFTMAX)
-  parts = [
-    losses.global_batch(h, total, SOFTMAX) for h in (logits[:4], logits[4:])
-  ]
+  whole = _switch(logits, _route(logits, None, SOFTMAX), SOFTMAX)
+  parts = [_global_batch(h, total, SOFTMAX) for h in (logits[:4], logits[4:])]
   np.testing.assert_allclose(np.mean(parts), whole, rtol=1e-6)
   local = [
-    losses.switch(h, r, SOFTMAX)
+    _switch(h, r, SOFTMAX)
     for h, r in zip((logits[:4], logits[4:]), halves, strict=True)
   ]
   assert abs(np.mean(local) - whole) > 1e-3
@@ -85,7 +87,7 @@ def test_sequence_wise_is_the_mean_over_sequences_of_unbiased_top_k():
   expected = np.mean(
     [_expected(logits[i : i + 4], mask[i : i + 4], _sigmoid) for i in (0, 4)]
   )
-  got = losses.sequence_wise(logits, SIGMOID, 3, jnp.asarray(mask))
+  got = _sequence_wise(logits, SIGMOID, 3, jnp.asarray(mask))
   np.testing.assert_allclose(got, expected, rtol=1e-5)
 
 
@@ -93,10 +95,10 @@ def test_sequence_wise_chooses_beyond_the_limits_of_groups():
   # Experts 0 and 2 are the best, and of different groups.
   grouped = dataclasses.replace(SIGMOID, num_groups=2, group_score="top1")
   logits = jnp.tile(jnp.array([[3.0, 0.0, 2.0, -1.0]]), (4, 1))
-  limited = jaxroute.route(logits, None, grouped).load
+  limited = _route(logits, None, grouped).load
   np.testing.assert_array_equal(limited, [4, 4, 0, 0])
   np.testing.assert_allclose(
-    losses.sequence_wise(logits, grouped, 1),
+    _sequence_wise(logits, grouped, 1),
     _expected(logits, np.ones(4, bool), _sigmoid),
     rtol=1e-5,
   )
@@ -106,7 +108,7 @@ def test_z_loss_against_the_formula():
   logits, mask = _logits(5), np.array([1, 1, 0, 1, 0], bool)
   z = np.log(np.exp(np.asarray(logits, np.float64)).sum(-1)) ** 2
   np.testing.assert_allclose(
-    losses.z_loss(logits, jnp.asarray(mask)), z[mask].mean(), rtol=1e-5
+    _z_loss(logits, jnp.asarray(mask)), z[mask].mean(), rtol=1e-5
   )
 
 
@@ -116,15 +118,16 @@ def test_padding_is_invisible_to_values_and_gradients():
   mask = jnp.arange(9) < 6
 
   def total(logits, mask):
-    routing = jaxroute.route(logits, None, SIGMOID, mask)
+    routing = _route(logits, None, SIGMOID, mask)
     return (
-      losses.switch(logits, routing, SIGMOID)
-      + losses.z_loss(logits, mask)
-      + losses.sequence_wise(logits, SIGMOID, 1, mask)
+      _switch(logits, routing, SIGMOID)
+      + _z_loss(logits, mask)
+      + _sequence_wise(logits, SIGMOID, 1, mask)
     )
 
-  value, grad = jax.value_and_grad(total)(logits, jnp.ones(6, bool))
-  padded_value, padded_grad = jax.value_and_grad(total)(padded, mask)
+  value_and_grad = jax.jit(jax.value_and_grad(total))
+  value, grad = value_and_grad(logits, jnp.ones(6, bool))
+  padded_value, padded_grad = value_and_grad(padded, mask)
   np.testing.assert_allclose(padded_value, value, rtol=1e-6)
   np.testing.assert_allclose(padded_grad[:6], grad, rtol=1e-5, atol=1e-7)
   np.testing.assert_array_equal(padded_grad[6:], 0)
@@ -132,20 +135,20 @@ def test_padding_is_invisible_to_values_and_gradients():
 
 def test_no_tokens_cost_nothing():
   logits, mask = _logits(4), jnp.zeros(4, bool)
-  routing = jaxroute.route(logits, None, SOFTMAX, mask)
-  assert losses.switch(logits, routing, SOFTMAX) == 0
-  assert losses.z_loss(logits, mask) == 0
-  assert losses.sequence_wise(logits, SOFTMAX, 2, mask) == 0
+  routing = _route(logits, None, SOFTMAX, mask)
+  assert _switch(logits, routing, SOFTMAX) == 0
+  assert _z_loss(logits, mask) == 0
+  assert _sequence_wise(logits, SOFTMAX, 2, mask) == 0
 
 
 def test_gradient_pushes_tokens_off_the_busy_expert():
   logits = jnp.zeros((8, 4)).at[:, 0].set(2.0).at[:, 1].set(1.0)
-  routing = jaxroute.route(logits, None, SOFTMAX)
-  grad = jax.grad(lambda x: losses.switch(x, routing, SOFTMAX))(logits)
+  routing = _route(logits, None, SOFTMAX)
+  grad = jax.grad(lambda x: _switch(x, routing, SOFTMAX))(logits)
   assert (grad[:, 0] > 0).all() and (grad[:, 2:] < 0).all()
 
 
 @pytest.mark.parametrize("num_sequences", [0, 5])
 def test_sequences_must_divide_the_tokens(num_sequences):
   with pytest.raises(ValueError, match="`num_sequences` must divide T=8"):
-    losses.sequence_wise(_logits(8), SIGMOID, num_sequences)
+    _sequence_wise(_logits(8), SIGMOID, num_sequences)

@@ -7,6 +7,8 @@ import pytest
 
 from jaxroute import RouterConfig
 
+pytestmark = pytest.mark.any_jax
+
 _LN3 = float(np.log(3.0))
 
 

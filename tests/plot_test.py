@@ -9,6 +9,8 @@ import pytest
 
 from jaxroute import plot
 
+pytestmark = pytest.mark.any_jax
+
 S, LYR, E = 30, 3, 5
 STEPS = np.arange(10, 10 + S)
 

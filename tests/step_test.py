@@ -481,6 +481,19 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
       ),
       "`micro_batches`=5.*divide",
     ),
+    (
+      lambda r: jaxroute.train_step(
+        _state(r, optax.sgd(0.1)),
+        _batch(),
+        loss_fn=lambda params, bias, batch: (
+          jnp.sum(params["scale"]),
+          (jnp.zeros((LAYERS, E), jnp.int32), {}),
+        ),
+        optimizer=optax.sgd(0.1),
+        rule=r,
+      ),
+      r"`loss_fn` must return .*`jaxroute.Counts`.*Counts\(load=",
+    ),
   ],
 )
 def test_bad_input_is_named(call, words):

@@ -1,10 +1,11 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Quantile balancing: at the current cutoffs each bias goes to its best value.
 
-While the tokens' cutoffs are held, the dual function of one expert's bias has
-its minimum at the quantile of `cutoff - score`, the token's price for that
-expert, with T K / E tokens below it. A step of this rule goes there, for all
-experts at once. It has no step size.
+While the tokens' cutoffs are held, token i needs a bias of
+`cutoff[i] - score[i, e]` to choose expert e, and the dual function of that bias
+alone has its minimum at the quantile of the needed ones with T K / E tokens
+below it. A step of this rule goes there, for all experts at once. It has no
+step size.
 """
 
 import math
@@ -22,16 +23,16 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
   """Quantile balancing, from histograms that add up over devices.
 
   `bias = ema * bias + (1 - ema) * (target - mean(target))`, where `target[e]`
-  is the `floor(T K / E) + 1`-th smallest price of expert e, as near as a
-  histogram tells. The histogram determines the sign of `target - bias` exactly
-  and its size within a factor of 8 (if the size is below 2^-16, to 2^-15).
-  Within a bin prices are taken to be evenly spread, which is mostly much
-  closer, and the next step sees the rest through finer bins. No step is larger
-  than 32.
+  is the `floor(T K / E) + 1`-th smallest bias that a token needs to choose
+  expert e, as near as a histogram tells. The histogram determines the sign of
+  `target - bias` exactly and its size within a factor of 8 (if the size is
+  below 2^-16, to 2^-15). Within a bin the needed biases are taken to be evenly
+  spread, which is mostly much closer, and the next step sees the rest through
+  finer bins. No step is larger than 32.
 
   An expert that fewer tokens can choose (the others' logits are -inf, or group
-  limits exclude it) goes to the largest price of those. An expert that no token
-  can choose stays, and so do all in a batch without a token.
+  limits exclude it) goes to the largest bias that one of them needs. An expert
+  that no token can choose stays, and so do all in a batch without a token.
 
   Args:
     ema: share of the bias that stays, in `[0, 1)`.
@@ -56,7 +57,7 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
 
   References:
     Su, 2026, https://kexue.fm/archives/11619.
-    Kimi K3, https://arxiv.org/abs/2607.24653, which bins prices evenly.
+    Kimi K3, https://arxiv.org/abs/2607.24653, with bins of equal width.
   """
   if not 0 <= ema < 1:
     raise ValueError(f"`ema` must be in [0, 1), got {ema}.")
@@ -67,13 +68,13 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
 
   def update(
     updates: optax.Updates,
-    state: optax.EmptyState,
+    state: Any,
     params: optax.Params | None = None,
     *,
     load: types.PyTree = None,
     histogram: types.PyTree = None,
     **extra_args: Any,
-  ) -> tuple[optax.Updates, optax.EmptyState]:
+  ) -> tuple[optax.Updates, Any]:
     del updates, extra_args
     if histogram is None or params is None:
       raise ValueError(
@@ -127,17 +128,17 @@ def quantile_bias(
   """
   config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
   routes = routing.route(scores, expert_bias, config, token_mask)
-  target = quantile_prices(scores, expert_bias, routes)
+  target = target_bias(scores, expert_bias, routes)
   return target - jnp.mean(target)
 
 
-def quantile_prices(
+def target_bias(
   scores: jax.Array,
   expert_bias: jax.Array,
   routes: types.Routing,
   lowest_cutoff: float = -math.inf,
 ) -> jax.Array:
-  """The prices of rank `floor(T K / E) + 1` that `quantile_bias` centres.
+  """The `floor(T K / E) + 1`-th smallest needed bias of every expert.
 
   Args:
     scores: `[T, E]` float32.
@@ -146,16 +147,15 @@ def quantile_prices(
     lowest_cutoff: cutoffs below it are raised to it.
 
   Returns:
-    `[E]` float32; `expert_bias` where there is no finite price.
+    `[E]` float32; `expert_bias` where no token needs a finite one.
   """
   can_choose = routes.token_mask[:, None] & (scores > -jnp.inf)
   cutoff = jnp.maximum(routes.cutoff, lowest_cutoff)
-  price = jnp.where(can_choose, cutoff[:, None] - scores, jnp.inf)
+  needed = jnp.where(can_choose, cutoff[:, None] - scores, jnp.inf)
   mean, _ = metrics.mean_load(routes.load)
-  rank = jnp.minimum(mean, jnp.sum(price < jnp.inf, axis=0) - 1)
-  target = order_statistic(price, rank)
-  # A price of -inf is that of a token which chooses the expert whatever the
-  # bias.
+  rank = jnp.minimum(mean, jnp.sum(needed < jnp.inf, axis=0) - 1)
+  target = order_statistic(needed, rank)
+  # A token that needs -inf chooses the expert whatever the bias.
   return jnp.where(jnp.isfinite(target) & (rank >= 0), target, expert_bias)
 
 

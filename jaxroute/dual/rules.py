@@ -8,7 +8,7 @@ what is added to a parameter. So every optax transformation is a rule, and
 composes with these. They work on any pytree of `[..., E]` arrays, experts last.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -182,7 +182,7 @@ def pid(
 
   def update(
     updates: optax.Updates,
-    state: PidState,
+    state: Any,
     params: optax.Params | None = None,
   ) -> tuple[optax.Updates, PidState]:
     del params
@@ -247,7 +247,7 @@ def triple_momentum(
 
   def update(
     updates: optax.Updates,
-    state: TripleMomentumState,
+    state: Any,
     params: optax.Params | None = None,
   ) -> tuple[optax.Updates, TripleMomentumState]:
     del params

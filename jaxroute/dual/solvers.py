@@ -9,14 +9,14 @@ optax transformation, except that it sees the scores and not only the violation.
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxroute import metrics, types
-from jaxroute.dual.quantile import quantile_prices
+from jaxroute.dual.quantile import target_bias
 
 
 class Problem(NamedTuple):
@@ -65,8 +65,8 @@ def alternating_quantiles() -> Solver:
     value: jax.Array,
   ) -> tuple[jax.Array, Any]:
     del value
-    found = quantile_prices(problem.scores, expert_bias, routing)
-    return found - jnp.mean(found), state
+    target = target_bias(problem.scores, expert_bias, routing)
+    return target - jnp.mean(target), state
 
   return Solver(_no_state, step)
 
@@ -77,7 +77,7 @@ def bip() -> Solver:
 
   It is for the program with at most K experts per token and at most L tokens
   per expert, whose prices of tokens (cutoffs) and experts (minus the bias) are
-  at least 0. An expert that fewer than L tokens want keeps a bias of 0.
+  at least 0. An expert that at most L tokens want without a bias has none.
 
   References:
     Sun, 2025, https://arxiv.org/abs/2502.15451.
@@ -91,10 +91,10 @@ def bip() -> Solver:
     value: jax.Array,
   ) -> tuple[jax.Array, Any]:
     del value
-    found = quantile_prices(
+    target = target_bias(
       problem.scores, expert_bias, routing, lowest_cutoff=0.0
     )
-    return jnp.minimum(found, 0.0), state
+    return jnp.minimum(target, 0.0), state
 
   return Solver(_no_state, step)
 
@@ -123,8 +123,7 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
   ) -> tuple[jax.Array, Any]:
     del value
     violation = metrics.violation(routing.load)
-    updates, state = rule.update(violation, state, expert_bias)
-    return expert_bias + problem.scale * updates, state
+    return _descend(rule, violation, state, expert_bias, problem.scale)
 
   return Solver(init, step)
 
@@ -219,10 +218,21 @@ def sparse_transport(
     mass = jnp.zeros(num_experts).at[routing.expert_idx].add(plan)
     due = jnp.sum(routing.token_mask, dtype=jnp.float32) / num_experts
     violation = mass / jnp.maximum(due, 1e-9) - 1.0
-    updates, state = rule.update(violation, state, expert_bias)
-    return expert_bias + problem.scale * updates, state
+    return _descend(rule, violation, state, expert_bias, problem.scale)
 
   return Solver(init, step)
+
+
+def _descend(
+  rule: optax.GradientTransformation,
+  violation: jax.Array,
+  state: Any,
+  expert_bias: jax.Array,
+  scale: jax.Array,
+) -> tuple[jax.Array, Any]:
+  """A step of a rule whose rate is in units of `scale`."""
+  updates, state = rule.update(violation, state, expert_bias)
+  return expert_bias + scale * cast(jax.Array, updates), state
 
 
 class BundleState(NamedTuple):

@@ -37,7 +37,7 @@ _CHUNK_SHARE_OF_R = 1 / 2
 _ROW_MULTIPLE = 8
 
 
-class Batch(NamedTuple):
+class RowBatch(NamedTuple):
   """Up to R rows of each of B experts; a `blocks.Block`.
 
   Attributes:
@@ -120,7 +120,7 @@ def for_each_batch(
   """Folds `body(batch, carry)` over batches that cover every group exactly.
 
   Args:
-    body: of a `Batch` and the carry; returns the carry.
+    body: of a `RowBatch` and the carry; returns the carry.
     carry: pytree of arrays.
     group_sizes: `[E]` int32. At most N in sum.
     n: N.
@@ -137,7 +137,7 @@ def for_each_batch(
   rows = min(n, _round_up(_SLACK * expected_rows / num_experts))
   ends = jnp.cumsum(group_sizes)
   begins = ends - group_sizes
-  carry = body(Batch(None, _row_index(begins, ends, rows, n)), carry)
+  carry = body(RowBatch(None, _row_index(begins, ends, rows, n)), carry)
   if rows == n:
     return carry
   chunks = _cut(begins + rows, ends, _round_up(_CHUNK_SHARE_OF_R * rows))
@@ -162,7 +162,7 @@ def _cut(begins: jax.Array, ends: jax.Array, rows: int) -> _Chunks:
   return _Chunks(rows, begins, ends, count, jnp.cumsum(count))
 
 
-def _batch(numbers: jax.Array, chunks: _Chunks, n: int) -> Batch:
+def _batch(numbers: jax.Array, chunks: _Chunks, n: int) -> RowBatch:
   """The chunks of some numbers, `[B]` int32."""
   experts = jnp.sum(
     chunks.num_before[None] <= numbers[:, None], axis=1, dtype=jnp.int32
@@ -172,7 +172,7 @@ def _batch(numbers: jax.Array, chunks: _Chunks, n: int) -> Batch:
   e = jnp.minimum(experts, chunks.count.shape[0] - 1)
   in_expert = numbers - chunks.num_before[e] + chunks.count[e]
   begin = chunks.first_row[e] + in_expert * chunks.rows
-  return Batch(experts, _row_index(begin, chunks.end[e], chunks.rows, n))
+  return RowBatch(experts, _row_index(begin, chunks.end[e], chunks.rows, n))
 
 
 def _round_up(rows: float) -> int:

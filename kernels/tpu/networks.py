@@ -14,9 +14,10 @@ element may be NaN.
   `merge` | two falling lists | the largest of both, falling
   `largest` | two falling lists | the largest of both, in no order
 
-`best` compares values in pairs, then the winners among themselves and the
-losers among themselves, and so on. After some levels of this, class n is the
-values that lost n comparisons, one set for each order of wins and losses.
+`best` compares values in pairs, then the winners with each other and the losers
+with each other, and so on for some levels. A *class* is the values that have
+lost n comparisons, and the same ones. At most `count >> n` of them can be among
+the largest `count`.
 """
 
 import dataclasses
@@ -83,7 +84,7 @@ def best(
   pairs = list(zip(values[::2], values[1::2], strict=False))
   winners = [jnp.maximum(a, b) for a, b in pairs]
   losers = [jnp.minimum(a, b) for a, b in pairs]
-  # The last of an odd number of values has nobody to lose to.
+  # The last of an odd number of values is not compared, and wins.
   winners += values[2 * len(pairs) :]
   deeper = max(levels - 1, 0)
   lists = best(winners, count, deeper) + best(losers, count // 2, deeper)

@@ -36,8 +36,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxroute.kernels.tpu import device
 
 _LANES = device.LANES
-# A grid block has at most so many columns, and numbers of [tokens, experts].
-# Two are read and two are written at a time, within VMEM's 16 MiB.
+# A grid block has at most this many columns, and this many numbers of
+# [tokens, experts]. Two blocks are read and two are written at a time, within
+# VMEM's 16 MiB.
 _MAX_COLUMNS = 8
 _MAX_BLOCK_SIZE = 4096 * _LANES
 
@@ -101,7 +102,7 @@ def softmax_gradient(
     expert_idx: `[T, K]` int32, distinct within a token.
     scores: `[T, K]` float32. Softmax of the logits at `expert_idx`.
     d_scores: `[T, K]` float32. The gradient to `scores`.
-    multiplier: of the logits, before the softmax; static.
+    multiplier: what the logits are multiplied by before the softmax; static.
     soft_cap: as in `jaxroute.RouterConfig`; static.
     interpret: what `pallas_call` takes; static.
 
@@ -160,13 +161,13 @@ class _Tile:
       return ref[self.tokens, self.experts].astype(jnp.float32).T
     return ref[self.experts, self.tokens].astype(jnp.float32)
 
-  def store(self, ref: _Ref, tile: jax.Array) -> None:
-    """Writes the tile, from `[experts, tokens]`."""
-    tile = tile.astype(ref.dtype)
+  def store(self, ref: _Ref, values: jax.Array) -> None:
+    """Writes the tile from `values`, `[experts, tokens]`."""
+    values = values.astype(ref.dtype)
     if self.transposes:
-      ref[self.tokens, self.experts] = tile.T
+      ref[self.tokens, self.experts] = values.T
     else:
-      ref[self.experts, self.tokens] = tile
+      ref[self.experts, self.tokens] = values
 
 
 def _call(
@@ -236,7 +237,7 @@ def _softmax_gradient_kernel(
     ]
     logits, slopes = zip(*prepared, strict=True)
     max_logit = _reduce_experts(jnp.maximum, jnp.max, logits)
-    # Without this a token of no logit would have -inf minus -inf.
+    # A token whose logits are all -inf would have -inf minus -inf.
     max_logit = jnp.where(max_logit == -jnp.inf, 0.0, max_logit)
     scores = [jnp.exp(x - max_logit) for x in logits]
     total = _reduce_experts(jnp.add, jnp.sum, scores)
@@ -249,7 +250,7 @@ def _softmax_gradient_kernel(
 def _prepare_logits(
   multiplier: float, soft_cap: float | None, logits: jax.Array
 ) -> tuple[jax.Array, jax.Array | float]:
-  """Returns what the softmax takes, -inf for NaN and inf, and its slope."""
+  """Returns logits for the softmax, -inf for NaN and inf, and their slope."""
   x = jnp.where(logits < jnp.inf, logits * multiplier, -jnp.inf)
   if soft_cap is None:
     return x, multiplier

@@ -48,6 +48,8 @@ BUILD_CODE = """
 import sys
 sys.modules["jax"] = None
 from setuptools import build_meta
+
+pytestmark = pytest.mark.any_jax
 print(getattr(build_meta, sys.argv[1])("dist"))
 """
 

@@ -1,0 +1,152 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The programs whose cycles `tpu_cycles.py` estimates, and their sizes."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxroute
+
+TopK = Callable[[jax.Array, int], jax.Array]
+
+WIDTH = 2048
+"""D of the tokens that are projected."""
+
+
+def shapes(
+  t: int, config: jaxroute.RouterConfig, candidate: str
+) -> list[jax.ShapeDtypeStruct]:
+  """The operands of a program.
+
+  Args:
+    t: T.
+    config: what is routed by.
+    candidate: a key of `programs`.
+
+  Returns:
+    Abstract arrays, in order.
+  """
+  e, k = config.num_experts, config.top_k
+  operands = [((t, e), jnp.float32), ((e,), jnp.float32)]
+  if candidate in ("sort", "argsort"):
+    operands = [((t, k), jnp.int32)]
+  if "project" in candidate:
+    operands[:1] = [((t, WIDTH), jnp.bfloat16), ((WIDTH, e), jnp.float32)]
+  if "grad" in candidate:
+    operands.append(((t, k), jnp.float32))
+  return [jax.ShapeDtypeStruct(*operand) for operand in operands]
+
+
+def programs(config: jaxroute.RouterConfig) -> dict[str, Callable[..., Any]]:
+  """Candidate to function of its operands; see the docstring of `tpu_cycles`."""
+  return _plain_programs(config) | _our_programs(config)
+
+
+def _plain_programs(
+  config: jaxroute.RouterConfig,
+) -> dict[str, Callable[..., Any]]:
+  """What one writes without jaxroute."""
+
+  def plain(logits, bias):
+    return _plain_route(
+      config, lambda x, k: jax.lax.top_k(x, k)[1], logits, bias
+    )
+
+  def tokamax(logits, bias):
+    from tokamax.ops import router_topk
+
+    return _plain_route(config, lambda x, k: router_topk(x, k)[1], logits, bias)
+
+  def argsort(expert_idx):
+    permutation = jnp.argsort(expert_idx.reshape(-1), stable=True)
+    load = jnp.zeros(config.num_experts, jnp.int32).at[expert_idx].add(1)
+    return permutation, jnp.argsort(permutation), load
+
+  return {
+    "plain": plain,
+    "tokamax": tokamax,
+    "plain grad": _with_gradient(plain),
+    "argsort": argsort,
+  }
+
+
+def _our_programs(
+  config: jaxroute.RouterConfig,
+) -> dict[str, Callable[..., Any]]:
+  """The kernels, asked for by name."""
+  kernel = "pallas_tpu"
+  counted = dataclasses.replace(config, histogram=True)
+
+  def ours(logits, bias):
+    r = jaxroute.route(logits, bias, config, implementation=kernel)
+    return r.expert_idx, r.weights, r.load, r.cutoff
+
+  def histogram(logits, bias):
+    r = jaxroute.route(logits, bias, counted, implementation=kernel)
+    return r.expert_idx, r.weights, r.load, r.counts.histogram
+
+  def project(tokens, router_weight, bias):
+    return ours(jaxroute.routing.project(tokens, router_weight), bias)
+
+  def project_fused(tokens, router_weight, bias):
+    r = jaxroute.routing.project_and_route(
+      tokens, router_weight, bias, config, implementation=kernel
+    )
+    return r.expert_idx, r.weights, r.load, r.cutoff
+
+  def sort(expert_idx):
+    return jaxroute.dispatch.sort_by_expert(
+      expert_idx, config.num_experts, implementation=kernel
+    )
+
+  return {
+    "jaxroute": ours,
+    "jaxroute grad": _with_gradient(ours),
+    "jaxroute histogram": histogram,
+    "project": project,
+    "project fused": project_fused,
+    "sort": sort,
+  }
+
+
+def _with_gradient(route: Callable[..., Any]) -> Callable[..., Any]:
+  """The forward pass, and the gradient of the weights to the logits."""
+
+  def grad(logits, bias, d_weights):
+    def weights(logits):
+      expert_idx, weights, load, *_ = route(logits, bias)
+      return weights, (expert_idx, load)
+
+    out, pull, aux = jax.vjp(weights, logits, has_aux=True)
+    return out, aux, pull(d_weights)
+
+  return grad
+
+
+def _plain_route(
+  config: jaxroute.RouterConfig,
+  top_k: TopK,
+  logits: jax.Array,
+  bias: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Experts, weights and load, by somebody's top-k."""
+  e = config.num_experts
+  scores = logits.astype(jnp.float32)
+  is_softmax = config.score_fn == "softmax"
+  scores = jax.nn.softmax(scores) if is_softmax else jax.nn.sigmoid(scores)
+  selection = scores + bias
+  if config.num_groups > 1:
+    grouped = selection.reshape(-1, config.num_groups, config.group_size)
+    best = jax.lax.top_k(grouped, 2)[0].sum(-1)
+    kept = jax.lax.top_k(best, config.group_top_k)[1]
+    keep = jax.nn.one_hot(kept, config.num_groups, dtype=bool).any(1)
+    selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(-1, e)
+  idx = top_k(selection, config.top_k)
+  # Gathers and scatters cost more than all the rest; these are sums of comparisons.
+  chosen = idx[:, :, None] == jnp.arange(e)
+  weights = jnp.sum(jnp.where(chosen, scores[:, None], 0.0), axis=2)
+  weights /= weights.sum(1, keepdims=True)
+  return idx, weights, jnp.sum(chosen, axis=(0, 1), dtype=jnp.int32)
