@@ -214,7 +214,12 @@ def test_explicit_sharding_changes_nothing():
 def _takes_kernel(config=None, implementation=None):
   """Whether what `route` traces to has the kernel in it."""
   config = config or _config(16, 3)
-  x = jax.ShapeDtypeStruct((16, config.num_experts), jnp.float32)
+  sharding = None
+  mesh = jax.sharding.get_abstract_mesh()
+  if AxisType.Explicit in mesh.axis_types:
+    sharding = jax.NamedSharding(mesh, jax.P("data"))
+  shape = 16, config.num_experts
+  x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding)
 
   # A function of its own, so that nothing is cached.
   def call(x):

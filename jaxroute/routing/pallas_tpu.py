@@ -133,6 +133,7 @@ def _map_shards(
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
   operands = *inputs, expert_bias, token_mask
+  call_all = call_alike
   if is_explicit:
     whole, tokens = jax.P(), jax.P(axes)
     in_specs = (tokens, *[whole] * len(inputs), tokens)
@@ -140,14 +141,14 @@ def _map_shards(
     out_specs = kernel.Outputs._make(
       tokens if name in per_token else whole for name in kernel.Outputs._fields
     )
-    call_alike = jax.shard_map(
+    call_all = jax.shard_map(
       call_shard,
       in_specs=in_specs,
       out_specs=out_specs,
       # The interpreter mixes varying and other values itself.
       check_vma=not interpret,
     )
-  out = call_alike(*operands)
+  out = call_all(*operands)
   is_valid = ~jnp.any(jnp.isnan(out.weights), axis=1)
   return types.Routing(
     expert_idx=out.expert_idx,

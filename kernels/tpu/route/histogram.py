@@ -48,10 +48,12 @@ _INF_EXPONENT = 128
 _SCALE = np.float32(2.0 ** (_INF_EXPONENT - _TOP_OCTAVE))
 _SMALLEST = np.float32(2.0 ** (_LOWEST_OCTAVE + _INF_EXPONENT - _TOP_OCTAVE))
 
-# Exponents as float32 stores them, plus 127, of a scaled distance.
-_EXPONENT_SHIFT = 23
+# float32 stores an exponent above 23 other bits, and plus 127.
+_EXPONENT_SHIFT, _EXPONENT_BIAS = 23, 127
+# A scaled distance has one of these.
 _EXPONENTS = range(
-  127 + _LOWEST_OCTAVE + _INF_EXPONENT - _TOP_OCTAVE, 127 + _INF_EXPONENT + 1
+  _EXPONENT_BIAS + _LOWEST_OCTAVE + _INF_EXPONENT - _TOP_OCTAVE,
+  _EXPONENT_BIAS + _INF_EXPONENT + 1,
 )
 # `exponent * 341 >> 10` is `(exponent - 1) // 3` for all of them, 232 to 255:
 # 77 for the first bin, 78 for the next. Modulo 8 that is the bin's field.

@@ -145,9 +145,9 @@ def _look_up_bias(
       axis=1,
       mode="promise_in_bounds",
     )
-    bias = (
-      candidate if first == 0 else jnp.where(wide_idx >= first, candidate, bias)
-    )
+    if first:
+      candidate = jnp.where(wide_idx >= first, candidate, bias)
+    bias = candidate
   return bias[: plan.columns]
 
 
@@ -212,7 +212,7 @@ def _mask_tokens(
     valid = jnp.where(is_token, valid, 0)
     weights = [jnp.where(is_token, weight, 0.0) for weight in weights]
   if plan.tokens % plan.step_tokens:
-    # The last block ends past the last token.
+    # The last block may end past the last token.
     shape = (plan.columns, _LANES)
     token = lax.broadcasted_iota(jnp.int32, shape, 0) * _LANES
     token += lax.broadcasted_iota(jnp.int32, shape, 1) + (
