@@ -29,8 +29,8 @@ def climb(
 
   Args:
     operation: the public name, for error messages.
-    implementations: name to call, the best one first. An entry under None is for
-      None alone: it leaves the choice to the lowering.
+    implementations: name to call, the best one first. The entry under None is tried
+      only if no name was given: it leaves the choice to the lowering.
     implementation: a name, or None for the first that does not raise
       `NotImplementedError`.
 
@@ -60,44 +60,92 @@ def climb(
   raise NotImplementedError(f"`{operation}`: {' '.join(reasons)}{fix}")
 
 
-def lower_only_for(
-  platform: str, kernel: Callable[..., Any], *operands: Any
+def check_can_run(
+  unsupported: str | None,
+  *,
+  unavailable: Callable[[], str | None],
+  by_name: bool,
+  interpret: Any,
+  over_shards: bool = False,
+) -> None:
+  """Raises NotImplementedError unless a kernel can do this, and here.
+
+  Args:
+    unsupported: why the kernel cannot do it anywhere, or None.
+    unavailable: returns why the device of the program has no such kernel, or None;
+      asked unless the kernel was asked for by name, or is interpreted.
+    by_name: whether the user asked for the kernel.
+    interpret: whether it is interpreted, which any device can under any mesh.
+    over_shards: as in `mesh.kernel_refusal`.
+  """
+  reason = unsupported
+  if not interpret:
+    reason = reason or mesh.kernel_refusal(by_name, over_shards)
+    reason = reason or (None if by_name else unavailable())
+  if reason:
+    raise NotImplementedError(reason)
+
+
+def refuse_to_interpret(interpret: Any) -> None:
+  """Raises NotImplementedError if an implementation that is no kernel shall be one.
+
+  Args:
+    interpret: what the user passed.
+  """
+  if interpret:
+    raise NotImplementedError(
+      f"there is no kernel to interpret, and `interpret` is {interpret!r}"
+    )
+
+
+def call_kernel(
+  operation: str,
+  platform: str,
+  kernel: Callable[..., Any],
+  interpret: Any,
+  *operands: Any,
 ) -> Any:
-  """`kernel(*operands)`, which raises in our words where it is lowered for others.
+  """Calls a kernel of one platform; lowering it for another raises a clear error.
 
   What a program is lowered for is not known while it is traced: a kernel that is
   asked for by name on a CPU may be on its way to a TPU by `jax.export`.
 
   Args:
+    operation: the public name, for the error.
     platform: "tpu" or "cuda".
-    kernel: a function that calls a kernel of that platform.
+    kernel: a function that calls the kernel.
+    interpret: whether `kernel` interprets it, which any platform can.
     *operands: pytrees of arrays.
 
   Returns:
     What `kernel` returns; lowered for another platform, `NotImplementedError`.
   """
+  if interpret:
+    return kernel(*operands)
   outputs = jax.eval_shape(kernel, *operands)
 
   def refuse(*operands):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
     zeros, _ = mesh.vary_alike((zeros, operands))
-    return jax.tree.map(lambda x: _refuse.bind(x, platform=platform), zeros)
+    return jax.tree.map(
+      lambda x: _refuse.bind(x, operation=operation, platform=platform), zeros
+    )
 
   return lax.platform_dependent(*operands, **{platform: kernel}, default=refuse)
 
 
-def _raise_refusal(*args: Any, platform: str) -> Any:
+def _raise_refusal(*args: Any, operation: str, platform: str) -> Any:
   del args
   raise NotImplementedError(
-    f"it is a kernel for {platform.upper()}, and the program is compiled for another"
-    " platform; use `implementation=None`, which takes it where it can run, or"
-    " `interpret=True`, which tries it anywhere"
+    f"the {platform.upper()} kernel of `{operation}` was asked for by name, and the"
+    " program is compiled for another platform; use `implementation=None`, which"
+    f" takes the kernel where it can run, or the `interpret=True` of `{operation}`"
   )
 
 
-# The identity; whoever lowers or runs it is told so.
+# An identity whose lowering raises: it marks the branch of other platforms.
 _refuse = core.Primitive("jaxroute_refuse")
 _refuse.def_impl(_raise_refusal)
-_refuse.def_abstract_eval(lambda x, *, platform: x)
+_refuse.def_abstract_eval(lambda x, **_: x)
 batching.defvectorized(_refuse)
 mlir.register_lowering(_refuse, _raise_refusal)

@@ -62,7 +62,9 @@ def global_batch(
   References:
     Qiu et al., 2025, https://arxiv.org/abs/2501.11873, equation 4.
   """
-  share = load.astype(jnp.float32) / _at_least_one(jnp.sum(load))
+  # As float32: the sum of the counts itself may not fit an int32.
+  load = load.astype(jnp.float32)
+  share = load / jnp.maximum(jnp.sum(load), 1.0)
   mean_score = _mean_score(logits, config, token_mask)
   return config.num_experts * jnp.sum(jax.lax.stop_gradient(share) * mean_score)
 

@@ -155,9 +155,10 @@ def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
     >>> drop_fraction(jnp.array([6, 2]), jnp.array([4, 2]))
     Array(0.25, dtype=float32)
   """
-  routed = jnp.maximum(jnp.sum(load, axis=-1), 1)
-  dropped = jnp.sum(load - group_sizes, axis=-1)
-  return dropped.astype(jnp.float32) / routed.astype(jnp.float32)
+  # As float32: the sum of the counts itself may not fit an int32.
+  routed = jnp.sum(load.astype(jnp.float32), axis=-1)
+  dropped = jnp.sum((load - group_sizes).astype(jnp.float32), axis=-1)
+  return dropped / jnp.maximum(routed, 1.0)
 
 
 def bias_spread(expert_bias: jax.Array) -> jax.Array:

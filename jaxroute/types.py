@@ -29,6 +29,12 @@ PyTree = Any
 HISTOGRAM_BINS = 16
 """Bins of `Counts.histogram` per expert; `jaxroute.routing.bias_histogram`."""
 
+HISTOGRAM_OCTAVES = 3
+"""Octaves of distance in a bin."""
+
+HISTOGRAM_FIRST_END = -16
+"""The bins nearest to 0 end at 2 to this power."""
+
 
 def _choices(literal: Any) -> tuple[str, ...]:
   return literal.__args__
@@ -198,13 +204,18 @@ class RouterConfig:
     """Whether an expert's score depends on the logits of all experts."""
     return self.score_fn == "softmax" and not self.score_after_top_k
 
+  @property
+  def softmax_over_chosen(self) -> bool:
+    """Whether the K chosen logits have a softmax of their own."""
+    return self.score_fn == "softmax" and self.score_after_top_k
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Counts:
-  """What a dual rule moves the bias by. Counts of parts of a batch add up:
+  """What was counted, for a dual rule to move the bias by.
 
-  `jax.tree.map(jnp.add, a, b)` are the counts of both.
+  Counts add up: `jax.tree.map(jnp.add, a, b)` are those of both parts of a batch.
 
   Attributes:
     load: `[E]` int32. Assignments per expert, of the tokens that count, before any

@@ -285,7 +285,11 @@ def test_asked_for_by_name_it_is_traced_anywhere_and_refused_by_a_cpu():
   )
   with pytest.raises(NotImplementedError) as error:
     route(jnp.zeros((16, 16)))
-  for words in ("kernel for TPU", "another platform", "interpret=True"):
+  for words in (
+    "the TPU kernel of `route`",
+    "another platform",
+    "interpret=True",
+  ):
     assert words in str(error.value)
 
 

@@ -17,6 +17,7 @@ from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 from jaxroute import dispatch
 from jaxroute.dispatch import pallas_tpu
 from jaxroute.kernels.tpu import device, sort
+from jaxroute.kernels.tpu.sort import plan
 
 _sort = conformance.jit_interpreted(
   functools.partial(pallas_tpu.sort, by_name=True, interpret=True),
@@ -57,7 +58,7 @@ def test_blocks_of_tokens_and_words_of_experts(shape):
 
 
 def test_products_of_older_generations(monkeypatch):
-  monkeypatch.setattr(sort, "_columns", lambda interpret: 1)
+  monkeypatch.setattr(plan, "_columns", lambda interpret: 1)
   # A shape of its own, so that nothing is cached.
   _assert_is_oracle(_choices(2222, 24, 2), 24)
 

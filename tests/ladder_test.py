@@ -66,12 +66,14 @@ def test_other_errors_pass():
 
 
 def _double_on_tpu(x):
-  return ladder.lower_only_for("tpu", lambda x: {"y": 2 * x}, x)
+  return ladder.call_kernel("double", "tpu", lambda x: {"y": 2 * x}, False, x)
 
 
 @pytest.mark.parametrize("transform", (lambda f: f, jax.jit, jax.vmap))
 def test_a_kernel_lowered_for_another_platform_says_so(transform):
-  with pytest.raises(NotImplementedError, match="a kernel for TPU.*interpret"):
+  with pytest.raises(
+    NotImplementedError, match="the TPU kernel of `double` was.*interpret"
+  ):
     transform(_double_on_tpu)(jnp.ones(3))
 
 
@@ -81,7 +83,7 @@ def test_it_is_traced_and_lowered_for_its_own_platform():
   traced = jax.jit(_double_on_tpu).trace(x)
   text = traced.lower(lowering_platforms=("tpu",)).as_text()
   assert "multiply" in text
-  with pytest.raises(NotImplementedError, match="a kernel for TPU"):
+  with pytest.raises(NotImplementedError, match="the TPU kernel"):
     traced.lower(lowering_platforms=("cuda",))
 
 

@@ -82,3 +82,9 @@ def test_summary_averages_layers_and_adds_dead_experts():
 def test_a_load_that_is_no_count_is_refused(load):
   with pytest.raises(ValueError, match="`load` must be integer"):
     metrics.violation(load)
+
+
+def test_drops_of_more_assignments_than_an_int32_holds():
+  load = jnp.full(4, 2**30, jnp.int32)
+  dropped = metrics.drop_fraction(load, jnp.full(4, 2**29, jnp.int32))
+  np.testing.assert_allclose(dropped, 0.5)

@@ -2,8 +2,8 @@
 """Expert order: the permutation that groups the N = T * K assignments by expert.
 
 Those that no expert receives (padding, tokens with NaN weights, drops) come last,
-after the first `sum(group_sizes)` rows. So every shape is static and nothing is lost
-from sight: `load - group_sizes` is what was dropped.
+after the first `sum(group_sizes)` rows. So every shape is static, and drops stay
+visible as `load - group_sizes`.
 """
 
 import dataclasses
@@ -141,10 +141,7 @@ def _sort(
   """Load `[E + 1]`, permutation and inverse `[N]` of keys `[T, K]` in [0, E]."""
 
   def by_xla():
-    if interpret:
-      raise NotImplementedError(
-        f"there is no kernel to interpret, and `interpret` is {interpret!r}"
-      )
+    ladder.refuse_to_interpret(interpret)
     return xla.sort(key, num_experts, capacity)
 
   def by_pallas_tpu():

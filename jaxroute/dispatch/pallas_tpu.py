@@ -33,30 +33,27 @@ def sort(
     interpret: as in `jaxroute.route`.
 
   Returns:
-    `[E + 1]`, `[N]` and `[N]`, all int32. Drops may count for E in the load.
+    `[E + 1]`, `[N]` and `[N]`, all int32. Dropped assignments are counted at index E.
 
   Raises:
     NotImplementedError: if the kernel cannot do this, or not here.
   """
-  reason = kernel.unsupported(*key.shape)
-  if not interpret:
-    reason = reason or mesh.kernel_refusal(by_name)
-    reason = reason or (None if by_name else device.unavailable())
-  if reason:
-    raise NotImplementedError(reason)
-  if interpret:
-    return _sort(num_experts, capacity, interpret, key)
+  ladder.check_can_run(
+    kernel.unsupported(*key.shape),
+    unavailable=device.unavailable,
+    by_name=by_name,
+    interpret=interpret,
+  )
   call = functools.partial(_sort, num_experts, capacity, interpret)
-  return ladder.lower_only_for("tpu", call, key)
+  return ladder.call_kernel("sort_by_expert", "tpu", call, interpret, key)
 
 
 def _sort(
   num_experts: int, capacity: int | None, interpret: Any, key: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Counts the inverse, and sorts for the permutation all the same.
+  """Counts rows for the inverse, and still sorts once for the permutation.
 
-  To invert the inverse would be a scatter: 55 cycles per token on v6e, where the
-  sort of words is 2.
+  To invert the inverse by a scatter costs 55 cycles per token on v6e, the sort 2.
   """
   count = functools.partial(
     kernel.count_assignments, num_experts=num_experts, interpret=interpret

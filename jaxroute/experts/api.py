@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxroute import ladder
-from jaxroute.experts import batched, blocks, ragged_dot, tiled
+from jaxroute.experts import batched, blocks, products, ragged_dot, tiled
 from jaxroute.experts.params import ExpertParams
 from jaxroute.parallel import mesh
 
@@ -124,7 +124,7 @@ def dense_swiglu(x: jax.Array, params: ExpertParams) -> jax.Array:
     `[T, D]`, the dtype of `x`. Products are summed in float32.
   """
   gate, up = blocks.dot(x, params.w_gate), blocks.dot(x, params.w_up)
-  hidden = (jax.nn.silu(gate) * up).astype(x.dtype)
+  hidden = products.gate_hidden(gate, up).astype(x.dtype)
   return blocks.dot(hidden, params.w_down).astype(x.dtype)
 
 

@@ -1,8 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""What mesh is in force: no other file asks, or marks what varies over it."""
+"""What mesh is in force, and how arrays lie on it: no other file asks."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 
@@ -12,9 +13,8 @@ from jaxroute import types
 def vary_alike(tree: types.PyTree) -> types.PyTree:
   """Marks arrays as varying over every mesh axis that one of them varies over.
 
-  Inside `jax.shard_map`, functions with a derivative of their own get and return
-  arrays of one varying type; the sums over the mesh are left to the transpose of
-  the mark.
+  Inside `jax.shard_map`, a function with a derivative of its own needs all arguments
+  to vary over the same axes. The transpose of the mark sums their gradients.
 
   Args:
     tree: pytree of arrays.
@@ -33,6 +33,86 @@ def vary_alike(tree: types.PyTree) -> types.PyTree:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
   return jax.tree.map(mark, tree)
+
+
+def map_over_tokens(
+  function: Callable[..., types.PyTree],
+  operands: Sequence[jax.Array | None],
+  are_per_token: Sequence[bool],
+  outputs_per_token: types.PyTree,
+  check_vma: bool = True,
+) -> types.PyTree:
+  """Calls a function shard by shard where the tokens are sharded explicitly.
+
+  Args:
+    function: of the operands.
+    operands: arrays, the first `[T, ...]`.
+    are_per_token: for each, whether it is `[T, ...]`, or whole on every device.
+    outputs_per_token: the same of the outputs, a tree of bools in their structure. An
+      output that is whole is summed over the shards.
+    check_vma: as in `jax.shard_map`.
+
+  Returns:
+    What `function` returns, of all tokens.
+  """
+  sharding = jax.typeof(operands[0]).sharding
+  if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+    return function(*operands)
+  axes = sharding.spec[0]
+
+  def spec(is_per_token):
+    return jax.P(axes) if is_per_token else jax.P()
+
+  def call_shard(*operands):
+    outputs = function(*operands)
+    if axes is None:
+      return outputs
+    # One sum for all of them.
+    whole = jax.tree.map(
+      lambda is_per_token, x: None if is_per_token else x,
+      outputs_per_token,
+      outputs,
+    )
+    return jax.tree.map(
+      lambda is_per_token, x, total: x if is_per_token else total,
+      outputs_per_token,
+      outputs,
+      jax.lax.psum(whole, axes),
+    )
+
+  return jax.shard_map(
+    call_shard,
+    in_specs=tuple(map(spec, are_per_token)),
+    out_specs=jax.tree.map(spec, outputs_per_token),
+    check_vma=check_vma,
+  )(*operands)
+
+
+def replicated_like(x: jax.Array) -> Any:
+  """The sharding of a vector that every device has whole, on the mesh of an array.
+
+  Args:
+    x: an array.
+
+  Returns:
+    What `out_sharding` takes; None where there is no mesh.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  return None if mesh.empty else jax.NamedSharding(mesh, jax.P(None))
+
+
+def explicit_axes(x: jax.Array, first_dimension: int = 0) -> tuple[Any, ...]:
+  """The mesh axes that an array is sharded over explicitly.
+
+  Args:
+    x: an array.
+    first_dimension: the first of its dimensions to look at.
+
+  Returns:
+    One entry of its specification for each dimension that is sharded.
+  """
+  spec = jax.typeof(x).sharding.spec[first_dimension:]
+  return tuple(axes for axes in spec if axes is not None)
 
 
 def kernel_refusal(by_name: bool, over_shards: bool = False) -> str | None:

@@ -40,10 +40,10 @@ def route(
     implementation: "pallas_tpu", "xla", or None for the first of them that can do
       this here. "pallas_tpu" is a kernel for v5e, v5p and newer, which XLA does
       not partition: call it on one device, under explicit sharding, or inside
-      `jax.shard_map`. Here is where the program is going to run: the abstract
-      device of the mesh in force (`jax.sharding.use_abstract_mesh`), or else the
-      default device. Asked for by name a kernel is traced anywhere, to be compiled
-      for a TPU that is not here.
+      `jax.shard_map`. Without a name the kernel is taken only if the program is for
+      such a TPU: that of the mesh in force (`jax.sharding.use_abstract_mesh`), or
+      else the default device. With a name it is traced anywhere, so that it can be
+      compiled for a TPU elsewhere.
     interpret: whether a kernel is interpreted, on any device: False, True, or
       `pltpu.InterpretParams` for the TPU simulator.
 
@@ -74,7 +74,7 @@ def route(
   by_name = implementation is not None
 
   def by_xla():
-    _refuse_to_interpret(interpret)
+    ladder.refuse_to_interpret(interpret)
     return xla.route(*operands)
 
   def by_pallas_tpu():
@@ -127,6 +127,8 @@ def project_and_route(
   check_inputs(logits, expert_bias, config, token_mask)
 
   def by_xla():
+    if implementation is not None:
+      ladder.refuse_to_interpret(interpret)
     logits = projection.project(tokens, router_weight, token_mask)
     return route(
       logits, expert_bias, config, token_mask, implementation, interpret
@@ -208,11 +210,4 @@ def check_router_weight(
     raise ValueError(
       f"`router_weight` must be [D={width}, E={config.num_experts}], got shape"
       f" {router_weight.shape}. Its rows are the features of a token."
-    )
-
-
-def _refuse_to_interpret(interpret: Any) -> None:
-  if interpret:
-    raise NotImplementedError(
-      f"there is no kernel to interpret, and `interpret` is {interpret!r}"
     )

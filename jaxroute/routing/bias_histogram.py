@@ -22,10 +22,9 @@ BINS = types.HISTOGRAM_BINS
 """Bins per expert, by distance: negative ones, of tokens that chose it, first."""
 
 _SIDE = BINS // 2
-# Octaves of a bin, and the exponent at which the bins nearest to 0 end.
-_OCTAVES, _FIRST = 3, -16
+_OCTAVES, _FIRST_END = types.HISTOGRAM_OCTAVES, types.HISTOGRAM_FIRST_END
 
-_UPPER = 2.0 ** (_FIRST + _OCTAVES * np.arange(_SIDE))
+_UPPER = 2.0 ** (_FIRST_END + _OCTAVES * np.arange(_SIDE))
 EDGES = np.concatenate([-_UPPER[::-1], [0.0], _UPPER]).astype(np.float32)
 """`[BINS + 1]`: bin i holds `EDGES[i] <= distance < EDGES[i + 1]`.
 
@@ -58,18 +57,7 @@ def count(
     `[E, BINS]` int32.
   """
   operands = selection, expert_idx, cutoff, token_mask
-  sharding = jax.typeof(selection).sharding
-  if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
-    return _count(*operands)
-  axes = sharding.spec[0]
-
-  def count_shard(*operands):
-    counts = _count(*operands)
-    return counts if axes is None else jax.lax.psum(counts, axes)
-
-  return jax.shard_map(count_shard, in_specs=jax.P(axes), out_specs=jax.P())(
-    *operands
-  )
+  return mesh.map_over_tokens(_count, operands, [True] * 4, False)
 
 
 def _count(
@@ -120,7 +108,7 @@ def _count_below(
 
 
 def _count_side(distance: jax.Array) -> jax.Array:
-  """`[8, E]` counts of the distances that are finite, and not -0 or below.
+  """`[8, E]` counts of the finite distances of at least +0.
 
   Eight 4-bit counters fit a word, so that one pass over `[T, E]` adds a word per
   number instead of comparing it with every edge.
@@ -144,7 +132,7 @@ def _count_side(distance: jax.Array) -> jax.Array:
 def _bin(distance: jax.Array) -> jax.Array:
   """0 to 7 by the exponent of a float32 that is not negative."""
   bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
-  octave = (bits >> 23) - (127 + _FIRST - _OCTAVES)
+  octave = (bits >> 23) - (127 + _FIRST_END - _OCTAVES)
   octave = jnp.clip(octave, 0, _OCTAVES * _SIDE - 1)
   # For octaves below 30 this is octave // 3.
   return (octave * 11) >> 5

@@ -21,6 +21,10 @@ from jaxroute.parallel import mesh
 from jaxroute.routing import weights
 from jaxroute.routing.projection import project
 
+_check_can_run = functools.partial(
+  ladder.check_can_run, unavailable=device.unavailable, over_shards=True
+)
+
 
 def route(
   logits: jax.Array,
@@ -48,7 +52,8 @@ def route(
   Raises:
     NotImplementedError: if the kernel cannot do this, or not here.
   """
-  _check_can_run(kernel.unsupported(config), by_name, interpret)
+  unsupported = kernel.unsupported(config)
+  _check_can_run(unsupported, by_name=by_name, interpret=interpret)
   call = functools.partial(_route, config, interpret)
   return _map_shards(call, [logits], expert_bias, token_mask, interpret)
 
@@ -83,26 +88,12 @@ def project_and_route(
   unsupported = kernel.unsupported_projection(
     config, tokens.shape[1], tokens.dtype
   )
-  spec = jax.typeof(tokens).sharding.spec[1:]
-  spec += jax.typeof(router_weight).sharding.spec
-  if any(spec):
-    unsupported = f"D and `router_weight` must not be sharded, got {spec}"
-  _check_can_run(unsupported, by_name, interpret)
+  if axes := mesh.explicit_axes(tokens, 1) + mesh.explicit_axes(router_weight):
+    unsupported = f"D and `router_weight` must not be sharded, got {axes}"
+  _check_can_run(unsupported, by_name=by_name, interpret=interpret)
   call = functools.partial(_project_and_route, config, interpret)
   inputs = [tokens, router_weight]
   return _map_shards(call, inputs, expert_bias, token_mask, interpret)
-
-
-def _check_can_run(
-  unsupported: str | None, by_name: bool, interpret: Any
-) -> None:
-  """Raises NotImplementedError with the first reason that there is."""
-  reason = unsupported
-  if not interpret:
-    reason = reason or mesh.kernel_refusal(by_name, over_shards=True)
-    reason = reason or (None if by_name else device.unavailable())
-  if reason:
-    raise NotImplementedError(reason)
 
 
 def _map_shards(
@@ -116,39 +107,17 @@ def _map_shards(
 
   The first of `inputs` and the mask have tokens in front, and are sharded alike.
   """
-  sharding = jax.typeof(inputs[0]).sharding
-  is_explicit = jax.sharding.AxisType.Explicit in sharding.mesh.axis_types
-  axes = sharding.spec[0] if is_explicit else None
-
-  def call_alike(*operands):
-    return call(*mesh.vary_alike(operands))
-
-  def call_shard(*operands):
-    out = call_alike(*operands)
-    if axes is None:
-      return out
-    load, histogram = jax.lax.psum((out.load, out.histogram), axes)
-    return out._replace(load=load, histogram=histogram)
-
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
-  operands = *inputs, expert_bias, token_mask
-  call_all = call_alike
-  if is_explicit:
-    whole, tokens = jax.P(), jax.P(axes)
-    in_specs = (tokens, *[whole] * len(inputs), tokens)
-    per_token = {"expert_idx", "weights", "cutoff", "chosen"}
-    out_specs = kernel.Outputs._make(
-      tokens if name in per_token else whole for name in kernel.Outputs._fields
-    )
-    call_all = jax.shard_map(
-      call_shard,
-      in_specs=in_specs,
-      out_specs=out_specs,
-      # The interpreter mixes varying and other values itself.
-      check_vma=not interpret,
-    )
-  out = call_all(*operands)
+  per_token = {"expert_idx", "weights", "cutoff", "chosen"}
+  out = mesh.map_over_tokens(
+    lambda *operands: call(*mesh.vary_alike(operands)),
+    [*inputs, expert_bias, token_mask],
+    [True, *[False] * len(inputs), True],
+    kernel.Outputs._make(name in per_token for name in kernel.Outputs._fields),
+    # The interpreter mixes varying and other values itself.
+    check_vma=not interpret,
+  )
   is_valid = ~jnp.any(jnp.isnan(out.weights), axis=1)
   return types.Routing(
     expert_idx=out.expert_idx,
@@ -192,13 +161,11 @@ def _call_kernel(
   with_chosen: bool,
   *operands: jax.Array | None,
 ) -> kernel.Outputs:
-  """A kernel, which says so where it is compiled for what is no TPU."""
+  """Calls a kernel; compiled for another platform it raises."""
   call = functools.partial(
     function, config=config, with_chosen=with_chosen, interpret=interpret
   )
-  if interpret:
-    return call(*operands)
-  return ladder.lower_only_for("tpu", call, *operands)
+  return ladder.call_kernel("route", "tpu", call, interpret, *operands)
 
 
 def _keep_chosen(
@@ -333,14 +300,14 @@ def _gradient_to_logits(
       d_chosen,
       multiplier=config.logit_multiplier,
       soft_cap=config.logit_soft_cap,
-      interpret=bool(interpret),
+      interpret=interpret,
     )
   return scatter.scatter(
     residuals.expert_idx,
     d_chosen,
     num_experts=config.num_experts,
     dtype=jnp.float32 if logits is None else logits.dtype,
-    interpret=bool(interpret),
+    interpret=interpret,
   )
 
 

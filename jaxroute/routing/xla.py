@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from jaxroute import remat, types
 from jaxroute import scores as scores_lib
+from jaxroute.parallel import mesh
 from jaxroute.routing import bias_histogram, float_keys, weights
 
 # Above so many rounds one sort is faster, and quicker to compile.
@@ -46,7 +47,7 @@ def _selection_keys(
   expert_bias: jax.Array | None,
   config: types.RouterConfig,
 ) -> jax.Array:
-  """`[T, E]` int32: selection scores as keys, that of -inf outside the best groups."""
+  """`[T, E]` int32: keys of the selection scores; outside the best groups, of -inf."""
   selection = scores_lib.selection_scores(logits, expert_bias, config)
   # XLA may compute a value anew in every fusion that reads it, with other bits.
   keys = jax.lax.optimization_barrier(float_keys.to_keys(selection))
@@ -137,11 +138,11 @@ def _count_load(
   expert_idx: jax.Array, token_mask: jax.Array, num_experts: int
 ) -> jax.Array:
   """`[E]` int32: assignments per expert, over every device that holds tokens."""
-  mesh = jax.typeof(expert_idx).sharding.mesh
-  # Under explicit sharding the sum over shards has to be asked for.
-  replicated = None if mesh.empty else jax.NamedSharding(mesh, jax.P(None))
   load = jnp.zeros(num_experts, jnp.int32)
   ones = jnp.broadcast_to(token_mask[:, None], expert_idx.shape)
   return load.at[expert_idx].add(
-    ones.astype(jnp.int32), mode="promise_in_bounds", out_sharding=replicated
+    ones.astype(jnp.int32),
+    mode="promise_in_bounds",
+    # Under explicit sharding the sum over shards has to be asked for.
+    out_sharding=mesh.replicated_like(expert_idx),
   )

@@ -2,11 +2,18 @@
 """What kernels do register by register: unrolled loops and a gather."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+Ref: TypeAlias = Any
+"""In a kernel a reference, or None for what a call does not have.
+
+In the call it is what the reference is made from: an array, a block specification or
+the shape of a buffer.
+"""
 
 
 def unroll(count: int, body: Callable[[Any], None], interpret: bool) -> None:

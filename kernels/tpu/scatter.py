@@ -34,6 +34,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.registers import Ref
 
 _LANES = device.LANES
 # A grid block has at most this many columns, and this many numbers of
@@ -41,10 +42,6 @@ _LANES = device.LANES
 # VMEM's 16 MiB.
 _MAX_COLUMNS = 8
 _MAX_BLOCK_SIZE = 4096 * _LANES
-
-# In a kernel, a reference or None; in a call of it, what the reference is made
-# from: an array or a block specification.
-_Ref = Any
 
 
 @functools.partial(
@@ -135,10 +132,10 @@ class _Inputs:
       softmax.
   """
 
-  expert_idx: _Ref
-  values: _Ref
-  mean: _Ref = None
-  logits: _Ref = None
+  expert_idx: Ref
+  values: Ref
+  mean: Ref = None
+  logits: Ref = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -155,13 +152,13 @@ class _Tile:
   tokens: pl.Slice
   transposes: bool
 
-  def load(self, ref: _Ref) -> jax.Array:
+  def load(self, ref: Ref) -> jax.Array:
     """Reads the tile, `[experts, tokens]` float32."""
     if self.transposes:
       return ref[self.tokens, self.experts].astype(jnp.float32).T
     return ref[self.experts, self.tokens].astype(jnp.float32)
 
-  def store(self, ref: _Ref, values: jax.Array) -> None:
+  def store(self, ref: Ref, values: jax.Array) -> None:
     """Writes the tile from `values`, `[experts, tokens]`."""
     values = values.astype(ref.dtype)
     if self.transposes:
@@ -171,7 +168,7 @@ class _Tile:
 
 
 def _call(
-  kernel: Callable[[bool, _Inputs, _Ref], None],
+  kernel: Callable[[bool, _Inputs, Ref], None],
   inputs: _Inputs,
   out: jax.Array | jax.ShapeDtypeStruct,
   interpret: Any,
@@ -215,7 +212,7 @@ def _call(
   return result if transposes else result.T
 
 
-def _scatter_kernel(transposes: bool, inputs: _Inputs, out_ref: _Ref) -> None:
+def _scatter_kernel(transposes: bool, inputs: _Inputs, out_ref: Ref) -> None:
   """Writes the values of a grid block to `out_ref`, and 0 elsewhere."""
   for tiles in _tiles_by_column(transposes, inputs, out_ref):
     for tile in tiles:
@@ -227,7 +224,7 @@ def _softmax_gradient_kernel(
   soft_cap: float | None,
   transposes: bool,
   inputs: _Inputs,
-  out_ref: _Ref,
+  out_ref: Ref,
 ) -> None:
   """Writes the gradient to the logits of a grid block to `out_ref`."""
   for tiles in _tiles_by_column(transposes, inputs, out_ref):
@@ -271,7 +268,7 @@ def _reduce_experts(
 
 
 def _tiles_by_column(
-  transposes: bool, inputs: _Inputs, out_ref: _Ref
+  transposes: bool, inputs: _Inputs, out_ref: Ref
 ) -> list[list[_Tile]]:
   """Lists the tiles of every column of a grid block."""
   e = out_ref.shape[1 if transposes else 0]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.tpu import registers
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import (
   count,
   histogram,
@@ -20,7 +21,7 @@ from jaxroute.kernels.tpu.route import (
   weigh,
 )
 from jaxroute.kernels.tpu.route.plan import Plan
-from jaxroute.kernels.tpu.route.refs import InputRefs, OutputRefs, Ref, Scratch
+from jaxroute.kernels.tpu.route.refs import InputRefs, OutputRefs, Scratch
 
 
 def kernel(

@@ -11,9 +11,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import bits, layout
 from jaxroute.kernels.tpu.route.plan import WORD_BITS, Plan
-from jaxroute.kernels.tpu.route.refs import Ref, Scratch
+from jaxroute.kernels.tpu.route.refs import Scratch
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 # Bits of a field, in which a part of a count is made of the counters' bits.

@@ -22,9 +22,10 @@ from jax.experimental import pallas as pl
 
 from jaxroute import types
 from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import bits, layout
 from jaxroute.kernels.tpu.route.plan import Plan
-from jaxroute.kernels.tpu.route.refs import Ref, Scratch
+from jaxroute.kernels.tpu.route.refs import Scratch
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 _NAN = np.float32(np.nan)
@@ -38,8 +39,7 @@ _MAX_COLUMNS = 8
 BLOCKS_PER_FLUSH = _MAX_BYTE // _MAX_COLUMNS
 """Blocks that the bytes have room for: each adds 8 at most."""
 
-# A bin is three octaves; the bins nearest to zero end at 2^-16.
-_OCTAVES, _FIRST_END = 3, -16
+_OCTAVES, _FIRST_END = types.HISTOGRAM_OCTAVES, types.HISTOGRAM_FIRST_END
 _LOWEST_OCTAVE = _FIRST_END - _OCTAVES
 _TOP_OCTAVE = _FIRST_END + _OCTAVES * (_SIDE - 1) - 1
 # The scale takes the top octave, and all beyond it, to infinity, of the largest
@@ -99,7 +99,7 @@ def store_cutoffs(
       if kept is not None:
         keep = kept[layout.group_of(plan, sublane, segment)]
         group_cutoff = jnp.where(keep, cutoff, _NAN)
-      register = layout.segment_register(plan, sublane, segment)
+      register = layout.segment_register(sublane, segment)
       rows = layout.dense_slice(plan, register)
       scratch.bound_above[rows, :] = group_cutoff
 
@@ -117,7 +117,7 @@ def count_distances(plan: Plan, register: int, scratch: Scratch) -> None:
   """
   experts = pl.ds(register * _SUBLANES, _SUBLANES)
   segment = register // plan.experts_per_segment
-  first = layout.segment_register(plan, 0, segment)
+  first = layout.segment_register(0, segment)
   total = below = jnp.zeros((_SUBLANES, _LANES), jnp.int32)
   for column in range(plan.columns):
     cutoff = layout.load_column(plan, scratch.bound_above, first, column)

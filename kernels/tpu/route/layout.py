@@ -21,8 +21,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route.plan import COLUMN_PITCH, Plan
-from jaxroute.kernels.tpu.route.refs import Ref, Scratch
+from jaxroute.kernels.tpu.route.refs import Scratch
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 
@@ -123,7 +124,7 @@ def load_column(plan: Plan, ref: Ref, first: int, column: int) -> jax.Array:
   return pin(plan, ref[pl.ds(start, _SUBLANES, stride=plan.dense_pitch), :])
 
 
-def segment_register(plan: Plan, sublane: int, segment: int) -> int:
+def segment_register(sublane: int, segment: int) -> int:
   """The dense register with what belongs to a segment of a sublane."""
   return segment * _SUBLANES + sublane
 

@@ -8,7 +8,6 @@ with a reference in their place.
 """
 
 import dataclasses
-from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,8 @@ from jax.experimental import pallas as pl
 
 from jaxroute import types
 from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route.plan import COLUMN_PITCH, Plan
-
-Ref: TypeAlias = Any
-"""A reference in the kernel; outside it an array, or what describes one."""
 
 BIN_WORDS = types.HISTOGRAM_BINS // 4
 """Words of four bytes, one byte for each bin of the histogram."""

@@ -12,9 +12,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels.tpu import device, networks
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import layout
 from jaxroute.kernels.tpu.route.plan import Plan
-from jaxroute.kernels.tpu.route.refs import Ref, Scratch
+from jaxroute.kernels.tpu.route.refs import Scratch
 
 # `reciprocal` was in `pl` before it moved to `pltpu`.
 _reciprocal = getattr(pltpu, "reciprocal", None) or pl.reciprocal

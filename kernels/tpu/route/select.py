@@ -17,9 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.tpu import device, networks
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import bits, layout
 from jaxroute.kernels.tpu.route.plan import WORD_BITS, Plan
-from jaxroute.kernels.tpu.route.refs import Ref, Scratch
+from jaxroute.kernels.tpu.route.refs import Scratch
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 # The bits of even and of odd registers: each shares the two bits of a pair.
@@ -174,7 +175,7 @@ def _store_bounds(
   not_kept = jnp.where(kth == _NEG_INF, _NEG_INF, _NAN)
   for sublane in range(_SUBLANES):
     for segment in range(plan.segments_per_sublane):
-      register = layout.segment_register(plan, sublane, segment)
+      register = layout.segment_register(sublane, segment)
       rows = layout.dense_slice(plan, register)
       if kept is None:
         scratch.bound_not_below[rows, :] = kth
@@ -222,7 +223,7 @@ def _compare_register(
   experts = pl.ds(register * _SUBLANES, _SUBLANES)
   scores = scratch.selection_scores[column, experts, :]
   segment = register // plan.experts_per_segment
-  first = layout.segment_register(plan, 0, segment)
+  first = layout.segment_register(0, segment)
   not_below = layout.load_column(plan, scratch.bound_not_below, first, column)
   above = not_below
   if plan.config.limits_groups:

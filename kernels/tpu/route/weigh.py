@@ -11,9 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.tpu import device, networks, registers
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import bits, layout, score
 from jaxroute.kernels.tpu.route.plan import Plan
-from jaxroute.kernels.tpu.route.refs import OutputRefs, Ref, Scratch
+from jaxroute.kernels.tpu.route.refs import OutputRefs, Scratch
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 # Keeps a sum of tiny scores away from the floats that TPUs flush to zero.
@@ -114,7 +115,7 @@ def _score_chosen(
     if config.needs_row_softmax:
       statistics = scratch.row_max[...], scratch.inverse_row_sum[...]
       scores = score.apply_score_fn(plan, logits, *statistics)
-    elif config.score_fn == "softmax":
+    elif config.softmax_over_chosen:
       scores = logits  # `_normalize` takes the softmax of the chosen ones.
     else:
       scores = score.apply_score_fn(plan, logits)
@@ -181,7 +182,7 @@ def _sort_chosen(plan: Plan, chosen: _Chosen) -> None:
 def _normalize(plan: Plan, scores: list[jax.Array]) -> list[jax.Array]:
   """Computes weights from scores; from logits, if of a softmax of these."""
   config = plan.config
-  if config.score_fn == "softmax" and config.score_after_top_k:
+  if config.softmax_over_chosen:
     peak = functools.reduce(jnp.maximum, scores)
     peak = jnp.where(peak == _NEG_INF, 0.0, peak)
     scores = [jnp.exp(x - peak) for x in scores]

@@ -12,12 +12,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels.tpu import device, registers
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.sort.matrix import build_matrix, multiply, write_rows
 from jaxroute.kernels.tpu.sort.plan import (
   BF16_SUBLANES,
   Inputs,
   Plan,
-  Ref,
   Scratch,
   allocate_scratch,
   make_plan,

@@ -10,6 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels.tpu import device, registers
+from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.sort.plan import (
   BF16_SUBLANES,
   REGISTER_EXPERTS,
@@ -17,7 +18,6 @@ from jaxroute.kernels.tpu.sort.plan import (
   TWO_IN_BOTH_HALVES,
   Inputs,
   Plan,
-  Ref,
   Scratch,
   bit_address,
 )

@@ -11,6 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.registers import Ref
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
 # A grid block has at most this many tokens.
@@ -22,10 +23,6 @@ REGISTER_EXPERTS = 32 * _SUBLANES
 # This bit of a half of a word, alone, is bfloat16 2.0.
 TWO_BIT = 14
 TWO_IN_BOTH_HALVES = np.int32((1 << TWO_BIT) | (1 << (TWO_BIT + 16)))
-
-# In a kernel, a reference or None; in a call of it, what the reference is made
-# from: an array, a block specification or the shape of a buffer.
-Ref = Any
 
 _Expert = TypeVar("_Expert", int, jax.Array)
 
