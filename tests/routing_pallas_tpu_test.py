@@ -183,7 +183,13 @@ def test_flax_layers_without_logits_are_the_same():
 
   def run(**kwargs):
     moe = linen.MoE(_config(4, 2), hidden_size=8, **kwargs)
-    same = nnx.MoE(16, _config(4, 2), 8, rngs=nnx_lib.Rngs(0), **kwargs)
+    same = nnx.MoE(
+      _config(4, 2),
+      in_features=16,
+      hidden_size=8,
+      rngs=nnx_lib.Rngs(0),
+      **kwargs,
+    )
     y, out = moe.apply(moe.init(jax.random.key(1), x), x)
     z, also = same(x)
     return (y, z, out.routing, also.routing), (out.logits, also.logits)
