@@ -345,14 +345,19 @@ def _check_shapes(
   token_mask: jax.Array | np.ndarray | None,
 ) -> None:
   if scores.ndim != 2:
-    raise ValueError(f"`scores` must be [T, E], got shape {scores.shape}.")
+    raise ValueError(
+      f"`scores` must be [T, E], got shape {scores.shape}. Flatten batch and"
+      " sequence into T."
+    )
   if not 1 <= top_k <= scores.shape[1]:
     raise ValueError(
-      f"`top_k` must be in [1, E={scores.shape[1]}], got {top_k}."
+      f"`top_k` must be in [1, E={scores.shape[1]}], got {top_k}. Pass the K of"
+      " the router of these scores."
     )
   if token_mask is not None and token_mask.shape != scores.shape[:1]:
     raise ValueError(
       f"`token_mask` must be [T={scores.shape[0]}], got {token_mask.shape}."
+      " True marks real tokens."
     )
 
 
@@ -366,7 +371,8 @@ def _check(
   _check_shapes(scores, top_k, counted)
   if not counted.any():
     raise ValueError(
-      "`token_mask` must leave a token, got none: nothing can be balanced."
+      "`token_mask` must leave a token, got none: nothing can be balanced. True"
+      " marks real tokens."
     )
   if np.isnan(scores[counted]).any() or (scores[counted] == np.inf).any():
     raise ValueError(

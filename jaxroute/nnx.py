@@ -10,8 +10,8 @@ forward pass only reads the bias; it counts unless `model.eval()` was called.
     ...                                                   # forward, backward
     rule_state = jaxroute.nnx.update(model, rule, rule_state)
 
-Arguments and numbers are those of `jaxroute.linen`; `in_features` and `rngs`, which
-linen finds out, are given here.
+Arguments and numbers are as in `jaxroute.linen`. nnx makes its parameters at once, so it
+also needs `in_features` and `rngs`, and the model itself holds biases and counts.
 """
 
 from typing import Any

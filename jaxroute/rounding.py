@@ -71,9 +71,8 @@ def round_to_balanced(
 
   Returns:
     x, `[T, E]` float32 in `[0, 1]`: K per token, T K / E per expert, and split
-    tokens only where E does not divide T K. And the loss, `[]` float32, at
-    least
-    0: inf if scores of -inf leave no moves that end in balance.
+    tokens only where E does not divide T K. And the loss, `[]` float32: at least
+    0, and inf if scores of -inf leave no balanced assignment within reach.
 
   Raises:
     ValueError: if a shape or dtype does not fit.

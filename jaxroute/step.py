@@ -8,7 +8,7 @@ pytrees, to be jitted, donated, sharded and checkpointed like any other; under
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,13 +17,8 @@ import jax.numpy as jnp
 import optax
 
 from jaxroute import metrics as metrics_lib
+from jaxroute import micro_batches as micro_batches_lib
 from jaxroute import types
-
-# (params, expert_bias, batch) -> (loss, (counts, metrics)); see `train_step`.
-LossFn = Callable[
-  [types.PyTree, types.PyTree, types.PyTree],
-  tuple[jax.Array, tuple[types.Counts, dict[str, jax.Array]]],
-]
 
 
 def init_router_state(
@@ -53,7 +48,9 @@ def init_router_state(
   """
   for name, size in (("num_experts", num_experts), ("num_layers", num_layers)):
     if size < 1:
-      raise ValueError(f"`{name}` must be at least 1, got {size}.")
+      raise ValueError(
+        f"`{name}` must be at least 1, got {size}. Pass that of the model."
+      )
   expert_bias = jnp.zeros((num_layers, num_experts), jnp.float32)
   load = jnp.zeros(expert_bias.shape, jnp.int32)
   bins = jnp.zeros((*expert_bias.shape, types.HISTOGRAM_BINS), jnp.int32)
@@ -211,7 +208,7 @@ def train_step(
   state: TrainState,
   batch: types.PyTree,
   *,
-  loss_fn: LossFn,
+  loss_fn: micro_batches_lib.LossFn,
   optimizer: optax.GradientTransformation,
   rule: optax.GradientTransformation,
   micro_batches: int = 1,
@@ -245,7 +242,7 @@ def train_step(
     ValueError: if `micro_batches` does not divide the batch, or the counts do
       not fit the router state.
   """
-  (loss, (counts, aux)), grads = _accumulated_grad(
+  (loss, (counts, aux)), grads = micro_batches_lib.accumulated_grad(
     loss_fn, state.params, state.router.expert_bias, batch, micro_batches
   )
   counts = _checked_counts(counts, state.router)
@@ -271,7 +268,7 @@ def train_step(
 
 
 def eval_step(
-  state: TrainState, batch: types.PyTree, *, loss_fn: LossFn
+  state: TrainState, batch: types.PyTree, *, loss_fn: micro_batches_lib.LossFn
 ) -> dict[str, Any]:
   """The loss and load of a batch; changes nothing.
 
@@ -288,50 +285,6 @@ def eval_step(
   loss, (counts, aux) = loss_fn(state.params, state.router.expert_bias, batch)
   counts = _checked_counts(counts, state.router)
   return dict(aux, loss=loss, load=counts.load)
-
-
-def _accumulated_grad(
-  loss_fn: LossFn,
-  params: types.PyTree,
-  expert_bias: types.PyTree,
-  batch: types.PyTree,
-  micro_batches: int,
-) -> Any:
-  """Value and gradient, averaged, with counts summed, over the micro-batches."""
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
-  if micro_batches == 1:
-    return grad_fn(params, expert_bias, batch)
-  parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
-
-  def body(total, part):
-    return jax.tree.map(
-      jnp.add, total, grad_fn(params, expert_bias, part)
-    ), None
-
-  first = jax.tree.map(lambda x: x[0], parts)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype),
-    jax.eval_shape(grad_fn, params, expert_bias, first),
-  )
-  ((loss, (counts, aux)), grads), _ = jax.lax.scan(body, zeros, parts)
-  loss, aux, grads = jax.tree.map(
-    lambda x: x / micro_batches, (loss, aux, grads)
-  )
-  return (loss, (counts, aux)), grads
-
-
-def _split(x: jax.Array, parts: int) -> jax.Array:
-  """[B, ...] to [parts, B / parts, ...], every part strided through the batch.
-
-  Contiguous parts would live on a few devices each when B is sharded; strided
-  ones are spread over all, without moving a row.
-  """
-  if parts < 1 or x.shape[0] % parts:
-    raise ValueError(
-      f"`micro_batches`={parts} must be at least 1 and divide the leading axis"
-      f" of every array of `batch`, got shape {x.shape}."
-    )
-  return jnp.swapaxes(x.reshape(-1, parts, *x.shape[1:]), 0, 1)
 
 
 def _checked_counts(

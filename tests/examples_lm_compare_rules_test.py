@@ -15,7 +15,6 @@ import train as train_lib
 from absl.testing import flagsaver
 
 pytestmark = [
-  pytest.mark.any_jax,
   # optax's Adam promotes.
   pytest.mark.implicit_promotion,
   pytest.mark.xdist_group("lm_compare_rules"),
@@ -73,6 +72,7 @@ def _run(arm):
   return compare_rules.run(compare_rules.config_of(arm, 0))
 
 
+@pytest.mark.any_jax
 def test_it_writes_a_table_and_figures(compared):
   out, printed = compared
   text = (out / "table.md").read_text()
@@ -93,6 +93,7 @@ def test_it_writes_a_table_and_figures(compared):
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.any_jax
 def test_it_goes_on_from_what_is_there(compared, monkeypatch):
   out, _ = compared
   text = (out / "table.md").read_text()
@@ -129,6 +130,7 @@ def test_the_switch_loss_balances_and_is_not_in_the_metric(
   assert after[0]["loss"] > after[0]["bits_per_byte"] * np.log(2) + 0.09
 
 
+@pytest.mark.any_jax
 def test_an_arm_is_chosen_by_its_name():
   parse = compare_rules.flags.FLAGS["arm"].parser.parse
   assert {parse(name) for name in compare_rules.ARMS} == set(compare_rules.ARMS)

@@ -237,7 +237,6 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
   _assert_same_run(config, unbroken)
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(
   config, unbroken, number, monkeypatch
@@ -283,7 +282,6 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken):
   assert lm_runs.kept(unbroken.out) == ["50", "60"]
 
 
-@pytest.mark.any_jax
 def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   unbroken, tmp_path
 ):
@@ -313,7 +311,6 @@ def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   _assert_same_run(config, unbroken)
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "error",
   [

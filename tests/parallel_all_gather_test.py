@@ -12,6 +12,8 @@ import jaxroute
 from jaxroute import dual, experts, layer
 from jaxroute.parallel import all_gather
 
+pytestmark = pytest.mark.optimized
+
 T, D, F, E, K = 64, 16, 8, 8, 2
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K, histogram=True)
 PARTITIONS = {

@@ -14,6 +14,8 @@ import pytest
 import jaxroute
 from jaxroute import experts, layer
 
+pytestmark = pytest.mark.optimized
+
 CONFIG = cases.family("deepseek_v3")
 T, D, F, E = 16, 8, 4, 64
 

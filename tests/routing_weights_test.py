@@ -8,6 +8,8 @@ import pytest
 from jaxroute import types
 from jaxroute.routing import weights
 
+pytestmark = pytest.mark.optimized
+
 
 @pytest.mark.parametrize("norm_eps", (0.0, 1e-20, 1e-6, 0.5))
 @pytest.mark.parametrize("size", (1.0, 1e-7))

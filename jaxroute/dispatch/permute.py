@@ -64,7 +64,7 @@ def combine(
   if weights.size != n or weights.dtype != jnp.float32:
     raise ValueError(
       f"`weights` must be float32 [T, K] with T * K = N = {n}, got"
-      f" {weights.dtype} {weights.shape}."
+      f" {weights.dtype} {weights.shape}. Pass `Routing.weights` as they are."
     )
   with jax.named_scope("jaxroute.combine"):
     return _combine(*mesh.vary_alike((rows, weights, permutation)))

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 # The comparison of pairs within longer blocks does not fuse on a CPU.
-_BLOCK = 32
+_BLOCK_KEYS = 32
 
 
 def sort(
@@ -80,19 +80,19 @@ def _counting_sort(
   over blocks of keys, and within a block pair by pair.
   """
   n = key.shape[0]
-  pad = -n % _BLOCK
+  pad = -n % _BLOCK_KEYS
   last = load.shape[0] - 1
   start = jnp.cumsum(load) - load
-  blocks = jnp.pad(key, (0, pad), constant_values=last).reshape(-1, _BLOCK)
-  rows = jnp.arange(blocks.shape[0])[:, None]
+  blocks = jnp.pad(key, (0, pad), constant_values=last).reshape(-1, _BLOCK_KEYS)
+  block_number = jnp.arange(blocks.shape[0])[:, None]
   counts = jnp.zeros((blocks.shape[0], load.shape[0]), jnp.int32)
-  counts = counts.at[rows, blocks].add(1, mode="promise_in_bounds")
+  counts = counts.at[block_number, blocks].add(1, mode="promise_in_bounds")
   ends = jax.lax.associative_scan(jnp.add, counts)
   ends = ends + start[None, :]
   equal = blocks[:, :, None] == blocks[:, None, :]
-  not_before = jnp.tril(jnp.ones((1, _BLOCK, _BLOCK), jnp.bool_))
+  not_before = jnp.tril(jnp.ones((1, _BLOCK_KEYS, _BLOCK_KEYS), jnp.bool_))
   behind = jnp.sum(equal & not_before, axis=1, dtype=jnp.int32)
-  end = ends.at[rows, blocks].get(mode="promise_in_bounds")
+  end = ends.at[block_number, blocks].get(mode="promise_in_bounds")
   inverse = (end - behind).reshape(-1)[:n]
   if capacity is not None:
     key = jnp.where(inverse - start[key] < capacity, key, last)

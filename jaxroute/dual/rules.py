@@ -116,9 +116,13 @@ def smebu(
     Trinity Large, https://arxiv.org/abs/2602.17004.
   """
   if not 0 <= beta < 1:
-    raise ValueError(f"`beta` must be in [0, 1), got {beta}.")
+    raise ValueError(
+      f"`beta` must be in [0, 1), got {beta}. 0 is without momentum."
+    )
   if not kappa > 0:
-    raise ValueError(f"`kappa` must be positive, got {kappa}.")
+    raise ValueError(
+      f"`kappa` must be positive, got {kappa}. A large one takes the sign."
+    )
 
   def clamp(
     updates: optax.Updates, params: optax.Params | None = None
@@ -235,7 +239,8 @@ def triple_momentum(
   schedules.check_rate("rate", rate)
   if not 1 <= condition < float("inf"):
     raise ValueError(
-      f"`condition` must be finite and at least 1, got {condition}."
+      f"`condition` must be finite and at least 1, got {condition}. It is the"
+      " largest curvature over the smallest."
     )
   r = 1 - condition**-0.5
   beta = r**2 / (2 - r)

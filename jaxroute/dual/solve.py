@@ -22,8 +22,8 @@ class Solution:
     dual_value: `[]` float32. g of it: at least the optimum.
     primal_value: `[]` float32. The value of a balanced assignment: at most the
       optimum. -inf if none was found.
-    dual_values: `[N]` float32. g of the bias of every iteration, the first that
-      of the start; NaN after the last.
+    dual_values: `[N]` float32. g of the bias of every iteration, from the initial
+      bias on; NaN for iterations that were not done.
     iterations: `[]` int32. Iterations done.
     converged: `[]` bool. Whether the gap of `expert_bias` is within the
       tolerance.
@@ -95,10 +95,14 @@ def solve(
   """
   if max_iterations < 1:
     raise ValueError(
-      f"`max_iterations` must be at least 1, got {max_iterations}."
+      f"`max_iterations` must be at least 1, got {max_iterations}. The default"
+      " is 100."
     )
   if not isinstance(tolerance, jax.Array) and not 0 <= tolerance < 1:
-    raise ValueError(f"`tolerance` must be in [0, 1), got {tolerance}.")
+    raise ValueError(
+      f"`tolerance` must be in [0, 1), got {tolerance}. It is a relative gap; 0"
+      " goes on until that rounds to 0."
+    )
   solver = solver or solvers.bundle()
   if expert_bias is None:
     expert_bias = jnp.zeros(scores.shape[-1:], jnp.float32)

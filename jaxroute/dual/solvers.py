@@ -277,7 +277,9 @@ def bundle(size: int = 32) -> Solver:
     Lemarechal, Sagastizabal, 1997, Variable metric bundle methods.
   """
   if size < 2:
-    raise ValueError(f"`size` must be at least 2, got {size}.")
+    raise ValueError(
+      f"`size` must be at least 2, got {size}. It is how many cuts are kept."
+    )
 
   def init(problem: Problem, expert_bias: jax.Array) -> BundleState:
     del problem
@@ -377,4 +379,7 @@ def _no_state(problem: Problem, expert_bias: jax.Array) -> tuple[()]:
 
 def _check_positive(name: str, value: float) -> None:
   if not 0 < value < float("inf"):
-    raise ValueError(f"`{name}` must be positive and finite, got {value}.")
+    raise ValueError(
+      f"`{name}` must be positive and finite, got {value}. Its unit is the scores'"
+      " standard deviation within a token."
+    )

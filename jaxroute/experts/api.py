@@ -100,7 +100,8 @@ def swiglu(
   if params.w_up.shape != (e, d, f) or params.w_down.shape != (e, f, d):
     raise ValueError(
       f"`w_up` and `w_down` must be [E={e}, D={d}, F={f}] and [E, F, D], got"
-      f" {params.w_up.shape} and {params.w_down.shape}."
+      f" {params.w_up.shape} and {params.w_down.shape}. Transpose or reshape them"
+      " to fit `w_gate`."
     )
   if params.w_down.dtype != x.dtype:
     raise ValueError(

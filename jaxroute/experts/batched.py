@@ -1,7 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The products of the experts by batches, many experts' rows at once: for NVIDIA GPU.
 
-There XLA makes of `jax.lax.ragged_dot` a dense product of every row with every
+There XLA lowers `jax.lax.ragged_dot` to a dense product of every row with every
 expert. Here the first batch takes up to R rows of each of the E experts, a little
 more than an even share, with the parameters where they are. When loads are balanced
 that is all. What is left is cut into chunks of R / 2 rows of one expert, and E / 4
@@ -42,7 +42,8 @@ class RowBatch(NamedTuple):
 
   Attributes:
     experts: `[B]` int32, E for a chunk that is not there; None for all E in order.
-    index: `[B, R]` int32. The rows, distinct numbers from N on for none.
+    index: `[B, R]` int32. Row numbers; an empty slot has a number of its own, from N
+      on.
   """
 
   experts: jax.Array | None

@@ -18,9 +18,9 @@ class Products(NamedTuple):
       `[N, F]` of that dtype.
     outer: `(lhs, d_out, group_sizes)`: per group, the transpose of its `lhs` rows
       times its `d_out` rows, `[E, D, F]` of the dtype of `lhs`.
-    swiglu: `(x, params, group_sizes, *, keep)`: the layer, `[N, D]`, and, to keep for
-      its gradient, what `silu` is applied to and what that is multiplied by,
-      `[N, F]` each; or `()`.
+    swiglu: `(x, params, group_sizes, *, keep)`: the output, `[N, D]`, and, if `keep`,
+      the projections by `w_gate` and `w_up`, `[N, F]` each, for the gradient; else
+      `()`.
     swiglu_gradient: `(x, kept, params, group_sizes, d_out)`: the gradients to `x` and
       `params`.
   """

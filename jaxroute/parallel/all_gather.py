@@ -40,7 +40,7 @@ def map_experts(
 
   Args:
     run_experts: what a device does with the tokens it sees and the experts it holds:
-      an index of as many as it holds stands for an expert of another device.
+      an index one past its own experts stands for an expert of another device.
     x: `[T, D]`, sharded over `partition.token_axes`.
     routing: of those tokens.
     params: pytree of `[E, ...]`, sharded over `partition.expert_axis`.

@@ -11,8 +11,8 @@ from jaxroute.routing import bias_histogram, float_keys, weights
 
 # Above so many rounds one sort is faster, and quicker to compile.
 _MAX_ROUNDS = 16
-_CHUNK = 8
-"""Keys whose largest is kept as one head; see `_largest`."""
+# Keys whose largest is kept as one head; see `_largest`.
+_HEAD_KEYS = 8
 
 
 def route(
@@ -94,11 +94,11 @@ def _largest(keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   if count > _MAX_ROUNDS:
     return jax.lax.top_k(keys, count)
   n = keys.shape[-1]
-  pad = [(0, 0)] * (keys.ndim - 1) + [(0, -n % _CHUNK)]
+  pad = [(0, 0)] * (keys.ndim - 1) + [(0, -n % _HEAD_KEYS)]
   keys = jnp.pad(keys, pad, constant_values=float_keys.BELOW_ALL)
-  chunks = keys.reshape(*keys.shape[:-1], -(-n // _CHUNK), _CHUNK)
+  chunks = keys.reshape(*keys.shape[:-1], -(-n // _HEAD_KEYS), _HEAD_KEYS)
   heads = jnp.max(chunks, axis=-1)
-  lane = _iota(_CHUNK, keys.ndim)
+  lane = _iota(_HEAD_KEYS, keys.ndim)
   chunk_idx = _iota(heads.shape[-1], keys.ndim)
   last, idx = jnp.iinfo(jnp.int32).max, -1
   tops, indices = [], []
@@ -108,14 +108,14 @@ def _largest(keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     row = jnp.take_along_axis(
       chunks, chunk[..., None], axis=-2, mode="promise_in_bounds"
     )[..., 0, :]
-    row_idx = chunk * _CHUNK + lane
+    row_idx = chunk * _HEAD_KEYS + lane
     is_left = (row < last) | ((row == last) & (row_idx > idx))
     row = jnp.where(is_left, row, float_keys.BELOW_ALL)
     hit = _first(row == top)
     rest = jnp.where(lane == hit, float_keys.BELOW_ALL, row)
     rest = jnp.max(rest, axis=-1, keepdims=True)
     heads = jnp.where(chunk_idx == chunk, rest, heads)
-    last, idx = top, chunk * _CHUNK + hit
+    last, idx = top, chunk * _HEAD_KEYS + hit
     tops.append(top)
     indices.append(idx)
   return jnp.concatenate(tops, axis=-1), jnp.concatenate(indices, axis=-1)

@@ -15,8 +15,8 @@ element may be NaN.
   `largest` | two falling lists | the largest of both, in no order
 
 `best` compares values in pairs, then the winners with each other and the losers
-with each other, and so on for some levels. A *class* is the values that have
-lost n comparisons, and the same ones. At most `count >> n` of them can be among
+with each other, and so on for some levels. A *class* is the values that won
+and lost the same comparisons, n of them lost. At most `count >> n` of them can be among
 the largest `count`.
 """
 

@@ -2,7 +2,7 @@
 """Scatters K numbers of a token into a row of E on TPU, by comparisons.
 
 The gradient of the routing weights reaches the chosen logits only. XLA's
-scatter takes one number after another, and comparisons in XLA have K on lanes.
+scatter handles one number at a time, and its comparisons would have K on lanes.
 Here experts are on sublanes and 128 tokens on lanes, where an index is compared
 with 1024 elements at once.
 
@@ -15,7 +15,7 @@ of a column, `[experts, tokens]`. If 128 divides E, logits are `[tokens,
 experts]` in memory, and tiles are transposed on their way in and out. If not,
 XLA stores the experts first, and tiles are moved as they are.
 
-  step | function | layout | reads | writes
+  stage | function | layout | reads | writes
   load a tile | `_Tile.load` | [experts, 128] | `logits` | its result
   scatter | `_scatter_tile` | [experts, 128] | `expert_idx`, `values` |
     its result

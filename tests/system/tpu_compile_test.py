@@ -144,6 +144,18 @@ def test_projection_and_routing_compile_as_one(generation, case):
   assert " convolution(" not in text  # nor is a matmul left for XLA
 
 
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v7x"])
+@pytest.mark.parametrize("program", ["jaxroute grad", "sort"])
+def test_the_kernels_beside_it_compile(generation, program):
+  text = tpu_cycles.compile_for(generation, "E=128 K=8", program).as_text()
+  assert text.count("tpu_custom_call") >= 2
+
+
+def test_the_largest_routing_fits_the_smallest_memory():
+  compiled = tpu_cycles.compile_for("v5e", "E=1024 K=16", "jaxroute")
+  assert "tpu_custom_call" in compiled.as_text()
+
+
 def test_the_projection_is_left_apart_where_that_is_faster():
   with pytest.raises(NotImplementedError, match="before v6e"):
     tpu_cycles.compile_for("v5e", "E=128 K=8", "project fused")
@@ -208,7 +220,8 @@ def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
       like((T, 16), jnp.float32),
       like((T, 16), jnp.float32),
     )
-    traced.lower(lowering_platforms=("tpu",)).compile()
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+  assert "tpu_custom_call" in compiled.as_text()
 
 
 _OTHERS = ["jaxroute grad", "jaxroute histogram", "project fused", "sort"]

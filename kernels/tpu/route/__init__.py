@@ -55,13 +55,13 @@ odd pitch.
 
 Names are those of `refs.Scratch`; (in) and (out) mark operands and results.
 Stage 9 and `flush` are there for `config.histogram`, `next` for
-`project_and_route`.
+`project_and_route`. What the table does not say of a stage:
 
   1. Logits are transposed, scored and biased. The selection scores are stored,
      and every later stage reads them from there: none computes them again with
      other bits. A selection network keeps the K + 1 largest values of every
-     sublane, no indices. Without groups, those that lost one of its first
-     comparisons are listed apart, as fewer of them are wanted. The columns take
+     sublane, no indices. Without groups, values that lost an early comparison are
+     kept in separate, shorter lists, as fewer of them are wanted. Columns take
      turns in two buffers of transposed logits: with one for each, all
      transposes would come first, with nothing to do beside them.
   2. The 8 sublanes' lists are merged, each class with its own. A group's score

@@ -71,9 +71,8 @@ class OutputRefs:
 class Scratch:
   """What a block of tokens needs while it is routed, in VMEM.
 
-  The last axis is the 128 tokens of a column. The package says what the layouts
-  are; "by columns" and "dense" is what a buffer is stored as; it is loaded as
-  the other.
+  The last axis is the 128 tokens of a column. "By columns" and "dense" name the
+  layout that a buffer is stored in; it is loaded in the other.
 
   Attributes:
     expert_logits: `[2, 8 * sublane_pitch, 128]` float32. Logits of a column by

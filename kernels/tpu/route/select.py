@@ -369,8 +369,8 @@ def _extract_set_bits(
   current = [jnp.zeros_like(cells[0][0])] * plan.words_per_sublane
   current_start = jnp.zeros_like(current[0])
 
-  # A list of what `next_start` becomes on entering each cell; and what it is
-  # before the first is entered.
+  # next_starts[i] is the start of the next cell with bits after cell i, and
+  # next_start the start of the first.
   next_starts: list[jax.Array] = []
   next_start = jnp.full_like(current_start, -1)
   for cell_start, cell in reversed(ordered):

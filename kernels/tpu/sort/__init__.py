@@ -11,7 +11,7 @@ A grid block is up to 2048 tokens. It is cut into products, as many tokens as
 the MXU multiplies at once, and these into columns of 128 tokens, one on each
 lane. Choices, or experts, are on sublanes.
 
-  step | function | layout | reads | writes
+  stage | function | layout | reads | writes
   1 locate the choices | `_locate_choices` | [K, tokens of a block] |
     `expert_idx` | `word_and_sublane`, `bit_mask`, `expert`,
     `earlier_unassigned` as flags
@@ -25,15 +25,15 @@ lane. Choices, or experts, are on sublanes.
   5 number assignments | `write_rows` | [8 choices, 128] | counts, `next_row`,
     `expert`, `earlier_unassigned`, `num_unassigned` | the rows
 
-Step 1 is done once a grid block, 4 once a product, the others once a column.
-`count_assignments` does steps 1 to 4, with ones in place of the triangle, and
+Stage 1 is done once a grid block, 4 once a product, the others once a column.
+`count_assignments` does stages 1 to 4, with ones in place of the triangle, and
 `assignment_rows` does all.
 
 The matrix is made from words that have a bit for each of 32 experts, as
 `bit_address` says. It holds 2.0 for 1, whose bfloat16 has a single bit, and
 what it is multiplied by holds 0.5. The index E stands for no expert. A token
-may have several choices of it, so that they have a line of the matrix to
-themselves, with twice their number.
+may have several choices of it, so a line of the matrix to itself holds twice
+their number.
 """
 
 from jaxroute.kernels.tpu.sort.call import (

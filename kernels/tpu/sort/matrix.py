@@ -26,7 +26,7 @@ _LANES, _SUBLANES = device.LANES, device.SUBLANES
 
 
 def build_matrix(plan: Plan, inputs: Inputs, scratch: Scratch) -> None:
-  """Does steps 1 to 3 for a grid block."""
+  """Does stages 1 to 3 for a grid block."""
   _locate_choices(plan, inputs.expert_idx, scratch)
 
   def build_product(product: Any) -> None:

@@ -1,0 +1,50 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Imports point one way, as docs/architecture.md says."""
+
+import ast
+import pathlib
+
+import pytest
+
+pytestmark = pytest.mark.any_jax
+
+_ROOT = pathlib.Path(__file__).parents[2]
+_OPERATIONS = ("routing", "dispatch", "experts")
+_BELOW = {"types", "scores", "remat", "ladder", "parallel", "kernels"}
+# The part of a file's path below jaxroute to the parts that it may import.
+_ALLOWED = {
+  "types": set(),
+  "kernels": {"types", "kernels"},
+  "parallel": {"types", "parallel"},
+  "ladder": {"parallel"},
+  "scores": {"types"},
+  "remat": set(),
+  **{name: _BELOW | {name} for name in _OPERATIONS},
+  "layer": {"types", "parallel", *_OPERATIONS},
+  "linen": {"types", "layer", "routing", "experts"},
+  "nnx": {"types", "layer", "routing", "experts", "step"},
+  "metrics": {"types"},
+  "step": {"types", "metrics", "micro_batches"},
+}
+
+
+def _parts(path):
+  """The parts of the package that a file imports."""
+  found = set()
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.ImportFrom) and node.module == "jaxroute":
+      found |= {alias.name for alias in node.names}
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      package, *rest = node.module.split(".")
+      found |= {rest[0]} if package == "jaxroute" and rest else set()
+  return found
+
+
+@pytest.mark.parametrize("part", _ALLOWED)
+def test_a_part_imports_what_is_below_it(part):
+  folder = _ROOT if part == "kernels" else _ROOT / "jaxroute"
+  files = [*(folder / part).rglob("*.py"), folder / f"{part}.py"]
+  files = [path for path in files if path.is_file()]
+  assert files
+  for path in files:
+    assert _parts(path) <= _ALLOWED[part], path
