@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Time on the CPU, as ratios to the plain JAX code that does the same.
 
-Everything runs in one process, the candidates of a table in turn, so that a busy
-machine slows all of them. Only the ratios mean anything.
+Everything runs in one process, the candidates of a table in turn, so that a
+busy machine slows all of them. Only the ratios mean anything.
 
   python benchmarks/cpu.py --section=routing
 """

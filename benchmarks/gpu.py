@@ -1,13 +1,14 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """A SwiGLU layer's experts on an NVIDIA GPU: memory, rows multiplied and time.
 
-Against `jax.lax.ragged_dot`, and against one expert that gets all the rows: dense
-products, of the layer's FLOPs. On a GPU it prints times:
+Against `jax.lax.ragged_dot`, and against one expert that gets all the rows:
+dense products, of the layer's FLOPs. On a GPU it prints times:
 
   python benchmarks/gpu.py
 
-Without one it compiles for the GPU that --target describes, given jax-cuda13-pjrt
-and jax-cuda13-plugin. XLA has such files: xla/backends/gpu/target_config/specs.
+Without one it compiles for the GPU that --target describes, given
+jax-cuda13-pjrt and jax-cuda13-plugin. XLA has such files:
+xla/backends/gpu/target_config/specs.
 
   python benchmarks/gpu.py --target=h100_sxm.txtpb
 """

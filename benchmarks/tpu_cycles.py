@@ -2,10 +2,11 @@
 """Cycles per token of routing on TPU, as the TPU compiler estimates them.
 
 No TPU is needed: `pip install libtpu` brings the compiler, which writes its own
-static estimate of every op it schedules. That is exact and repeatable, but it is
-no measurement: nothing here has run on a TPU. A program's figure is the sum over
-its ops, from row-major logits in HBM to experts, weights, loads and cutoff. v4 is
-left out: the kernel does not compile for it, nor is anything estimated.
+static estimate of every op it schedules. That is exact and repeatable, but it
+is no measurement: nothing here has run on a TPU. A program's figure is the sum
+over its ops, from row-major logits in HBM to experts, weights, loads and
+cutoff. v4 is left out: the kernel does not compile for it, nor is anything
+estimated.
 
   python benchmarks/tpu_cycles.py --generations=v6e
   python benchmarks/tpu_cycles.py --write      # renew tpu_cycles.json
@@ -26,8 +27,8 @@ The programs:
 
 Beside them stand `floor`, the time to move the operands and results at the HBM
 bandwidth below; `valu`, the kernel's vector operations over the four slots of a
-bundle; and `vmem`, the MiB it takes. The kernel has no loops and takes no branch on
-the data, so every operation of its body counts once a grid step.
+bundle; and `vmem`, the MiB it takes. The kernel has no loops and takes no
+branch on the data, so every operation of its body counts once a grid step.
 """
 
 import collections
@@ -205,9 +206,9 @@ def estimate(
     bounds: whether to count the kernel's operations, for `valu`.
 
   Returns:
-    `cycles` per token, the sum over all ops; `floor` and, of the kernel, `valu` and
-    `vmem`, as in the module's docstring; empty if the program, or the profiler of the
-    compiler, failed.
+    `cycles` per token, the sum over all ops; `floor` and, of the kernel, `valu`
+    and `vmem`, as in the module's docstring; empty if the program, or the
+    profiler of the compiler, failed.
   """
   t, *_ = CASES[case]
   with tempfile.TemporaryDirectory() as name:

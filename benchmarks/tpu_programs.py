@@ -145,7 +145,8 @@ def _plain_route(
     keep = jax.nn.one_hot(kept, config.num_groups, dtype=bool).any(1)
     selection = jnp.where(keep[..., None], grouped, -jnp.inf).reshape(-1, e)
   idx = top_k(selection, config.top_k)
-  # Gathers and scatters cost more than all the rest; these are sums of comparisons.
+  # Gathers and scatters cost more than all the rest; these are sums of
+  # comparisons.
   chosen = idx[:, :, None] == jnp.arange(e)
   weights = jnp.sum(jnp.where(chosen, scores[:, None], 0.0), axis=2)
   weights /= weights.sum(1, keepdims=True)

@@ -3,11 +3,11 @@
 
   python examples/minimal.py
 
-It takes less than a minute on a CPU. The arrays lie on a mesh of all devices, each
-of which holds a part of the batch and all parameters; loads are those of the whole
-batch. On a pod, start the program on every host and call
-`jax.distributed.initialize()` first in `main`: nothing else changes. (examples/lm
-also shards the experts, saves checkpoints and continues from them.)
+It takes less than a minute on a CPU. The arrays lie on a mesh of all devices,
+each of which holds a part of the batch and all parameters; loads are those of
+the whole batch. On a pod, start the program on every host and call
+`jax.distributed.initialize()` first in `main`: nothing else changes. examples/lm
+also shards the experts and saves checkpoints.
 """
 
 import functools
@@ -66,14 +66,14 @@ def train(
   optimizer = optax.adam(3e-3)
   mesh = jax.make_mesh((jax.device_count(),), ("data",))
   with jax.set_mesh(mesh):
-    # Every process makes its part of the batch, as it would read it from a file.
+    # Every process makes its part of the batch, as it would read it.
     sharded = jax.NamedSharding(mesh, jax.P("data"))
     batch_of = jax.jit(make_batch, out_shardings=sharded)
     variables = jax.jit(Model().init)(jax.random.key(1), batch_of(0)[0])
-    # The router state is the biases, the loads so far and the state of the rule.
+    # The router state: biases, the loads so far, the state of the rule.
     router = jaxroute.linen.init_router_state(variables, rule)
     state = jaxroute.init_train_state(variables["params"], router, optimizer)
-    # One step moves the parameters by their gradient and the biases by the rule.
+    # A step moves parameters by their gradient and biases by the rule.
     step_fn = functools.partial(
       jaxroute.train_step, loss_fn=loss_fn, optimizer=optimizer, rule=rule
     )

@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """How an operation chooses among its implementations; the same for all operations.
 
-An implementation that cannot do what it is asked for raises `NotImplementedError`
-with the reason, before it traces anything; another may be able to. A `ValueError`
-means that none can.
+An implementation that cannot do what it is asked for raises
+`NotImplementedError` with the reason, before it traces anything; another may be
+able to. A `ValueError` means that none can.
 """
 
 from collections.abc import Callable, Mapping
@@ -29,8 +29,8 @@ def climb(
 
   Args:
     operation: the public name, for error messages.
-    implementations: name to call, the best one first. The entry under None is tried
-      only if no name was given: it leaves the choice to the lowering.
+    implementations: name to call, the best one first. The entry under None is
+      tried only if no name was given: it leaves the choice to the lowering.
     implementation: a name, or None for the first that does not raise
       `NotImplementedError`.
 
@@ -39,8 +39,8 @@ def climb(
 
   Raises:
     ValueError: if there is no implementation of that name.
-    NotImplementedError: if the implementation asked for cannot do this, or none can;
-      with the reason of each.
+    NotImplementedError: if the implementation asked for cannot do this, or none
+      can; with the reason of each.
   """
   if implementation not in (None, *implementations):
     names = ", ".join(repr(name) for name in implementations if name)
@@ -72,8 +72,8 @@ def check_can_run(
 
   Args:
     unsupported: why the kernel cannot do it anywhere, or None.
-    unavailable: returns why the device of the program has no such kernel, or None;
-      asked unless the kernel was asked for by name, or is interpreted.
+    unavailable: returns why the device of the program has no such kernel, or
+      None; asked unless the kernel was asked for by name, or is interpreted.
     by_name: whether the user asked for the kernel.
     interpret: whether it is interpreted, which any device can under any mesh.
     over_shards: as in `mesh.kernel_refusal`.
@@ -107,8 +107,8 @@ def call_kernel(
 ) -> Any:
   """Calls a kernel of one platform; lowering it for another raises a clear error.
 
-  What a program is lowered for is not known while it is traced: a kernel that is
-  asked for by name on a CPU may be on its way to a TPU by `jax.export`.
+  What a program is lowered for is not known while it is traced: a kernel that
+  is asked for by name on a CPU may be on its way to a TPU by `jax.export`.
 
   Args:
     operation: the public name, for the error.

@@ -1,11 +1,12 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Flax linen layers: a router, and a Mixture-of-Experts FFN around it.
 
-The bias and the load live in collections of their own, "expert_bias" and "load",
-out of reach of optimizers, weight decay and casts of "params". A forward pass only
-reads the bias. It counts when the caller makes "load" mutable, as with
-BatchNorm's statistics; initialisation never counts. A third collection, "histogram",
-is there if the `RouterConfig` has histograms, and is made mutable like "load":
+The bias and the load live in collections of their own, "expert_bias" and
+"load", out of reach of optimizers, weight decay and casts of "params". A
+forward pass only reads the bias. It counts when the caller makes "load"
+mutable, as with BatchNorm's statistics; initialisation never counts. A third
+collection, "histogram", is there if the `RouterConfig` has histograms, and is
+made mutable like "load":
 
     variables = model.init(key, x)
     state = jaxroute.linen.init_router_state(variables, rule)
@@ -198,8 +199,8 @@ def init_router_state(
     rule: any optax transformation; see `jaxroute.dual`.
 
   Returns:
-    A `RouterState` with the collections "expert_bias" and, as `counts`, "load" and
-    "histogram": pytrees of `[..., E]`, of the last `[..., E, 16]`.
+    A `RouterState` with the collections "expert_bias" and, as `counts`, "load"
+    and "histogram": pytrees of `[..., E]`, of the last `[..., E, 16]`.
 
   Raises:
     ValueError: if the model has no router.
@@ -221,7 +222,8 @@ def counts(collections: Mapping[str, Any]) -> types.Counts:
   """What a model counted.
 
   Args:
-    collections: what `model.apply(..., mutable=COUNTED)` returned beside the output.
+    collections: what `model.apply(..., mutable=COUNTED)` returned beside the
+      output.
 
   Returns:
     `Counts` of the collections "load" and, if there is one, "histogram".

@@ -1,17 +1,18 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Flax nnx layers: a router, and a Mixture-of-Experts FFN around it.
 
-The bias and the counts are variables of their own types, `ExpertBias`, `Load` and,
-where the `RouterConfig` has histograms, `Histogram`:
-`nnx.Optimizer(model, tx, wrt=nnx.Param)` and casts of `nnx.Param` pass them by. A
-forward pass only reads the bias; it counts unless `model.eval()` was called.
+The bias and the counts are variables of their own types, `ExpertBias`, `Load`
+and, where the `RouterConfig` has histograms, `Histogram`:
+`nnx.Optimizer(model, tx, wrt=nnx.Param)` and casts of `nnx.Param` pass them by.
+A forward pass only reads the bias; it counts unless `model.eval()` was called.
 
     rule_state = jaxroute.nnx.init_rule_state(model, rule)
     ...                                                   # forward, backward
     rule_state = jaxroute.nnx.update(model, rule, rule_state)
 
-Arguments and numbers are as in `jaxroute.linen`. nnx makes its parameters at once, so it
-also needs `in_features` and `rngs`, and the model itself holds biases and counts.
+Arguments and numbers are as in `jaxroute.linen`. nnx makes its parameters at
+once, so it also needs `in_features` and `rngs`, and the model itself holds
+biases and counts.
 """
 
 from typing import Any

@@ -66,8 +66,9 @@ def max_vio_curves(steps: np.ndarray, load: np.ndarray) -> figure.Figure:
     load: `[S, Lyr, E]` integers. Assignments per expert in each of them.
 
   Returns:
-    A figure with a logarithmic axis, that ends at 0.001: balance is drawn there.
-    Strong lines are means over a fortieth of the steps, faint ones every batch.
+    A figure with a logarithmic axis, that ends at 0.001: balance is drawn
+    there. Strong lines are means over a fortieth of the steps, faint ones every
+    batch.
 
   Raises:
     ValueError: if the shapes do not fit.
@@ -169,8 +170,8 @@ def trade_off(
   """Loss against imbalance, a colour for every method.
 
   Args:
-    points: label to the imbalances and the losses of a method's N runs, two `[N]`.
-      Small marks are runs, the large one is their mean.
+    points: label to the imbalances and the losses of a method's N runs, two
+      `[N]`. Small marks are runs, the large one is their mean.
     xlabel: what the imbalances are; on a logarithmic axis.
     ylabel: what the losses are, with the unit.
 

@@ -71,8 +71,9 @@ def round_to_balanced(
 
   Returns:
     x, `[T, E]` float32 in `[0, 1]`: K per token, T K / E per expert, and split
-    tokens only where E does not divide T K. And the loss, `[]` float32: at least
-    0, and inf if scores of -inf leave no balanced assignment within reach.
+    tokens only where E does not divide T K. And the loss, `[]` float32: at
+    least 0, and inf if scores of -inf leave no balanced assignment within
+    reach.
 
   Raises:
     ValueError: if a shape or dtype does not fit.
@@ -96,8 +97,9 @@ def round_to_balanced(
   chosen = chosen.at[token, routes.expert_idx].set(True) & counted
   num_assigned = jnp.sum(counted, dtype=jnp.float32) * top_k
   mean = num_assigned / e
-  # A round that cuts a move short balances an expert for good: at most E do. Any
-  # other empties or fills a share of every token that can move: at most 2 K do.
+  # A round that cuts a move short balances an expert for good: at most E do.
+  # Any other empties or fills a share of every token that can move: at most 2 K
+  # do.
   max_rounds = 2 * (e + top_k)
 
   def goes_on(progress: _Progress) -> jax.Array:

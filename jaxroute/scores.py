@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """From logits to scores, and to the selection scores that experts are chosen by.
 
-The bias is added for selection only. An expert whose logit is -inf is masked: its
-selection score is -inf whatever its bias, so it is chosen only when nothing else
-is left. A NaN logit gets a NaN score and the same selection score, -inf.
+The bias is added for selection only. An expert whose logit is -inf is masked:
+its selection score is -inf whatever its bias, so it is chosen only when nothing
+else is left. A NaN logit gets a NaN score and the same selection score, -inf.
 """
 
 import jax
@@ -110,5 +110,6 @@ def _sqrt_softplus(x: jax.Array) -> jax.Array:
   # root is infinite where softplus underflows; that of exp(x / 2) is not.
   far = x < -15.0
   near = jnp.sqrt(jax.nn.softplus(jnp.where(far, 0.0, x)))
-  # exp must not overflow where it is not taken: the backward pass has 0 * inf then.
+  # exp must not overflow where it is not taken: the backward pass has 0 * inf
+  # then.
   return jnp.where(far, jnp.exp(jnp.where(far, x, -15.0) / 2), near)

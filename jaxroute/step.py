@@ -1,10 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Pure step functions: count loads, move the bias, train, evaluate.
 
-The bias moves in `update` and nowhere else: once per optimizer step, by the load
-that `accumulate` summed over the micro-batches of that step. All states are plain
-pytrees, to be jitted, donated, sharded and checkpointed like any other; under
-`jax.jit` over sharded tokens the loads are global already.
+The bias moves in `update` and nowhere else: once per optimizer step, by the
+load that `accumulate` summed over the micro-batches of that step. All states
+are plain pytrees, to be jitted, donated, sharded and checkpointed like any
+other; under `jax.jit` over sharded tokens the loads are global already.
 """
 
 import dataclasses
@@ -112,8 +112,8 @@ def update(
 ) -> types.RouterState:
   """The dual step: moves all biases by the rule, once per optimizer step.
 
-  The rule gets the violation as the gradient, and as keyword arguments `load` and
-  `histogram`.
+  The rule gets the violation as the gradient, and as keyword arguments `load`
+  and `histogram`.
 
   Args:
     state: with the load of the step's micro-batches accumulated.
@@ -224,12 +224,14 @@ def train_step(
   Args:
     state: from `init_train_state`; may be donated.
     batch: pytree of arrays whose leading axis is split into micro-batches.
-    loss_fn: (static) `(params, expert_bias, batch) -> (loss, (counts, metrics))`:
-      the mean loss over the batch, the `Counts` of all layers, with loads shaped
-      like `expert_bias`, and a dict of scalars to average.
+    loss_fn: (static)
+      `(params, expert_bias, batch) -> (loss, (counts, metrics))`: the mean loss
+      over the batch, the `Counts` of all layers, with loads shaped like
+      `expert_bias`, and a dict of scalars to average.
     optimizer: (static) transformation of the gradients of `params`.
     rule: (static) transformation of the load violation; see `jaxroute.dual`.
-    micro_batches: (static) parts the batch is processed in, one after the other.
+    micro_batches: (static) parts the batch is processed in, one after the
+      other.
     freeze_bias: `[]` bool. True trains the parameters and leaves the bias.
     skip: `[]` bool. True skips the step whatever the gradient.
 

@@ -215,13 +215,14 @@ class RouterConfig:
 class Counts:
   """What was counted, for a dual rule to move the bias by.
 
-  Counts add up: `jax.tree.map(jnp.add, a, b)` are those of both parts of a batch.
+  Counts add up: `jax.tree.map(jnp.add, a, b)` are those of both parts of a
+  batch.
 
   Attributes:
-    load: `[E]` int32. Assignments per expert, of the tokens that count, before any
-      drop. In a state: `[Lyr, E]`, or a pytree of `[..., E]` arrays.
-    histogram: `[E, 16]` int32, if `RouterConfig.histogram`: how far the bias of each
-      expert is from changing the choice of each token, in the bins of
+    load: `[E]` int32. Assignments per expert, of the tokens that count, before
+      any drop. In a state: `[Lyr, E]`, or a pytree of `[..., E]` arrays.
+    histogram: `[E, 16]` int32, if `RouterConfig.histogram`: how far the bias of
+      each expert is from changing the choice of each token, in the bins of
       `jaxroute.routing.bias_histogram`; else None.
   """
 
@@ -298,8 +299,8 @@ class RouterState:
     expert_bias: `[Lyr, E]` float32, or a pytree of `[..., E]` arrays (a Flax
       collection, say). Added to the scores for selection only.
     counts: `Counts` since the last update: int32, loads shaped like
-      `expert_bias`, histograms (for `jaxroute.dual.quantile`; else None) with an
-      axis of 16 bins behind that.
+      `expert_bias`, histograms (for `jaxroute.dual.quantile`; else None) with
+      an axis of 16 bins behind that.
     rule_state: the state of the dual rule, `rule.init(expert_bias)`.
   """
 

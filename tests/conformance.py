@@ -26,8 +26,8 @@ def bias(num_experts, seed=1):
 def with_selection(route):
   """A function that returns the selection scores, too, that `route` compares.
 
-  An optimizing compiler may give scores other bits in another program. In the same
-  one they are one value, kept whole by a barrier.
+  An optimizing compiler may give scores other bits in another program. In the
+  same one they are one value, kept whole by a barrier.
 
   Args:
     route: as `jaxroute.route`.

@@ -173,8 +173,8 @@ def test_the_complementary_slackness_is_of_the_bias_that_routed(unbroken):
 
 
 # Runs the main job twice on the same folder: the first time it waits in step 52
-# for a signal, the second time it kills itself in step 58, of which 55 is saved,
-# with half a row on the disk.
+# for a signal, the second time it kills itself in step 58, of which 55 is
+# saved, with half a row on the disk.
 _STOPPED_THEN_KILLED = """
 import os, signal, sys, time
 from absl import app

@@ -90,7 +90,8 @@ def test_every_expert_has_an_address_of_its_own():
   word, sublane, bit = sort.bit_address(experts)
   assert (word.max(), sublane.max(), bit.max()) == (3, 7, 31)
   assert len(set(zip(word, sublane, bit, strict=True))) == 1024
-  # A shift and a mask make 16 experts in order: two on a sublane, low half first.
+  # A shift and a mask make 16 experts in order: two on a sublane, low half
+  # first.
   line = 256 * word + 16 * (bit % 16) + 2 * sublane + bit // 16
   np.testing.assert_array_equal(line, experts)
   assert sort.bit_address(256 + 16 + 2 + 1) == (1, 1, 17)

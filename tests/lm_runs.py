@@ -86,8 +86,8 @@ def share_programs(patch: pytest.MonkeyPatch, *, figures: bool = False) -> None:
 def unbalanced_rows(config: config_lib.Config, corpus: Any) -> list[dict]:
   """Rows of the run in which nothing moves the bias: of each step, and at the end.
 
-  The programs are those of the balanced run; the router's state is put back after
-  every step.
+  The programs are those of the balanced run; the router's state is put back
+  after every step.
   """
   programs = trainer(config, None)
   state = programs.init(jax.random.key(config.seed))

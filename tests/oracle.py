@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The slow NumPy meaning of every operation: loops over tokens and experts.
 
-Nothing here is shared with the package but `RouterConfig`. Tested itself against
-numbers computed by hand, in oracle_test.py.
+Nothing here is shared with the package but `RouterConfig`. Tested itself
+against numbers computed by hand, in oracle_test.py.
 """
 
 import itertools

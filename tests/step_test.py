@@ -11,71 +11,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import step_cases
+from step_cases import CONFIG, LAYERS, D, E, K
 
 import jaxroute
 from jaxroute import dual, step
 
-LAYERS, E, K, D = 2, 8, 2, 16
-CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
-
-
-def _params(seed=0):
-  w = jax.random.normal(jax.random.key(seed), (LAYERS, D, E)) / D**0.5
-  return {"router": w, "scale": jnp.ones(E)}
-
-
-def _batch(rows=32, seed=1):
-  # A common offset makes the load skewed.
-  x = jax.random.normal(jax.random.key(seed), (rows, D)) + 0.5
-  return {"x": x, "token_mask": jnp.arange(rows) % 5 != 0}
-
-
-def _loss_fn(params, expert_bias, batch):
-  """A loss over two routers whose gradient reaches every parameter."""
-
-  def layer(total, inputs):
-    w, bias = inputs
-    routing = jaxroute.route(batch["x"] @ w, bias, CONFIG, batch["token_mask"])
-    value = jnp.sum(routing.weights * params["scale"][routing.expert_idx])
-    return total + value / w.shape[0], routing.counts
-
-  loss, counts = jax.lax.scan(
-    layer, jnp.zeros(()), (params["router"], expert_bias)
-  )
-  return loss**2, (counts, {"value": loss})
-
-
-def _state(rule, optimizer, params=None):
-  params = _params() if params is None else params
-  return jaxroute.init_train_state(
-    params, jaxroute.init_router_state(rule, E, LAYERS), optimizer
-  )
-
-
-def _step(rule, optimizer, **kwargs):
-  return jax.jit(
-    functools.partial(
-      jaxroute.train_step,
-      loss_fn=_loss_fn,
-      optimizer=optimizer,
-      rule=rule,
-      **kwargs,
-    )
-  )
-
-
-def _loaded(rule, *rows):
-  state = jaxroute.init_router_state(rule, len(rows[0]), len(rows))
-  return _with_load(state, jnp.array(rows, jnp.int32))
-
-
-def _with_load(state, load):
-  return dataclasses.replace(state, counts=jaxroute.Counts(load=load))
-
 
 def test_update_moves_every_layer_by_its_own_load():
   rule = dual.sign(0.5)
-  state = jaxroute.update(_loaded(rule, [3, 1], [2, 2], [0, 4]), rule)
+  state = jaxroute.update(step_cases.loaded(rule, [3, 1], [2, 2], [0, 4]), rule)
   np.testing.assert_array_equal(
     state.expert_bias, [[-0.5, 0.5], [0, 0], [0.5, -0.5]]
   )
@@ -85,8 +30,8 @@ def test_update_moves_every_layer_by_its_own_load():
 @pytest.mark.parametrize("jit", [False, True])
 def test_apply_false_discards_the_load_and_changes_nothing_else(jit):
   rule = optax.chain(dual.sign(dual.inverse(0.5)), optax.trace(0.9))
-  state = jaxroute.update(_loaded(rule, [3, 1]), rule)
-  loaded = _with_load(state, jnp.array([[1, 3]], jnp.int32))
+  state = jaxroute.update(step_cases.loaded(rule, [3, 1]), rule)
+  loaded = step_cases.with_load(state, jnp.array([[1, 3]], jnp.int32))
   fn = jax.jit(step.update, static_argnums=1) if jit else step.update
   chex.assert_trees_all_equal(fn(loaded, rule, False), state)
 
@@ -177,42 +122,12 @@ def test_update_takes_any_pytree_of_biases():
   chex.assert_trees_all_equal_structs(after, state)
 
 
-@pytest.mark.parametrize("micro_batches", [2, 4, 8])
-def test_micro_batches_make_one_update_with_the_same_bias(micro_batches):
-  # Frozen parameters: the routes are then the same bit for bit, so the whole
-  # trajectory of the bias must be.
-  rule = optax.chain(dual.sign(dual.inverse_sqrt(1e-2)), optax.trace(0.9))
-  optimizer = optax.set_to_zero()
-  whole = split = _state(rule, optimizer)
-  one = _step(rule, optimizer)
-  many = _step(rule, optimizer, micro_batches=micro_batches)
-  for seed in range(6):
-    whole, whole_report = one(whole, _batch(seed=seed))
-    split, split_report = many(split, _batch(seed=seed))
-    np.testing.assert_array_equal(whole_report["load"], split_report["load"])
-  chex.assert_trees_all_equal(whole.router, split.router)
-  assert np.any(whole.router.expert_bias)
-
-
-def test_micro_batches_average_gradients_and_metrics():
-  rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
-  rows = {k: v for k, v in _batch().items()}
-  twice = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), rows)
-  state = _state(rule, optimizer)
-  # Strided parts: both micro-batches of the doubled batch are the batch.
-  one, report = _step(rule, optimizer)(state, rows)
-  two, doubled = _step(rule, optimizer, micro_batches=2)(state, twice)
-  chex.assert_trees_all_close(one.params, two.params, rtol=1e-5, atol=1e-7)
-  np.testing.assert_allclose(report["value"], doubled["value"], rtol=1e-6)
-  np.testing.assert_array_equal(2 * report["load"], doubled["load"])
-
-
 def test_padding_is_invisible_to_the_bias_trajectory():
   rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
-  plain = padded = _state(rule, optimizer)
-  run = _step(rule, optimizer)
+  plain = padded = step_cases.state(rule, optimizer)
+  run = step_cases.step(rule, optimizer)
   for seed in range(3):
-    batch = _batch(seed=seed)
+    batch = step_cases.batch(seed=seed)
     more = {
       "x": jnp.concatenate([batch["x"], jnp.full((7, D), 1e4)]),
       "token_mask": jnp.concatenate([batch["token_mask"], jnp.zeros(7, bool)]),
@@ -228,12 +143,12 @@ def test_padding_is_invisible_to_the_bias_trajectory():
 def test_a_skipped_step_changes_nothing_but_its_number(reason):
   rule = optax.chain(dual.sign(1e-2), optax.trace(0.9))
   optimizer = optax.adam(1e-3)
-  state = _state(rule, optimizer)
-  state, _ = _step(rule, optimizer)(state, _batch())
-  batch = _batch(seed=2)
+  state = step_cases.state(rule, optimizer)
+  state, _ = step_cases.step(rule, optimizer)(state, step_cases.batch())
+  batch = step_cases.batch(seed=2)
   if reason == "nan":
     batch["x"] = batch["x"].at[1].set(jnp.nan)
-  after, report = _step(rule, optimizer, skip=reason == "argument")(
+  after, report = step_cases.step(rule, optimizer, skip=reason == "argument")(
     state, batch
   )
   assert report["skipped"] == 1
@@ -246,8 +161,10 @@ def test_a_skipped_step_changes_nothing_but_its_number(reason):
 
 def test_freeze_trains_the_parameters_and_leaves_the_bias():
   rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
-  state = _state(rule, optimizer)
-  after, report = _step(rule, optimizer, freeze_bias=True)(state, _batch())
+  state = step_cases.state(rule, optimizer)
+  after, report = step_cases.step(rule, optimizer, freeze_bias=True)(
+    state, step_cases.batch()
+  )
   chex.assert_trees_all_equal(after.router, state.router)
   assert np.any(after.params["router"] != state.params["router"])
   assert report["skipped"] == 0
@@ -255,36 +172,42 @@ def test_freeze_trains_the_parameters_and_leaves_the_bias():
 
 def test_the_bias_of_a_batch_depends_on_earlier_batches_only():
   rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
-  state, report = _step(rule, optimizer)(_state(rule, optimizer), _batch())
+  state, report = step_cases.step(rule, optimizer)(
+    step_cases.state(rule, optimizer), step_cases.batch()
+  )
   loads = jaxroute.eval_step(
-    _state(rule, optimizer), _batch(), loss_fn=_loss_fn
+    step_cases.state(rule, optimizer),
+    step_cases.batch(),
+    loss_fn=step_cases.loss_fn,
   )["load"]
   np.testing.assert_array_equal(report["load"], loads)
 
 
 def test_evaluation_changes_nothing_and_counts():
   rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
-  state = _state(rule, optimizer)
+  state = step_cases.state(rule, optimizer)
   before = jax.tree.map(np.array, state)
-  out = jax.jit(functools.partial(jaxroute.eval_step, loss_fn=_loss_fn))(
-    state, _batch()
-  )
+  out = jax.jit(
+    functools.partial(jaxroute.eval_step, loss_fn=step_cases.loss_fn)
+  )(state, step_cases.batch())
   chex.assert_trees_all_equal(state, before)
   assert int(out["load"].sum()) == LAYERS * K * int(
-    _batch()["token_mask"].sum()
+    step_cases.batch()["token_mask"].sum()
   )
 
 
 @pytest.mark.implicit_promotion  # optax.adam promotes its count
 def test_weight_decay_and_the_optimizer_do_not_reach_the_bias():
   rule, optimizer = dual.sign(0.0), optax.adamw(1e-1, weight_decay=0.5)
-  state = _state(rule, optimizer)
+  state = step_cases.state(rule, optimizer)
   bias = jnp.full((LAYERS, E), 0.25)
   state = dataclasses.replace(
     state, router=dataclasses.replace(state.router, expert_bias=bias)
   )
   for seed in range(3):
-    state, _ = _step(rule, optimizer)(state, _batch(seed=seed))
+    state, _ = step_cases.step(rule, optimizer)(
+      state, step_cases.batch(seed=seed)
+    )
   np.testing.assert_array_equal(state.router.expert_bias, bias)
 
 
@@ -293,14 +216,17 @@ def test_the_state_can_be_donated_and_keeps_its_type():
   rule, optimizer = dual.sign(1e-2), optax.adam(1e-3)
   run = jax.jit(
     functools.partial(
-      jaxroute.train_step, loss_fn=_loss_fn, optimizer=optimizer, rule=rule
+      jaxroute.train_step,
+      loss_fn=step_cases.loss_fn,
+      optimizer=optimizer,
+      rule=rule,
     ),
     donate_argnums=0,
   )
-  state = _state(rule, optimizer)
+  state = step_cases.state(rule, optimizer)
   types = jax.tree.map(jax.typeof, state)
   for seed in range(3):
-    state, _ = run(state, _batch(seed=seed))
+    state, _ = run(state, step_cases.batch(seed=seed))
     assert jax.tree.map(jax.typeof, state) == types
   assert run._cache_size() == 1
 
@@ -312,11 +238,11 @@ def test_sharded_tokens_give_the_same_bias_bit_for_bit():
   )
   over_data = jax.NamedSharding(mesh, jax.P("data"))
   everywhere = jax.NamedSharding(mesh, jax.P())
-  one = many = _state(rule, optimizer)
+  one = many = step_cases.state(rule, optimizer)
   many = jax.device_put(many, everywhere)
-  run = _step(rule, optimizer, micro_batches=2)
+  run = step_cases.step(rule, optimizer, micro_batches=2)
   for seed in range(4):
-    batch = _batch(64, seed)
+    batch = step_cases.batch(64, seed)
     one, _ = run(one, batch)
     many, _ = run(many, jax.device_put(batch, over_data))
   chex.assert_trees_all_equal(
@@ -333,7 +259,7 @@ def test_update_inside_shard_map_sums_before_the_sign():
   state = jaxroute.init_router_state(rule, 2)
 
   def local(state, load):
-    state = _with_load(state, load[0])
+    state = step_cases.with_load(state, load[0])
     return jaxroute.update(state, rule, axis_name="data").expert_bias
 
   with jax.set_mesh(mesh):
@@ -381,60 +307,12 @@ def test_histograms_of_all_layers_and_loads_travel_in_one_all_reduce():
   assert np.any(expected.expert_bias)
 
 
-@pytest.mark.parametrize("micro_batches", [1, 4])
-def test_histograms_of_micro_batches_add_up(micro_batches):
-  config = dataclasses.replace(CONFIG, histogram=True)
-
-  def loss_fn(params, expert_bias, batch):
-    def layer(total, inputs):
-      w, bias = inputs
-      r = jaxroute.route(batch["x"] @ w, bias, config, batch["token_mask"])
-      return total + jnp.sum(r.weights), r.counts
-
-    loss, counts = jax.lax.scan(
-      layer, jnp.zeros(()), (params["router"], expert_bias)
-    )
-    return loss, (counts, {})
-
-  rule, optimizer = dual.quantile(), optax.set_to_zero()
-  router = jaxroute.init_router_state(rule, E, LAYERS, histogram=True)
-  state = jaxroute.init_train_state(_params(), router, optimizer)
-  run = jax.jit(
-    functools.partial(
-      jaxroute.train_step,
-      loss_fn=loss_fn,
-      optimizer=optimizer,
-      rule=rule,
-      micro_batches=micro_batches,
-    )
-  )
-  max_vio = []
-  for _ in range(4):
-    state, report = run(state, _batch(64))
-    max_vio.append(report["max_vio"])
-  assert max_vio[0] > 0.5 > 0.3 > max_vio[-1]
-  whole = jax.jit(
-    functools.partial(
-      jaxroute.train_step, loss_fn=loss_fn, optimizer=optimizer, rule=rule
-    )
-  )
-  one = jaxroute.init_train_state(_params(), router, optimizer)
-  for _ in range(4):
-    one, _ = whole(one, _batch(64))
-  chex.assert_trees_all_equal(one.router, state.router)
-  np.testing.assert_array_equal(state.router.counts.histogram, 0)
-  with pytest.raises(ValueError, match="must count a histogram"):
-    jaxroute.train_step(
-      one, _batch(64), loss_fn=_loss_fn, optimizer=optimizer, rule=rule
-    )
-
-
 def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
   rule = dual.sign(0.5)
   mesh = jax.make_mesh((8,), ("data",))
 
   def local(state, load):
-    state = _with_load(state, load[0])
+    state = step_cases.with_load(state, load[0])
     return jaxroute.update(state, rule).expert_bias
 
   with jax.set_mesh(mesh), pytest.raises(ValueError, match="varying|vma|infer"):
@@ -458,7 +336,7 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
     ),
     (
       lambda r: jaxroute.update(
-        _with_load(
+        step_cases.with_load(
           jaxroute.init_router_state(r, 2), jnp.zeros((1, 3), jnp.int32)
         ),
         r,
@@ -476,15 +354,15 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
       "`expert_bias` must be float32, got bfloat16",
     ),
     (
-      lambda r: _step(r, optax.sgd(0.1), micro_batches=5)(
-        _state(r, optax.sgd(0.1)), _batch()
+      lambda r: step_cases.step(r, optax.sgd(0.1), micro_batches=5)(
+        step_cases.state(r, optax.sgd(0.1)), step_cases.batch()
       ),
       "`micro_batches`=5.*divide",
     ),
     (
       lambda r: jaxroute.train_step(
-        _state(r, optax.sgd(0.1)),
-        _batch(),
+        step_cases.state(r, optax.sgd(0.1)),
+        step_cases.batch(),
         loss_fn=lambda params, bias, batch: (
           jnp.sum(params["scale"]),
           (jnp.zeros((LAYERS, E), jnp.int32), {}),

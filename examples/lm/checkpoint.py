@@ -1,8 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Checkpoints of a whole `TrainState`: the last two, each complete or absent.
 
-Beside the state lie the settings of the run and the number of this format, so that
-a run is never continued with other settings, nor from arrays of another structure.
+Beside the state lie the settings of the run and the number of this format, so
+that a run is never continued with other settings, nor from arrays of another
+structure.
 """
 
 import contextlib

@@ -2,9 +2,9 @@
 """Balancing rules and auxiliary losses side by side: same data, same seeds.
 
 Every arm is `train.py` with other flags, in a folder of its own, so whatever
-stops this, the same command continues. --preset=cpu takes about 15 minutes on two
-cores; --preset=gpu is a model of 194M parameters for one accelerator. At the end,
-table.md, trade_off.png and max_vio.png are in --out.
+stops this, the same command continues. --preset=cpu takes about 15 minutes on
+two cores; --preset=gpu is a model of 194M parameters for one accelerator. At
+the end, table.md, trade_off.png and max_vio.png are in --out.
 
   python examples/lm/compare_rules.py --out=runs/compare
 """
@@ -58,7 +58,8 @@ PRESETS: dict[str, dict[str, Any]] = {
     shared_size=32,
     eval_batches=16,
   ),
-  # Half the width of the 1B model of Wang et al., with its experts: 64, 2, top-6.
+  # Half the width of the 1B model of Wang et al., with its experts: 64, 2,
+  # top-6.
   "gpu": dict(
     data_bytes=200_000_000,
     steps=1000,

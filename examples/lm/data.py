@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Bytes to train on: a folder of text, or one file of anything.
 
-Every tenth file of a folder, or the last tenth of a single file, is held out for
-validation. Batches are a pure function of seed and step.
+Every tenth file of a folder, or the last tenth of a single file, is held out
+for validation. Batches are a pure function of seed and step.
 """
 
 import dataclasses

@@ -1,8 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """A decoder-only transformer over bytes, with DeepSeekMoE feed-forward layers.
 
-The first layer's feed-forward is dense; the others have many small routed experts
-and a shared one. B sequences of S bytes make T = B * S tokens for the routers.
+The first layer's feed-forward is dense; the others have many small routed
+experts and a shared one. B sequences of S bytes make T = B * S tokens for the
+routers.
 """
 
 from typing import Any
@@ -146,8 +147,8 @@ def make_loss_fn(
 
   Args:
     model: as it was initialised.
-    switch_weight: if given, the Switch loss, averaged over layers, is added with
-      this weight.
+    switch_weight: if given, the Switch loss, averaged over layers, is added
+      with this weight.
   """
   mutable = list(jaxroute.linen.COUNTED)
   if switch_weight is not None:

@@ -153,8 +153,8 @@ def per_layer(collection: Any) -> np.ndarray:
 def complementary_slackness(expert_bias: Any, load: Any) -> jax.Array:
   """`[]` float32: `|b . (load - L)|` per assignment, the mean over layers.
 
-  It is 0 if every expert gets L assignments, as at an optimum. It needs no scores,
-  so every step can log it.
+  It is 0 if every expert gets L assignments, as at an optimum. It needs no
+  scores, so every step can log it.
   """
   residuals = [
     jnp.abs(assignment.complementary_slackness(b, x)) / jnp.sum(x, axis=-1)

@@ -1,16 +1,16 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Trains a byte-level language model with balanced Mixture-of-Experts layers.
 
-By default it reads the source of Python's own library and runs on whatever device
-JAX finds; on two CPU cores it takes about three minutes. In --out it leaves
-checkpoints, from which the same command continues, bit for bit; metrics.jsonl and
-TensorBoard events; summary.json and figures.
+By default it reads the source of Python's own library and runs on whatever
+device JAX finds; on two CPU cores it takes about three minutes. In --out it
+leaves checkpoints, from which the same command continues, bit for bit;
+metrics.jsonl and TensorBoard events; summary.json and figures.
 
   python examples/lm/train.py --rule=none --out=runs/unbalanced
 
-Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint; the exit
-code is then 130 or 143. A second signal ends it at once. An impossible setting or
-an unusable file exits with 2, a failed save with 1.
+Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint; the
+exit code is then 130 or 143. A second signal ends it at once. An impossible
+setting or an unusable file exits with 2, a failed save with 1.
 
 On a host with several accelerators, --mesh=DATA,EXPERT shards the batch and the
 experts over them. This is one process; examples/minimal.py shows what a pod of

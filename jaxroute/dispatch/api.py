@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Expert order: the permutation that groups the N = T * K assignments by expert.
 
-Those that no expert receives (padding, tokens with NaN weights, drops) come last,
-after the first `sum(group_sizes)` rows. So every shape is static, and drops stay
-visible as `load - group_sizes`.
+Those that no expert receives (padding, tokens with NaN weights, drops) come
+last, after the first `sum(group_sizes)` rows. So every shape is static, and
+drops stay visible as `load - group_sizes`.
 """
 
 import dataclasses
@@ -52,8 +52,8 @@ def expert_capacity(
     config: static router description.
     num_tokens: T, of all devices.
     capacity_factor: 1.0 leaves no slack over perfect balance.
-    partition: how the tokens lie on the mesh in force; None for one device. Every
-      token shard has a capacity of its own, for its part of T.
+    partition: how the tokens lie on the mesh in force; None for one device.
+      Every token shard has a capacity of its own, for its part of T.
 
   Returns:
     C, at least 1.
@@ -93,9 +93,10 @@ def sort_by_expert(
       group. `Routing.token_mask` also leaves out tokens with NaN weights.
     capacity: C. An expert keeps its first C assignments in token order; the
       others are dropped. None drops nothing.
-    implementation: "pallas_tpu", a kernel that counts ranks on the MXU; "xla"; or
-      None for the first of them that can do this here. As in `jaxroute.route`, but
-      the kernel is for one device or for the inside of `jax.shard_map`.
+    implementation: "pallas_tpu", a kernel that counts ranks on the MXU; "xla";
+      or None for the first of them that can do this here. As in
+      `jaxroute.route`, but the kernel is for one device or for the inside of
+      `jax.shard_map`.
     interpret: as in `jaxroute.route`.
 
   Returns:

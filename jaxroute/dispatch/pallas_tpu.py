@@ -28,12 +28,13 @@ def sort(
     key: `[T, K]` int32 in `[0, E]`; E is no expert.
     num_experts: E.
     capacity: C, or None.
-    by_name: whether the kernel was asked for, and may be on its way to a TPU that
-      is not here.
+    by_name: whether the kernel was asked for, and may be on its way to a TPU
+      that is not here.
     interpret: as in `jaxroute.route`.
 
   Returns:
-    `[E + 1]`, `[N]` and `[N]`, all int32. Dropped assignments are counted at index E.
+    `[E + 1]`, `[N]` and `[N]`, all int32. Dropped assignments are counted at
+    index E.
 
   Raises:
     NotImplementedError: if the kernel cannot do this, or not here.
@@ -53,7 +54,8 @@ def _sort(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Counts rows for the inverse, and still sorts once for the permutation.
 
-  To invert the inverse by a scatter costs 55 cycles per token on v6e, the sort 2.
+  To invert the inverse by a scatter costs 55 cycles per token on v6e, the sort
+  2.
   """
   count = functools.partial(
     kernel.count_assignments, num_experts=num_experts, interpret=interpret

@@ -1,9 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Tokens to the rows of their experts and back, by a permutation.
 
-Both directions gather, forwards and backwards: each assignment has one row, so the
-transpose of a gather is the gather by the inverse permutation. XLA's transpose would be
-a scatter-add, which is slow and, with atomics, not the same in every run.
+Both directions gather, forwards and backwards: each assignment has one row, so
+the transpose of a gather is the gather by the inverse permutation. XLA's
+transpose would be a scatter-add, which is slow and, with atomics, not the same
+in every run.
 """
 
 import jax

@@ -76,8 +76,8 @@ def _counting_sort(
   """As `_packed_sort`, by counting.
 
   The row of an assignment is the end of its expert's bucket minus the number of
-  assignments to that expert from this one on. These are counted by a running sum
-  over blocks of keys, and within a block pair by pair.
+  assignments to that expert from this one on. These are counted by a running
+  sum over blocks of keys, and within a block pair by pair.
   """
   n = key.shape[0]
   pad = -n % _BLOCK_KEYS

@@ -22,8 +22,8 @@ class Solution:
     dual_value: `[]` float32. g of it: at least the optimum.
     primal_value: `[]` float32. The value of a balanced assignment: at most the
       optimum. -inf if none was found.
-    dual_values: `[N]` float32. g of the bias of every iteration, from the initial
-      bias on; NaN for iterations that were not done.
+    dual_values: `[N]` float32. g of the bias of every iteration, from the
+      initial bias on; NaN for iterations that were not done.
     iterations: `[]` int32. Iterations done.
     converged: `[]` bool. Whether the gap of `expert_bias` is within the
       tolerance.

@@ -1,10 +1,11 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The experts: grouped matrix products and the feed-forward layers made of them.
 
-Rows come in expert order, `group_sizes` says how many each expert owns. TPU has an
-instruction for that, `jax.lax.ragged_dot`. On CPU and NVIDIA GPUs XLA multiplies
-every row by every expert for it, so there the rows are walked in blocks. The choice
-is made when a trace is lowered, so that one trace serves every platform.
+Rows come in expert order, `group_sizes` says how many each expert owns. TPU has
+an instruction for that, `jax.lax.ragged_dot`. On CPU and NVIDIA GPUs XLA
+multiplies every row by every expert for it, so there the rows are walked in
+blocks. The choice is made when a trace is lowered, so that one trace serves
+every platform.
 """
 
 import functools
@@ -41,9 +42,9 @@ def grouped_matmul(
     rhs: `[E, D, F]`. One matrix per group, the dtype of `lhs`.
     group_sizes: `[E]` int32. At most N in sum; gets no gradient.
     implementation: "ragged_dot" (`jax.lax.ragged_dot`, for TPU), "tiled" (one
-      expert's rows at a time, for CPU), "batched" (batches of all experts' rows, for
-      NVIDIA GPU), or None for the fast one of the platform that the program is
-      lowered for.
+      expert's rows at a time, for CPU), "batched" (batches of all experts'
+      rows, for NVIDIA GPU), or None for the fast one of the platform that the
+      program is lowered for.
     expected_rows: of all groups together when they are balanced, where that is
       far below N, as on one shard of the experts; None for N. It only sizes the
       batches of "batched"; it never changes the result.

@@ -2,18 +2,19 @@
 """The products of the experts by batches, many experts' rows at once: for NVIDIA GPU.
 
 There XLA lowers `jax.lax.ragged_dot` to a dense product of every row with every
-expert. Here the first batch takes up to R rows of each of the E experts, a little
-more than an even share, with the parameters where they are. When loads are balanced
-that is all. What is left is cut into chunks of R / 2 rows of one expert, and E / 4
-chunks are a batch, with the parameters of their experts gathered; as many batches as
-the loads need. Three experts of 5, 2 and 9 rows, R = 4:
+expert. Here the first batch takes up to R rows of each of the E experts, a
+little more than an even share, with the parameters where they are. When loads
+are balanced that is all. What is left is cut into chunks of R / 2 rows of one
+expert, and E / 4 chunks are a batch, with the parameters of their experts
+gathered; as many batches as the loads need. Three experts of 5, 2 and 9 rows, R
+= 4:
 
     rows      0 0 0 0 0 1 1 2 2 2 2 2 2 2 2 2
     first     0 0 0 0   1 1 . .   2 2 2 2           [3, 4] rows, one product
     chunks            0 .       2 2 | 2 2 | 2 .     [1, 2] rows a batch, a product each
 
-So the work follows the rows: 1.25 N of them when loads are balanced and about 2.4 N
-at worst.
+So the work follows the rows: 1.25 N of them when loads are balanced and about
+2.4 N at worst.
 """
 
 import functools
@@ -27,10 +28,11 @@ from jax import lax
 from jaxroute.experts import blocks
 from jaxroute.experts import products as products_lib
 
-# R over an even share. A smaller one pads less and leaves more to later batches.
+# R over an even share. A smaller one pads less and leaves more to later
+# batches.
 _SLACK = 1.25
-# A later batch has an eighth of the rows of the first: E / 4 chunks of R / 2 rows.
-# Smaller chunks pad less and gather more parameters.
+# A later batch has an eighth of the rows of the first: E / 4 chunks of R / 2
+# rows. Smaller chunks pad less and gather more parameters.
 _CHUNKS_PER_EXPERT = 1 / 4
 _CHUNK_SHARE_OF_R = 1 / 2
 # Numbers of rows are multiples of this.
@@ -41,9 +43,10 @@ class RowBatch(NamedTuple):
   """Up to R rows of each of B experts; a `blocks.Block`.
 
   Attributes:
-    experts: `[B]` int32, E for a chunk that is not there; None for all E in order.
-    index: `[B, R]` int32. Row numbers; an empty slot has a number of its own, from N
-      on.
+    experts: `[B]` int32, E for a chunk that is not there; None for all E in
+      order.
+    index: `[B, R]` int32. Row numbers; an empty slot has a number of its own,
+      from N on.
   """
 
   experts: jax.Array | None
@@ -67,8 +70,9 @@ class RowBatch(NamedTuple):
     """See `blocks.Block`."""
     if self.experts is None:
       return w + value
-    # A scatter of all chunks would add those of one expert in an order that changes
-    # from run to run. They are summed before, and one of them is scattered.
+    # A scatter of all chunks would add those of one expert in an order that
+    # changes from run to run. They are summed before, and one of them is
+    # scattered.
     is_same = self.experts[:, None] == self.experts[None]
     total = jnp.sum(
       jnp.where(is_same[:, :, None, None], value[None], 0), axis=1
@@ -125,7 +129,8 @@ def for_each_batch(
     carry: pytree of arrays.
     group_sizes: `[E]` int32. At most N in sum.
     n: N.
-    expected_rows: of the groups when loads are balanced, which R follows; None for N.
+    expected_rows: of the groups when loads are balanced, which R follows; None
+      for N.
 
   Returns:
     The carry after the last batch.
@@ -168,8 +173,8 @@ def _batch(numbers: jax.Array, chunks: _Chunks, n: int) -> RowBatch:
   experts = jnp.sum(
     chunks.num_before[None] <= numbers[:, None], axis=1, dtype=jnp.int32
   )
-  # Past the last chunk e is the last expert, and `begin` is its end or beyond: the
-  # chunk is empty.
+  # Past the last chunk e is the last expert, and `begin` is its end or beyond:
+  # the chunk is empty.
   e = jnp.minimum(experts, chunks.count.shape[0] - 1)
   in_expert = numbers - chunks.num_before[e] + chunks.count[e]
   begin = chunks.first_row[e] + in_expert * chunks.rows

@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The products of the experts, from dense ones over blocks of rows.
 
-`tiled` and `batched` walk the rows in blocks that cover every group exactly: one
-expert's rows at a time, or those of many experts at once. What is done with a block
-is written once, here. R is the number of a block's rows.
+`tiled` and `batched` walk the rows in blocks that cover every group exactly:
+one expert's rows at a time, or those of many experts at once. What is done with
+a block is written once, here. R is the number of a block's rows.
 """
 
 import functools

@@ -14,15 +14,15 @@ class Products(NamedTuple):
   """The products of one implementation. Sums are float32; rows past the groups give 0.
 
   Attributes:
-    matmul: `(lhs, rhs, group_sizes, *, dtype)`: `[N, D]` times `[E, D, F]` by groups,
-      `[N, F]` of that dtype.
-    outer: `(lhs, d_out, group_sizes)`: per group, the transpose of its `lhs` rows
-      times its `d_out` rows, `[E, D, F]` of the dtype of `lhs`.
-    swiglu: `(x, params, group_sizes, *, keep)`: the output, `[N, D]`, and, if `keep`,
-      the projections by `w_gate` and `w_up`, `[N, F]` each, for the gradient; else
-      `()`.
-    swiglu_gradient: `(x, kept, params, group_sizes, d_out)`: the gradients to `x` and
-      `params`.
+    matmul: `(lhs, rhs, group_sizes, *, dtype)`: `[N, D]` times `[E, D, F]` by
+      groups, `[N, F]` of that dtype.
+    outer: `(lhs, d_out, group_sizes)`: per group, the transpose of its `lhs`
+      rows times its `d_out` rows, `[E, D, F]` of the dtype of `lhs`.
+    swiglu: `(x, params, group_sizes, *, keep)`: the output, `[N, D]`, and, if
+      `keep`, the projections by `w_gate` and `w_up`, `[N, F]` each, for the
+      gradient; else `()`.
+    swiglu_gradient: `(x, kept, params, group_sizes, d_out)`: the gradients to
+      `x` and `params`.
   """
 
   matmul: Callable[..., jax.Array]

@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The products of the experts where XLA has them: TPU.
 
-What `jax.lax.ragged_dot` does with rows past the groups differs by platform, so they
-are zeroed before and after.
+What `jax.lax.ragged_dot` does with rows past the groups differs by platform, so
+they are zeroed before and after.
 """
 
 from typing import Any

@@ -2,8 +2,8 @@
 """The products of the experts by tiles, one expert's rows at a time: for CPU.
 
 A tile is a fixed number of consecutive rows of which those of one group count.
-Its product is a dense one over a slice of the rows, which runs near the speed of
-one dense product over all of them.
+Its product is a dense one over a slice of the rows, which runs near the speed
+of one dense product over all of them.
 """
 
 from typing import Any, NamedTuple
@@ -14,8 +14,9 @@ from jax import lax
 
 from jaxroute.experts import blocks
 
-# A tile costs about as much as 50 rows before its first, hence large tiles. The last tile of a
-# group is the smallest multiple of _TILE_STEP rows that holds what is left.
+# A tile costs about as much as 50 rows before its first, hence large tiles. The
+# last tile of a group is the smallest multiple of _TILE_STEP rows that holds
+# what is left.
 _MAX_TILE = 512
 _TILE_STEP = 64
 
@@ -61,8 +62,10 @@ class _TilesOfOneSize(NamedTuple):
 
   Attributes:
     count: `[E]` int32. Tiles of this size per expert.
-    first_row: `[E]` int32. The first row of an expert's first tile of this size.
-    num_before: `[E]` int32. Tiles of this size up to and with those of an expert.
+    first_row: `[E]` int32. The first row of an expert's first tile of this
+      size.
+    num_before: `[E]` int32. Tiles of this size up to and with those of an
+      expert.
   """
 
   count: jax.Array
@@ -76,8 +79,8 @@ def for_each_tile(
   """Folds `body(tile, carry)` over tiles that cover every group exactly.
 
   A group of r rows is `r // _MAX_TILE` full tiles and one for the rest, rounded
-  up to a multiple of _TILE_STEP. One loop per tile size: the shapes in it are static,
-  its length is not.
+  up to a multiple of _TILE_STEP. One loop per tile size: the shapes in it are
+  static, its length is not.
 
   Args:
     body: of a `Tile` and the carry; returns the carry.

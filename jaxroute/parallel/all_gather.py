@@ -9,9 +9,10 @@
 | group_sizes | experts | `expert_axis` |
 
 Every device sorts the tokens it sees by its own experts; assignments to other
-devices' experts take part as rows of no group. Where tokens are sharded over the
-expert axis too, they are gathered before and the sums scattered after (all-gather
-and reduce-scatter expert parallelism); else the partial outputs are summed.
+devices' experts take part as rows of no group. Where tokens are sharded over
+the expert axis too, they are gathered before and the sums scattered after
+(all-gather and reduce-scatter expert parallelism); else the partial outputs are
+summed.
 """
 
 import dataclasses
@@ -39,8 +40,9 @@ def map_experts(
   """Runs every device's experts on the tokens that chose them.
 
   Args:
-    run_experts: what a device does with the tokens it sees and the experts it holds:
-      an index one past its own experts stands for an expert of another device.
+    run_experts: what a device does with the tokens it sees and the experts it
+      holds: an index one past its own experts stands for an expert of another
+      device.
     x: `[T, D]`, sharded over `partition.token_axes`.
     routing: of those tokens.
     params: pytree of `[E, ...]`, sharded over `partition.expert_axis`.

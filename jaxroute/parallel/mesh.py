@@ -13,8 +13,9 @@ from jaxroute import types
 def vary_alike(tree: types.PyTree) -> types.PyTree:
   """Marks arrays as varying over every mesh axis that one of them varies over.
 
-  Inside `jax.shard_map`, a function with a derivative of its own needs all arguments
-  to vary over the same axes. The transpose of the mark sums their gradients.
+  Inside `jax.shard_map`, a function with a derivative of its own needs all
+  arguments to vary over the same axes. The transpose of the mark sums their
+  gradients.
 
   Args:
     tree: pytree of arrays.
@@ -48,8 +49,8 @@ def map_over_tokens(
     function: of the operands.
     operands: arrays, the first `[T, ...]`.
     are_per_token: for each, whether it is `[T, ...]`, or whole on every device.
-    outputs_per_token: the same of the outputs, a tree of bools in their structure. An
-      output that is whole is summed over the shards.
+    outputs_per_token: the same of the outputs, a tree of bools in their
+      structure. An output that is whole is summed over the shards.
     check_vma: as in `jax.shard_map`.
 
   Returns:
@@ -118,13 +119,14 @@ def explicit_axes(x: jax.Array, first_dimension: int = 0) -> tuple[Any, ...]:
 def kernel_refusal(by_name: bool, over_shards: bool = False) -> str | None:
   """Why a kernel may not run under the mesh in force, or None if it may.
 
-  XLA does not partition a kernel: every axis of the mesh has to be manual, as inside
-  `jax.shard_map`, or of size 1.
+  XLA does not partition a kernel: every axis of the mesh has to be manual, as
+  inside `jax.shard_map`, or of size 1.
 
   Args:
-    by_name: whether the user asked for the kernel, and so vouches that its operands
-      are on one device where no mesh is in force.
-    over_shards: whether the caller maps the kernel over axes of explicit sharding.
+    by_name: whether the user asked for the kernel, and so vouches that its
+      operands are on one device where no mesh is in force.
+    over_shards: whether the caller maps the kernel over axes of explicit
+      sharding.
 
   Returns:
     The reason, for an error message.

@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Top-k routing with a selection bias: arguments, checks, and who does it.
 
-The primal step of auxiliary-loss-free balancing: every token takes the K experts
-with the largest score + bias, and is weighted by the scores alone.
+The primal step of auxiliary-loss-free balancing: every token takes the K
+experts with the largest score + bias, and is weighted by the scores alone.
 """
 
 from typing import Any, Literal
@@ -26,10 +26,10 @@ def route(
 ) -> types.Routing:
   """Chooses K experts per token and weighs them; counts what was chosen.
 
-  Experts are chosen by `scores + expert_bias` (ties: the lowest index), weighted
-  by their unbiased scores. Gradients flow to `logits` through the weights only;
-  the bias gets none. A NaN logit never beats a finite one; a token that has to
-  choose one gets NaN weights and is left out of `load`.
+  Experts are chosen by `scores + expert_bias` (ties: the lowest index),
+  weighted by their unbiased scores. Gradients flow to `logits` through the
+  weights only; the bias gets none. A NaN logit never beats a finite one; a
+  token that has to choose one gets NaN weights and is left out of `load`.
 
   Args:
     logits: `[T, E]` floating point. Router projection output; -inf masks an
@@ -37,13 +37,14 @@ def route(
     expert_bias: `[E]` float32. The dual variable, or None for no bias.
     config: what to compute; static.
     token_mask: `[T]` bool. False marks padding: weight 0, not counted.
-    implementation: "pallas_tpu", "xla", or None for the first of them that can do
-      this here. "pallas_tpu" is a kernel for v5e, v5p and newer, which XLA does
-      not partition: call it on one device, under explicit sharding, or inside
-      `jax.shard_map`. Without a name the kernel is taken only if the program is for
-      such a TPU: that of the mesh in force (`jax.sharding.use_abstract_mesh`), or
-      else the default device. With a name it is traced anywhere, so that it can be
-      compiled for a TPU elsewhere.
+    implementation: "pallas_tpu", "xla", or None for the first of them that can
+      do this here. "pallas_tpu" is a kernel for v5e, v5p and newer, which XLA
+      does not partition: call it on one device, under explicit sharding, or
+      inside `jax.shard_map`. Without a name the kernel is taken only if the
+      program is for such a TPU: that of the mesh in force
+      (`jax.sharding.use_abstract_mesh`), or else the default device. With a
+      name it is traced anywhere, so that it can be compiled for a TPU
+      elsewhere.
     interpret: whether a kernel is interpreted, on any device: False, True, or
       `pltpu.InterpretParams` for the TPU simulator.
 
@@ -52,9 +53,9 @@ def route(
 
   Raises:
     ValueError: if a shape or dtype does not fit `config`.
-    NotImplementedError: if `implementation` cannot do this; "xla" always can. The
-      error says why, and what to do. A kernel that was asked for by name raises it
-      where its program is compiled for another platform.
+    NotImplementedError: if `implementation` cannot do this; "xla" always can.
+      The error says why, and what to do. A kernel that was asked for by name
+      raises it where its program is compiled for another platform.
 
   Example:
     >>> config = types.RouterConfig(num_experts=4, top_k=2)
@@ -97,11 +98,12 @@ def project_and_route(
 ) -> types.Routing:
   """`route` of `project`, in one kernel where there is one.
 
-  The kernel does not write logits to memory: it works on the logits of one block
-  while it projects the next, in float32 as `project` does, except for the order of
-  the sums. It is for TPU v6e and newer, bfloat16 tokens whose width is a multiple of
-  128, projections that fit its memory, and scores other than a softmax over all
-  experts. One block is projected twice, so it is for many thousand tokens.
+  The kernel does not write logits to memory: it works on the logits of one
+  block while it projects the next, in float32 as `project` does, except for the
+  order of the sums. It is for TPU v6e and newer, bfloat16 tokens whose width is
+  a multiple of 128, projections that fit its memory, and scores other than a
+  softmax over all experts. One block is projected twice, so it is for many
+  thousand tokens.
 
   Args:
     tokens: `[T, D]` floating point.
@@ -109,12 +111,14 @@ def project_and_route(
     expert_bias: as in `route`.
     config: what to compute; static.
     token_mask: as in `route`.
-    implementation: as in `route`. None and "pallas_tpu" take one kernel for both
-      where it can do this; else None takes `project` and then the best `route`.
+    implementation: as in `route`. None and "pallas_tpu" take one kernel for
+      both where it can do this; else None takes `project` and then the best
+      `route`.
     interpret: as in `route`.
 
   Returns:
-    A `Routing`. Gradients flow through the weights to `tokens` and `router_weight`.
+    A `Routing`. Gradients flow through the weights to `tokens` and
+    `router_weight`.
 
   Raises:
     ValueError: as `route`.

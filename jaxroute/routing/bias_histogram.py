@@ -2,11 +2,11 @@
 """How far the bias of every expert is from the tokens' cutoffs, counted, in XLA.
 
 Token i chooses expert e while `cutoff[i] - (score[i, e] + expert_bias[e])` is
-negative. That distance says how far the bias of e alone would have to move to change
-the choice of token i, and its quantile with T K / E tokens below is how far the bias
-has to move for balance. Sixteen bins per expert, eight on either side, each eight
-times as wide as the one before, hold distances of all sizes: where the bias is nearly
-right they are fine, whatever the score function.
+negative. That distance says how far the bias of e alone would have to move to
+change the choice of token i, and its quantile with T K / E tokens below is how
+far the bias has to move for balance. Sixteen bins per expert, eight on either
+side, each eight times as wide as the one before, hold distances of all sizes:
+where the bias is nearly right they are fine, whatever the score function.
 
 Counts of devices and micro-batches add up.
 """
@@ -33,8 +33,8 @@ The first and the last also hold what is beyond them.
 
 _LARGEST = float(np.finfo(np.float32).max)
 
-# Rows that are summed in 4-bit fields before these could overflow (8 * 1 < 16), and
-# words of these that are summed in 8-bit fields (16 * 8 < 256).
+# Rows that are summed in 4-bit fields before these could overflow (8 * 1 < 16),
+# and words of these that are summed in 8-bit fields (16 * 8 < 256).
 _NIBBLES, _BYTES = 8, 16
 
 
@@ -110,8 +110,8 @@ def _count_below(
 def _count_side(distance: jax.Array) -> jax.Array:
   """`[8, E]` counts of the finite distances of at least +0.
 
-  Eight 4-bit counters fit a word, so that one pass over `[T, E]` adds a word per
-  number instead of comparing it with every edge.
+  Eight 4-bit counters fit a word, so that one pass over `[T, E]` adds a word
+  per number instead of comparing it with every edge.
   """
   bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
   counted = (bits >= 0) & (bits < 0x7F800000)

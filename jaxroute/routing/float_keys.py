@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """float32 numbers as int32 keys of the same order, and back.
 
-Keys are compared exactly and in one way everywhere; XLA may compute a float anew,
-with other bits, wherever it is compared.
+Keys are compared exactly and in one way everywhere; XLA may compute a float
+anew, with other bits, wherever it is compared.
 """
 
 import jax

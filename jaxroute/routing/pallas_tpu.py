@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """`route` and `project_and_route` by the TPU kernel, with their gradients.
 
-Under explicit sharding the kernel runs shard by shard. The gradient of the weights
-is that of `weights.weigh` for the chosen experts; a second kernel puts it into the
-rows of E logits.
+Under explicit sharding the kernel runs shard by shard. The gradient of the
+weights is that of `weights.weigh` for the chosen experts; a second kernel puts
+it into the rows of E logits.
 """
 
 import dataclasses
@@ -42,8 +42,8 @@ def route(
     expert_bias: `[E]` float32, or None.
     config: static router description.
     token_mask: `[T]` bool, or None.
-    by_name: whether the kernel was asked for, and may be on its way to a TPU that
-      is not here.
+    by_name: whether the kernel was asked for, and may be on its way to a TPU
+      that is not here.
     interpret: as in `jaxroute.route`.
 
   Returns:
@@ -105,7 +105,8 @@ def _map_shards(
 ) -> types.Routing:
   """Calls the kernel on every shard of the tokens, or on all of them.
 
-  The first of `inputs` and the mask have tokens in front, and are sharded alike.
+  The first of `inputs` and the mask have tokens in front, and are sharded
+  alike.
   """
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
@@ -134,13 +135,13 @@ class _Residuals:
   """What the backward pass needs.
 
   Attributes:
-    chosen: `[T, K]` float32. The chosen logits; or their scores, where those depend
-      on the logits of all experts.
+    chosen: `[T, K]` float32. The chosen logits; or their scores, where those
+      depend on the logits of all experts.
     expert_idx: `[T, K]` int32.
     expert_bias: `[E]` float32, or None.
     token_mask: `[T]` bool, or None.
-    logits: `[T, E]`, where a softmax over them has to be taken anew; else `[0, E]`,
-      for their dtype. None if they were projected.
+    logits: `[T, E]`, where a softmax over them has to be taken anew; else
+      `[0, E]`, for their dtype. None if they were projected.
     tokens: `[T, D]`, where they were projected; else None.
     router_weight: `[D, E]`, where tokens were projected; else None.
   """

@@ -124,7 +124,8 @@ def _largest(keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
 def _first(flags: jax.Array) -> jax.Array:
   """Index of the first True of the last axis, which is kept with size 1."""
   n = flags.shape[-1]
-  # A select between unsharded operands would lose the sharding; a product keeps it.
+  # A select between unsharded operands would lose the sharding; a product keeps
+  # it.
   from_end = flags.astype(jnp.int32) * (n - _iota(n, flags.ndim))
   return n - jnp.max(from_end, axis=-1, keepdims=True)
 

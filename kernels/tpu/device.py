@@ -14,9 +14,10 @@ def generation() -> int | None:
   """The generation of the TPU that the program being traced is for.
 
   Returns:
-    5 for v5e and v5p, 6 for v6e, 7 for v7x; None if it is for no TPU. That is told
-    by the abstract device of the mesh in force (`jax.sharding.use_abstract_mesh`) or,
-    if there is none, by the default device of the process.
+    5 for v5e and v5p, 6 for v6e, 7 for v7x; None if it is for no TPU. That is
+    told by the abstract device of the mesh in force
+    (`jax.sharding.use_abstract_mesh`) or, if there is none, by the default
+    device of the process.
   """
   return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
 

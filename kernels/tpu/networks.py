@@ -16,8 +16,8 @@ element may be NaN.
 
 `best` compares values in pairs, then the winners with each other and the losers
 with each other, and so on for some levels. A *class* is the values that won
-and lost the same comparisons, n of them lost. At most `count >> n` of them can be among
-the largest `count`.
+and lost the same comparisons, n of them lost. At most `count >> n` of them can
+be among the largest `count`.
 """
 
 import dataclasses

@@ -11,8 +11,8 @@ from jax import lax
 Ref: TypeAlias = Any
 """In a kernel a reference, or None for what a call does not have.
 
-In the call it is what the reference is made from: an array, a block specification or
-the shape of a buffer.
+In the call it is what the reference is made from: an array, a block
+specification or the shape of a buffer.
 """
 
 

@@ -42,8 +42,8 @@ PROJECT_FILES = (
   "setup.cfg",
   "tests/**/*.py",
 )
-# Calls a hook of PEP 517, as pip does. jax may be missing, for the version is read
-# from the text of jaxroute, not imported.
+# Calls a hook of PEP 517, as pip does. jax may be missing, for the version is
+# read from the text of jaxroute, not imported.
 BUILD_CODE = """
 import sys
 sys.modules["jax"] = None
@@ -163,6 +163,9 @@ def test_there_is_one_version(built):
   citation = ROOT / "CITATION.cff"
   if citation.exists():
     assert f"\nversion: {jaxroute.__version__}\n" in citation.read_text()
+  readme = (ROOT / "README.md").read_text()
+  assert f"alpha, {jaxroute.__version__}." in readme
+  assert f"version = {{{jaxroute.__version__}}}," in readme
 
 
 def test_import_needs_neither_flax_nor_matplotlib():

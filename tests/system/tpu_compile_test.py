@@ -117,8 +117,8 @@ def _long_but_first(values):
   return [first, *(pytest.param(x, marks=pytest.mark.long) for x in others)]
 
 
-# The other generations are compiled by the test of their cycles, below. The longest
-# case is the same kernel on a longer grid.
+# The other generations are compiled by the test of their cycles, below. The
+# longest case is the same kernel on a longer grid.
 @pytest.mark.parametrize("generation", ["v5p", "v7x"])
 @pytest.mark.parametrize(
   "case",

@@ -60,9 +60,9 @@ Stage 9 and `flush` are there for `config.histogram`, `next` for
   1. Logits are transposed, scored and biased. The selection scores are stored,
      and every later stage reads them from there: none computes them again with
      other bits. A selection network keeps the K + 1 largest values of every
-     sublane, no indices. Without groups, values that lost an early comparison are
-     kept in separate, shorter lists, as fewer of them are wanted. Columns take
-     turns in two buffers of transposed logits: with one for each, all
+     sublane, no indices. Without groups, values that lost an early comparison
+     are kept in separate, shorter lists, as fewer of them are wanted. Columns
+     take turns in two buffers of transposed logits: with one for each, all
      transposes would come first, with nothing to do beside them.
   2. The 8 sublanes' lists are merged, each class with its own. A group's score
      is the sum of the heads of its list; a group that is not kept is taken out
