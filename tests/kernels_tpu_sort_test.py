@@ -195,7 +195,11 @@ def test_on_a_cpu_it_says_why_not_and_what_to_do():
   idx = jnp.zeros((4, 2), jnp.int32)
   with pytest.raises(NotImplementedError) as error:
     dispatch.sort_by_expert(idx, 8, implementation="pallas_tpu")
-  for words in ("kernel for TPU", "another platform", "`interpret=True`"):
+  for words in (
+    "the TPU kernel of `sort_by_expert`",
+    "another platform",
+    "`interpret=True`",
+  ):
     assert words in str(error.value)
 
 

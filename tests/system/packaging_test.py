@@ -14,6 +14,8 @@ import pytest
 
 import jaxroute
 
+pytestmark = pytest.mark.any_jax
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 # What git has in place of the link where there are no links.
 LINK_TEXT = "../kernels"
@@ -48,8 +50,6 @@ BUILD_CODE = """
 import sys
 sys.modules["jax"] = None
 from setuptools import build_meta
-
-pytestmark = pytest.mark.any_jax
 print(getattr(build_meta, sys.argv[1])("dist"))
 """
 
