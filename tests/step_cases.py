@@ -13,12 +13,12 @@ LAYERS, E, K, D = 2, 8, 2, 16
 CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=K)
 
 
-def params(seed=0):
+def make_params(seed=0):
   w = jax.random.normal(jax.random.key(seed), (LAYERS, D, E)) / D**0.5
   return {"router": w, "scale": jnp.ones(E)}
 
 
-def batch(rows=32, seed=1):
+def make_batch(rows=32, seed=1):
   # A common offset makes the load skewed.
   x = jax.random.normal(jax.random.key(seed), (rows, D)) + 0.5
   return {"x": x, "token_mask": jnp.arange(rows) % 5 != 0}
@@ -39,14 +39,14 @@ def loss_fn(params, expert_bias, batch):
   return loss**2, (counts, {"value": loss})
 
 
-def state(rule, optimizer, params=None):
-  params = params() if params is None else params
+def make_state(rule, optimizer, params=None):
+  params = make_params() if params is None else params
   return jaxroute.init_train_state(
     params, jaxroute.init_router_state(rule, E, LAYERS), optimizer
   )
 
 
-def step(rule, optimizer, **kwargs):
+def make_step(rule, optimizer, **kwargs):
   return jax.jit(
     functools.partial(
       jaxroute.train_step,
@@ -58,7 +58,7 @@ def step(rule, optimizer, **kwargs):
   )
 
 
-def loaded(rule, *rows):
+def loaded_state(rule, *rows):
   state = jaxroute.init_router_state(rule, len(rows[0]), len(rows))
   return with_load(state, jnp.array(rows, jnp.int32))
 

@@ -20,7 +20,9 @@ from jaxroute import dual, step
 
 def test_update_moves_every_layer_by_its_own_load():
   rule = dual.sign(0.5)
-  state = jaxroute.update(step_cases.loaded(rule, [3, 1], [2, 2], [0, 4]), rule)
+  state = jaxroute.update(
+    step_cases.loaded_state(rule, [3, 1], [2, 2], [0, 4]), rule
+  )
   np.testing.assert_array_equal(
     state.expert_bias, [[-0.5, 0.5], [0, 0], [0.5, -0.5]]
   )
@@ -30,7 +32,7 @@ def test_update_moves_every_layer_by_its_own_load():
 @pytest.mark.parametrize("jit", [False, True])
 def test_apply_false_discards_the_load_and_changes_nothing_else(jit):
   rule = optax.chain(dual.sign(dual.inverse(0.5)), optax.trace(0.9))
-  state = jaxroute.update(step_cases.loaded(rule, [3, 1]), rule)
+  state = jaxroute.update(step_cases.loaded_state(rule, [3, 1]), rule)
   loaded = step_cases.with_load(state, jnp.array([[1, 3]], jnp.int32))
   fn = jax.jit(step.update, static_argnums=1) if jit else step.update
   chex.assert_trees_all_equal(fn(loaded, rule, False), state)
@@ -124,10 +126,10 @@ def test_update_takes_any_pytree_of_biases():
 
 def test_padding_is_invisible_to_the_bias_trajectory():
   rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
-  plain = padded = step_cases.state(rule, optimizer)
-  run = step_cases.step(rule, optimizer)
+  plain = padded = step_cases.make_state(rule, optimizer)
+  run = step_cases.make_step(rule, optimizer)
   for seed in range(3):
-    batch = step_cases.batch(seed=seed)
+    batch = step_cases.make_batch(seed=seed)
     more = {
       "x": jnp.concatenate([batch["x"], jnp.full((7, D), 1e4)]),
       "token_mask": jnp.concatenate([batch["token_mask"], jnp.zeros(7, bool)]),
@@ -143,14 +145,16 @@ def test_padding_is_invisible_to_the_bias_trajectory():
 def test_a_skipped_step_changes_nothing_but_its_number(reason):
   rule = optax.chain(dual.sign(1e-2), optax.trace(0.9))
   optimizer = optax.adam(1e-3)
-  state = step_cases.state(rule, optimizer)
-  state, _ = step_cases.step(rule, optimizer)(state, step_cases.batch())
-  batch = step_cases.batch(seed=2)
+  state = step_cases.make_state(rule, optimizer)
+  state, _ = step_cases.make_step(rule, optimizer)(
+    state, step_cases.make_batch()
+  )
+  batch = step_cases.make_batch(seed=2)
   if reason == "nan":
     batch["x"] = batch["x"].at[1].set(jnp.nan)
-  after, report = step_cases.step(rule, optimizer, skip=reason == "argument")(
-    state, batch
-  )
+  after, report = step_cases.make_step(
+    rule, optimizer, skip=reason == "argument"
+  )(state, batch)
   assert report["skipped"] == 1
   assert np.isnan(report["loss"]) == (reason == "nan")
   chex.assert_trees_all_equal(
@@ -161,9 +165,9 @@ def test_a_skipped_step_changes_nothing_but_its_number(reason):
 
 def test_freeze_trains_the_parameters_and_leaves_the_bias():
   rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
-  state = step_cases.state(rule, optimizer)
-  after, report = step_cases.step(rule, optimizer, freeze_bias=True)(
-    state, step_cases.batch()
+  state = step_cases.make_state(rule, optimizer)
+  after, report = step_cases.make_step(rule, optimizer, freeze_bias=True)(
+    state, step_cases.make_batch()
   )
   chex.assert_trees_all_equal(after.router, state.router)
   assert np.any(after.params["router"] != state.params["router"])
@@ -172,12 +176,12 @@ def test_freeze_trains_the_parameters_and_leaves_the_bias():
 
 def test_the_bias_of_a_batch_depends_on_earlier_batches_only():
   rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
-  state, report = step_cases.step(rule, optimizer)(
-    step_cases.state(rule, optimizer), step_cases.batch()
+  state, report = step_cases.make_step(rule, optimizer)(
+    step_cases.make_state(rule, optimizer), step_cases.make_batch()
   )
   loads = jaxroute.eval_step(
-    step_cases.state(rule, optimizer),
-    step_cases.batch(),
+    step_cases.make_state(rule, optimizer),
+    step_cases.make_batch(),
     loss_fn=step_cases.loss_fn,
   )["load"]
   np.testing.assert_array_equal(report["load"], loads)
@@ -185,28 +189,28 @@ def test_the_bias_of_a_batch_depends_on_earlier_batches_only():
 
 def test_evaluation_changes_nothing_and_counts():
   rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
-  state = step_cases.state(rule, optimizer)
+  state = step_cases.make_state(rule, optimizer)
   before = jax.tree.map(np.array, state)
   out = jax.jit(
     functools.partial(jaxroute.eval_step, loss_fn=step_cases.loss_fn)
-  )(state, step_cases.batch())
+  )(state, step_cases.make_batch())
   chex.assert_trees_all_equal(state, before)
   assert int(out["load"].sum()) == LAYERS * K * int(
-    step_cases.batch()["token_mask"].sum()
+    step_cases.make_batch()["token_mask"].sum()
   )
 
 
 @pytest.mark.implicit_promotion  # optax.adam promotes its count
 def test_weight_decay_and_the_optimizer_do_not_reach_the_bias():
   rule, optimizer = dual.sign(0.0), optax.adamw(1e-1, weight_decay=0.5)
-  state = step_cases.state(rule, optimizer)
+  state = step_cases.make_state(rule, optimizer)
   bias = jnp.full((LAYERS, E), 0.25)
   state = dataclasses.replace(
     state, router=dataclasses.replace(state.router, expert_bias=bias)
   )
   for seed in range(3):
-    state, _ = step_cases.step(rule, optimizer)(
-      state, step_cases.batch(seed=seed)
+    state, _ = step_cases.make_step(rule, optimizer)(
+      state, step_cases.make_batch(seed=seed)
     )
   np.testing.assert_array_equal(state.router.expert_bias, bias)
 
@@ -223,10 +227,10 @@ def test_the_state_can_be_donated_and_keeps_its_type():
     ),
     donate_argnums=0,
   )
-  state = step_cases.state(rule, optimizer)
+  state = step_cases.make_state(rule, optimizer)
   types = jax.tree.map(jax.typeof, state)
   for seed in range(3):
-    state, _ = run(state, step_cases.batch(seed=seed))
+    state, _ = run(state, step_cases.make_batch(seed=seed))
     assert jax.tree.map(jax.typeof, state) == types
   assert run._cache_size() == 1
 
@@ -238,11 +242,11 @@ def test_sharded_tokens_give_the_same_bias_bit_for_bit():
   )
   over_data = jax.NamedSharding(mesh, jax.P("data"))
   everywhere = jax.NamedSharding(mesh, jax.P())
-  one = many = step_cases.state(rule, optimizer)
+  one = many = step_cases.make_state(rule, optimizer)
   many = jax.device_put(many, everywhere)
-  run = step_cases.step(rule, optimizer, micro_batches=2)
+  run = step_cases.make_step(rule, optimizer, micro_batches=2)
   for seed in range(4):
-    batch = step_cases.batch(64, seed)
+    batch = step_cases.make_batch(64, seed)
     one, _ = run(one, batch)
     many, _ = run(many, jax.device_put(batch, over_data))
   chex.assert_trees_all_equal(
@@ -354,15 +358,15 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
       "`expert_bias` must be float32, got bfloat16",
     ),
     (
-      lambda r: step_cases.step(r, optax.sgd(0.1), micro_batches=5)(
-        step_cases.state(r, optax.sgd(0.1)), step_cases.batch()
+      lambda r: step_cases.make_step(r, optax.sgd(0.1), micro_batches=5)(
+        step_cases.make_state(r, optax.sgd(0.1)), step_cases.make_batch()
       ),
       "`micro_batches`=5.*divide",
     ),
     (
       lambda r: jaxroute.train_step(
-        step_cases.state(r, optax.sgd(0.1)),
-        step_cases.batch(),
+        step_cases.make_state(r, optax.sgd(0.1)),
+        step_cases.make_batch(),
         loss_fn=lambda params, bias, batch: (
           jnp.sum(params["scale"]),
           (jnp.zeros((LAYERS, E), jnp.int32), {}),
