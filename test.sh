@@ -61,11 +61,12 @@ step "lint"
 step "types"
 "$python" -m pyrefly check --python-interpreter-path "$python"
 
-# From elsewhere, so that the checkout cannot be imported by accident.
+# From elsewhere, so that the checkout cannot be imported by accident. A file has one
+# worker: its tests share fixtures and compiled programs.
 cd "$scratch"
 step "tests"
 "$python" -m pytest -c "$root/setup.cfg" --rootdir "$root" --numprocesses 2 \
-  --dist loadgroup --durations=20 --durations-min=2 \
+  --dist loadfile --durations=20 --durations-min=2 \
   --doctest-modules "$root/tests" --pyargs jaxroute "$@"
 
 echo "test.sh: passed in $SECONDS s with Python $version," \

@@ -66,7 +66,7 @@ def train(
   optimizer = optax.adam(3e-3)
   mesh = jax.make_mesh((jax.device_count(),), ("data",))
   with jax.set_mesh(mesh):
-    # Every process makes its part of the batch, as it would read it.
+    # Every process makes its part of the batch, as it would read files.
     sharded = jax.NamedSharding(mesh, jax.P("data"))
     batch_of = jax.jit(make_batch, out_shardings=sharded)
     variables = jax.jit(Model().init)(jax.random.key(1), batch_of(0)[0])

@@ -87,7 +87,7 @@ def check_can_run(
 
 
 def refuse_to_interpret(interpret: Any) -> None:
-  """Raises NotImplementedError if an implementation that is no kernel shall be one.
+  """Raises NotImplementedError if what is no kernel is asked to be interpreted.
 
   Args:
     interpret: what the user passed.
@@ -118,7 +118,10 @@ def call_kernel(
     *operands: pytrees of arrays.
 
   Returns:
-    What `kernel` returns; lowered for another platform, `NotImplementedError`.
+    What `kernel` returns.
+
+  Raises:
+    NotImplementedError: when the program is lowered for another platform.
   """
   if interpret:
     return kernel(*operands)
@@ -137,9 +140,9 @@ def call_kernel(
 def _raise_refusal(*args: Any, operation: str, platform: str) -> Any:
   del args
   raise NotImplementedError(
-    f"the {platform.upper()} kernel of `{operation}` was asked for by name, and the"
-    " program is compiled for another platform; use `implementation=None`, which"
-    f" takes the kernel where it can run, or the `interpret=True` of `{operation}`"
+    f"the {platform.upper()} kernel of `{operation}` was traced, and the program is"
+    " compiled for another platform; trace it for that platform, with"
+    " `implementation=None`, or interpret the kernel (`interpret=True`)"
   )
 
 

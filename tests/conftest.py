@@ -47,7 +47,7 @@ def pytest_addoption(parser):
   parser.addoption(
     "--all",
     action="store_true",
-    help="run the long tables, too, that are marked `long`",
+    help="run all, the long tables too that are marked `long`; wins over --second",
   )
   parser.addoption(
     "--second",

@@ -14,11 +14,7 @@ import pytest
 import train as train_lib
 from absl.testing import flagsaver
 
-pytestmark = [
-  # optax's Adam promotes.
-  pytest.mark.implicit_promotion,
-  pytest.mark.xdist_group("lm_compare_rules"),
-]
+pytestmark = pytest.mark.implicit_promotion  # optax's Adam promotes.
 
 SWITCH, QUANTILE = "switch loss, 1e-1", "quantile"
 # The arms set the rule, and the script the intervals.

@@ -28,12 +28,7 @@ from lm_runs import STEPS, TINY
 
 from jaxroute import assignment
 
-pytestmark = [
-  # optax's Adam promotes.
-  pytest.mark.implicit_promotion,
-  # One process compiles the programs that all these runs share.
-  pytest.mark.xdist_group("lm"),
-]
+pytestmark = pytest.mark.implicit_promotion  # optax's Adam promotes.
 
 
 @pytest.fixture(scope="module")

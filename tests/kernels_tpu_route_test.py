@@ -211,8 +211,8 @@ def test_explicit_sharding_changes_nothing():
   assert actual.load.is_fully_replicated
 
 
-def _takes_kernel(config=None, implementation=None):
-  """Whether what `route` traces to has the kernel in it."""
+def _trace(config=None, implementation=None):
+  """What `route` traces to, as text."""
   config = config or _config(16, 3)
   sharding = None
   mesh = jax.sharding.get_abstract_mesh()
@@ -225,7 +225,11 @@ def _takes_kernel(config=None, implementation=None):
   def call(x):
     return jaxroute.route(x, None, config, implementation=implementation)
 
-  return "jaxroute_route" in str(jax.make_jaxpr(call)(x))
+  return str(jax.make_jaxpr(call)(x))
+
+
+def _takes_kernel(config=None, implementation=None):
+  return "jaxroute_route" in _trace(config, implementation)
 
 
 def _tpu_mesh(size, axis_type, kind="TPU v6 lite"):
@@ -252,6 +256,8 @@ def test_none_takes_it_on_new_tpus_and_what_it_can_map(
 ):
   with jax.sharding.use_abstract_mesh(_tpu_mesh(size, axis_type, kind)):
     assert _takes_kernel() == takes
+    is_mapped = axis_type == AxisType.Explicit
+    assert ("shard_map" in _trace()) == is_mapped
     assert not _takes_kernel(implementation="xla")
     # What it cannot do is left to XLA.
     assert not _takes_kernel(_config(12, 3, num_groups=3, group_top_k=2))

@@ -72,7 +72,8 @@ def _double_on_tpu(x):
 @pytest.mark.parametrize("transform", (lambda f: f, jax.jit, jax.vmap))
 def test_a_kernel_lowered_for_another_platform_says_so(transform):
   with pytest.raises(
-    NotImplementedError, match="the TPU kernel of `double` was.*interpret"
+    NotImplementedError,
+    match="the TPU kernel of `double` was traced.*interpret=True",
   ):
     transform(_double_on_tpu)(jnp.ones(3))
 
@@ -95,3 +96,41 @@ def test_inside_shard_map_the_two_branches_vary_alike():
   )
   shape = jax.eval_shape(jax.jit(mapped), np.ones(16, np.float32))["y"].shape
   assert shape == (16,)
+
+
+def _check(**kwargs):
+  arguments = dict(unavailable=lambda: "no TPU", by_name=False, interpret=False)
+  ladder.check_can_run(None, **arguments | kwargs)
+
+
+def test_a_kernel_that_was_not_asked_for_needs_its_device_and_mesh():
+  auto = (jax.sharding.AxisType.Auto,)
+  one = jax.make_mesh((1,), ("data",), axis_types=auto)
+  with jax.set_mesh(one), pytest.raises(NotImplementedError, match="no TPU"):
+    _check()
+  with pytest.raises(NotImplementedError, match="8 devices"):
+    _check(unavailable=lambda: None)
+
+
+def test_a_kernel_asked_for_by_name_needs_no_device_here():
+  _check(by_name=True)
+  auto = (jax.sharding.AxisType.Auto,)
+  eight = jax.make_mesh((8,), ("data",), axis_types=auto)
+  with (
+    jax.set_mesh(eight),
+    pytest.raises(NotImplementedError, match="shard_map"),
+  ):
+    _check(by_name=True)
+
+
+def test_an_interpreted_kernel_runs_anywhere_but_not_on_what_it_cannot_do():
+  auto = (jax.sharding.AxisType.Auto,)
+  with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=auto)):
+    _check(interpret=True)
+  with pytest.raises(NotImplementedError, match="K is too large"):
+    ladder.check_can_run(
+      "K is too large",
+      unavailable=lambda: None,
+      by_name=True,
+      interpret=True,
+    )

@@ -3,6 +3,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import jaxroute
@@ -107,3 +108,46 @@ def test_shards_of_tokens_are_those_dispatched_apart(
   with jax.set_mesh(_mesh((4, 2), AUTO, AUTO)):
     assert mesh_lib.token_shards(partition) == shards
   assert mesh_lib.token_shards(None) == 1
+
+
+def _double_and_count(x, bias):
+  return {"x": 2 * x + bias, "count": jnp.sum(x > 0), "none": None}
+
+
+@pytest.mark.parametrize("is_sharded", (False, True))
+@pytest.mark.parametrize("is_mesh_set", (False, True))
+def test_a_function_of_tokens_is_mapped_over_their_shards(
+  is_sharded, is_mesh_set
+):
+  mesh = _mesh((8,), EXPLICIT)
+  x = np.random.default_rng(0).normal(size=(16, 3)).astype(np.float32)
+  bias = np.ones(3, np.float32)[None]
+  sizes = []
+
+  def function(x, bias):
+    sizes.append(len(x))
+    return _double_and_count(x, bias)
+
+  def mapped(x, bias):
+    return mesh_lib.map_over_tokens(
+      function,
+      [x, bias],
+      are_per_token=[True, False],
+      outputs_per_token={"x": True, "count": False, "none": True},
+    )
+
+  expected = _double_and_count(x, bias)
+  placed = x
+  if is_sharded:
+    placed = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+  if is_mesh_set:
+    with jax.set_mesh(mesh):
+      actual = jax.jit(mapped)(placed, bias)
+  else:
+    actual = jax.jit(mapped)(placed, bias)
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+  assert set(sizes) == {2 if is_sharded else 16}
+  if is_sharded:
+    assert mesh_lib.explicit_axes(actual["x"]) == ("data",)
+    assert mesh_lib.explicit_axes(actual["x"], 1) == ()
+    assert actual["count"].is_fully_replicated

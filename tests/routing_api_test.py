@@ -367,3 +367,14 @@ def test_route_errors_name_argument_value_and_fix(change, words):
     jaxroute.route(**{**_GOOD, **change})
   for word in words:
     assert word in str(error.value)
+
+
+def test_xla_has_nothing_to_interpret():
+  kwargs = dict(implementation="xla", interpret=True)
+  words = "no kernel to interpret.*True"
+  with pytest.raises(NotImplementedError, match=words):
+    jaxroute.route(jnp.zeros((4, 8)), None, _config(), **kwargs)
+  with pytest.raises(NotImplementedError, match=words):
+    jaxroute.routing.project_and_route(
+      jnp.zeros((4, 16)), jnp.zeros((16, 8)), None, _config(), **kwargs
+    )

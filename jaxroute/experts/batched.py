@@ -6,8 +6,8 @@ expert. Here the first batch takes up to R rows of each of the E experts, a
 little more than an even share, with the parameters where they are. When loads
 are balanced that is all. What is left is cut into chunks of R / 2 rows of one
 expert, and E / 4 chunks are a batch, with the parameters of their experts
-gathered; as many batches as the loads need. Three experts of 5, 2 and 9 rows, R
-= 4:
+gathered; as many batches as the loads need. With R = 4, three experts of 5, 2
+and 9 rows:
 
     rows      0 0 0 0 0 1 1 2 2 2 2 2 2 2 2 2
     first     0 0 0 0   1 1 . .   2 2 2 2           [3, 4] rows, one product

@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""What mesh is in force, and how arrays lie on it: no other file asks."""
+"""What mesh is in force, and how arrays lie on it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,6 +39,7 @@ def vary_alike(tree: types.PyTree) -> types.PyTree:
 def map_over_tokens(
   function: Callable[..., types.PyTree],
   operands: Sequence[jax.Array | None],
+  *,
   are_per_token: Sequence[bool],
   outputs_per_token: types.PyTree,
   check_vma: bool = True,
@@ -83,6 +84,7 @@ def map_over_tokens(
 
   return jax.shard_map(
     call_shard,
+    mesh=sharding.mesh,
     in_specs=tuple(map(spec, are_per_token)),
     out_specs=jax.tree.map(spec, outputs_per_token),
     check_vma=check_vma,
@@ -137,7 +139,7 @@ def kernel_refusal(by_name: bool, over_shards: bool = False) -> str | None:
       return None
     return (
       f"no mesh is in force and there are {jax.device_count()} devices, over which"
-      " its operands may be sharded"
+      " its operands may be sharded; call it under `jax.set_mesh`"
     )
   allowed = {jax.sharding.AxisType.Manual}
   if over_shards:
@@ -152,6 +154,7 @@ def kernel_refusal(by_name: bool, over_shards: bool = False) -> str | None:
   return (
     f"XLA does not partition a kernel over the mesh axes {others}; call it inside"
     " `jax.shard_map` over them"
+    + (", or make them explicit" if over_shards else "")
   )
 
 

@@ -42,9 +42,9 @@ def route(
       does not partition: call it on one device, under explicit sharding, or
       inside `jax.shard_map`. Without a name the kernel is taken only if the
       program is for such a TPU: that of the mesh in force
-      (`jax.sharding.use_abstract_mesh`), or else the default device. With a
-      name it is traced anywhere, so that it can be compiled for a TPU
-      elsewhere.
+      (`jax.sharding.use_abstract_mesh`), or else the default device, if it is
+      the only one. With a name it is traced anywhere, so that it can be
+      compiled for a TPU elsewhere.
     interpret: whether a kernel is interpreted, on any device: False, True, or
       `pltpu.InterpretParams` for the TPU simulator.
 

@@ -57,7 +57,9 @@ def count(
     `[E, BINS]` int32.
   """
   operands = selection, expert_idx, cutoff, token_mask
-  return mesh.map_over_tokens(_count, operands, [True] * 4, False)
+  return mesh.map_over_tokens(
+    _count, operands, are_per_token=[True] * 4, outputs_per_token=False
+  )
 
 
 def _count(

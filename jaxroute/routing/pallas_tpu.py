@@ -114,8 +114,10 @@ def _map_shards(
   out = mesh.map_over_tokens(
     lambda *operands: call(*mesh.vary_alike(operands)),
     [*inputs, expert_bias, token_mask],
-    [True, *[False] * len(inputs), True],
-    kernel.Outputs._make(name in per_token for name in kernel.Outputs._fields),
+    are_per_token=[True, *[False] * len(inputs), True],
+    outputs_per_token=kernel.Outputs._make(
+      name in per_token for name in kernel.Outputs._fields
+    ),
     # The interpreter mixes varying and other values itself.
     check_vma=not interpret,
   )
@@ -166,7 +168,8 @@ def _call_kernel(
   call = functools.partial(
     function, config=config, with_chosen=with_chosen, interpret=interpret
   )
-  return ladder.call_kernel("route", "tpu", call, interpret, *operands)
+  operation = function.__name__
+  return ladder.call_kernel(operation, "tpu", call, interpret, *operands)
 
 
 def _keep_chosen(

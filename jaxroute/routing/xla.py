@@ -87,8 +87,8 @@ def _keep_best_groups(keys: jax.Array, config: types.RouterConfig) -> jax.Array:
 def _largest(keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   """The `count` largest of `[..., n]` keys and their indices, best first.
 
-  One round per result. `heads` holds the largest key left in each chunk, so a
-  round reads n / 8 heads and one chunk instead of n keys. Equal keys come in
+  One round per result. `heads` holds the largest key left in each block, so a
+  round reads n / 8 heads and one block instead of n keys. Equal keys come in
   index order, so the keys left are those after the last result.
   """
   if count > _MAX_ROUNDS:
@@ -96,26 +96,26 @@ def _largest(keys: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
   n = keys.shape[-1]
   pad = [(0, 0)] * (keys.ndim - 1) + [(0, -n % _HEAD_KEYS)]
   keys = jnp.pad(keys, pad, constant_values=float_keys.BELOW_ALL)
-  chunks = keys.reshape(*keys.shape[:-1], -(-n // _HEAD_KEYS), _HEAD_KEYS)
-  heads = jnp.max(chunks, axis=-1)
+  blocks = keys.reshape(*keys.shape[:-1], -(-n // _HEAD_KEYS), _HEAD_KEYS)
+  heads = jnp.max(blocks, axis=-1)
   lane = _iota(_HEAD_KEYS, keys.ndim)
-  chunk_idx = _iota(heads.shape[-1], keys.ndim)
+  block_idx = _iota(heads.shape[-1], keys.ndim)
   last, idx = jnp.iinfo(jnp.int32).max, -1
   tops, indices = [], []
   for _ in range(count):
     top = jnp.max(heads, axis=-1, keepdims=True)
-    chunk = _first(heads == top)
-    row = jnp.take_along_axis(
-      chunks, chunk[..., None], axis=-2, mode="promise_in_bounds"
+    block = _first(heads == top)
+    block_keys = jnp.take_along_axis(
+      blocks, block[..., None], axis=-2, mode="promise_in_bounds"
     )[..., 0, :]
-    row_idx = chunk * _HEAD_KEYS + lane
-    is_left = (row < last) | ((row == last) & (row_idx > idx))
-    row = jnp.where(is_left, row, float_keys.BELOW_ALL)
-    hit = _first(row == top)
-    rest = jnp.where(lane == hit, float_keys.BELOW_ALL, row)
+    key_idx = block * _HEAD_KEYS + lane
+    is_left = (block_keys < last) | ((block_keys == last) & (key_idx > idx))
+    block_keys = jnp.where(is_left, block_keys, float_keys.BELOW_ALL)
+    hit = _first(block_keys == top)
+    rest = jnp.where(lane == hit, float_keys.BELOW_ALL, block_keys)
     rest = jnp.max(rest, axis=-1, keepdims=True)
-    heads = jnp.where(chunk_idx == chunk, rest, heads)
-    last, idx = top, chunk * _HEAD_KEYS + hit
+    heads = jnp.where(block_idx == block, rest, heads)
+    last, idx = top, block * _HEAD_KEYS + hit
     tops.append(top)
     indices.append(idx)
   return jnp.concatenate(tops, axis=-1), jnp.concatenate(indices, axis=-1)

@@ -32,6 +32,10 @@ def test_every_snippet_runs_as_pasted(code, capsys):
     assert last < first / 5
 
 
+def test_one_snippet_shows_a_rule_that_balances():
+  assert sum("print(max_vio)" in p.values[0] for p in _SNIPPETS) == 1
+
+
 def test_the_readme_is_short():
   assert len(_README.read_text().split()) <= 900
 

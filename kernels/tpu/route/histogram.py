@@ -48,7 +48,7 @@ _INF_EXPONENT = 128
 _SCALE = np.float32(2.0 ** (_INF_EXPONENT - _TOP_OCTAVE))
 _SMALLEST = np.float32(2.0 ** (_LOWEST_OCTAVE + _INF_EXPONENT - _TOP_OCTAVE))
 
-# float32 stores an exponent above 23 other bits, and plus 127.
+# A float32 has its exponent, plus 127, above 23 other bits.
 _EXPONENT_SHIFT, _EXPONENT_BIAS = 23, 127
 # A scaled distance has one of these.
 _EXPONENTS = range(

@@ -32,8 +32,8 @@ Stage 1 is done once a grid block, 4 once a product, the others once a column.
 The matrix is made from words that have a bit for each of 32 experts, as
 `bit_address` says. It holds 2.0 for 1, whose bfloat16 has a single bit, and
 what it is multiplied by holds 0.5. The index E stands for no expert. A token
-may have several choices of it, so a line of the matrix to itself holds twice
-their number.
+may have several choices of it, so index E has lines of its own, which hold
+twice their number.
 """
 
 from jaxroute.kernels.tpu.sort.call import (
