@@ -10,9 +10,9 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
+from jaxroute import metrics, types
 from jaxroute import routing as routing_lib
 from jaxroute import scores as scores_lib
-from jaxroute import types
 
 
 def switch(
@@ -62,9 +62,7 @@ def global_batch(
   References:
     Qiu et al., 2025, https://arxiv.org/abs/2501.11873, equation 4.
   """
-  # As float32: the sum of the counts itself may not fit an int32.
-  load = load.astype(jnp.float32)
-  share = load / jnp.maximum(jnp.sum(load), 1.0)
+  share = load.astype(jnp.float32) / jnp.maximum(metrics.total(load), 1.0)
   mean_score = _mean_score(logits, config, token_mask)
   return config.num_experts * jnp.sum(jax.lax.stop_gradient(share) * mean_score)
 

@@ -66,6 +66,22 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
   return quotient, rest % e
 
 
+def total(counts: jax.Array) -> jax.Array:
+  """The sum of counts over experts, which itself may not fit an int32.
+
+  Args:
+    counts: `[..., E]` int32.
+
+  Returns:
+    `[...]` float32.
+
+  Example:
+    >>> total(jnp.full(4, 2**30))
+    Array(4.2949673e+09, dtype=float32)
+  """
+  return jnp.sum(counts.astype(jnp.float32), axis=-1)
+
+
 def max_vio(load: jax.Array) -> jax.Array:
   """Maximal violation: how far the busiest expert is above the mean load.
 
@@ -155,10 +171,7 @@ def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
     >>> drop_fraction(jnp.array([6, 2]), jnp.array([4, 2]))
     Array(0.25, dtype=float32)
   """
-  # As float32: the sum of the counts itself may not fit an int32.
-  routed = jnp.sum(load.astype(jnp.float32), axis=-1)
-  dropped = jnp.sum((load - group_sizes).astype(jnp.float32), axis=-1)
-  return dropped / jnp.maximum(routed, 1.0)
+  return total(load - group_sizes) / jnp.maximum(total(load), 1.0)
 
 
 def bias_spread(expert_bias: jax.Array) -> jax.Array:

@@ -106,7 +106,7 @@ def _softmax(x: jax.Array) -> jax.Array:
 
 
 def _sqrt_softplus(x: jax.Array) -> jax.Array:
-  # Below -15 softplus(x) is exp(x) to the last bit or so. The slope of a square
+  # softplus(x) below -15 is exp(x) to the last bit or so. The slope of a square
   # root is infinite where softplus underflows; that of exp(x / 2) is not.
   far = x < -15.0
   near = jnp.sqrt(jax.nn.softplus(jnp.where(far, 0.0, x)))

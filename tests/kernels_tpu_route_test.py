@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tpu_mesh
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AxisType
 
 import jaxroute
 from jaxroute.kernels.tpu import device
@@ -232,14 +233,6 @@ def _takes_kernel(config=None, implementation=None):
   return "jaxroute_route" in _trace(config, implementation)
 
 
-def _tpu_mesh(size, axis_type, kind="TPU v6 lite"):
-  """A mesh of TPUs that are not here."""
-  tpu = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-  return AbstractMesh(
-    (size,), ("data",), axis_types=(axis_type,), abstract_device=tpu
-  )
-
-
 @pytest.mark.parametrize(
   ("size", "axis_type", "kind", "takes"),
   (
@@ -254,7 +247,7 @@ def _tpu_mesh(size, axis_type, kind="TPU v6 lite"):
 def test_none_takes_it_on_new_tpus_and_what_it_can_map(
   size, axis_type, kind, takes
 ):
-  with jax.sharding.use_abstract_mesh(_tpu_mesh(size, axis_type, kind)):
+  with jax.sharding.use_abstract_mesh(tpu_mesh.abstract(size, axis_type, kind)):
     assert _takes_kernel() == takes
     is_mapped = axis_type == AxisType.Explicit
     assert ("shard_map" in _trace()) == is_mapped

@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
+import tpu_mesh
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType
+from jax.sharding import AxisType
 
 from jaxroute import dispatch
 from jaxroute.dispatch import pallas_tpu
@@ -146,14 +147,6 @@ def _takes_kernel(implementation=None, t=4, k=2):
   return "jaxroute_rows" in str(jax.make_jaxpr(call)(idx))
 
 
-def _tpu_mesh(size, axis_type, kind="TPU v6 lite"):
-  """A mesh of TPUs that are not here."""
-  tpu = AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
-  return AbstractMesh(
-    (size,), ("data",), axis_types=(axis_type,), abstract_device=tpu
-  )
-
-
 @pytest.mark.parametrize(
   ("size", "axis_type", "kind", "takes"),
   (
@@ -166,13 +159,13 @@ def _tpu_mesh(size, axis_type, kind="TPU v6 lite"):
   ),
 )
 def test_sort_by_expert_takes_it_for_one_new_tpu(size, axis_type, kind, takes):
-  with jax.sharding.use_abstract_mesh(_tpu_mesh(size, axis_type, kind)):
+  with jax.sharding.use_abstract_mesh(tpu_mesh.abstract(size, axis_type, kind)):
     assert _takes_kernel() == takes
     assert not _takes_kernel("xla")
 
 
 def test_sort_by_expert_takes_it_for_what_it_counts_exactly():
-  with jax.sharding.use_abstract_mesh(_tpu_mesh(1, AxisType.Auto)):
+  with jax.sharding.use_abstract_mesh(tpu_mesh.abstract(1, AxisType.Auto)):
     assert _takes_kernel(t=2**23 - 1)
     assert not _takes_kernel(t=2**23)
     assert _takes_kernel(k=128)
@@ -204,7 +197,7 @@ def test_on_a_cpu_it_says_why_not_and_what_to_do():
 
 
 def test_over_a_mesh_it_says_why_not_and_what_to_do():
-  mesh = _tpu_mesh(8, AxisType.Auto)
+  mesh = tpu_mesh.abstract(8, AxisType.Auto)
   with jax.sharding.use_abstract_mesh(mesh):
     with pytest.raises(NotImplementedError, match=r"\['data'\].*shard_map"):
       _takes_kernel("pallas_tpu")

@@ -157,8 +157,7 @@ def complementary_slackness(expert_bias: Any, load: Any) -> jax.Array:
   scores, so every step can log it.
   """
   residuals = [
-    jnp.abs(assignment.complementary_slackness(b, x))
-    / jnp.sum(x.astype(jnp.float32), axis=-1)
+    jnp.abs(assignment.complementary_slackness(b, x)) / metrics.total(x)
     for b, x in zip(
       jax.tree.leaves(expert_bias), jax.tree.leaves(load), strict=True
     )

@@ -302,7 +302,7 @@ def bundle(size: int = 32) -> Solver:
     value: jax.Array,
   ) -> tuple[jax.Array, BundleState]:
     e = expert_bias.shape[0]
-    assigned = jnp.maximum(jnp.sum(routing.load.astype(jnp.float32)), 1.0)
+    assigned = jnp.maximum(metrics.total(routing.load), 1.0)
     value = value / assigned
     slope = metrics.violation(routing.load) / e
     slot = state.count % size

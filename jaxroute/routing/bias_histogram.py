@@ -136,5 +136,5 @@ def _bin(distance: jax.Array) -> jax.Array:
   bits = jax.lax.bitcast_convert_type(distance, jnp.int32)
   octave = (bits >> 23) - (127 + _FIRST_END - _OCTAVES)
   octave = jnp.clip(octave, 0, _OCTAVES * _SIDE - 1)
-  # For octaves below 30 this is octave // 3.
+  # The shift is octave // 3 for octaves below 30.
   return (octave * 11) >> 5

@@ -27,7 +27,7 @@ _ALLOWED = {
   "metrics": {"types"},
   "micro_batches": {"types"},
   "step": {"types", "metrics", "micro_batches"},
-  "losses": {"types", "routing", "scores"},
+  "losses": {"types", "metrics", "routing", "scores"},
   "linear_program": set(),
   "rounding": {"types", "routing"},
   "assignment": {"types", "rounding", "linear_program"},

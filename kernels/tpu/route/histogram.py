@@ -156,7 +156,7 @@ def reduce_bins(
   lane = layout.lane_index()
   counts = jnp.zeros((_SUBLANES, _LANES), jnp.float32)
   for i in range(BINS):
-    # Below zero the bins come in falling order of size.
+    # The bins below zero come in falling order of size.
     is_above, size = divmod(i, _SIDE)
     size = size if is_above else _SIDE - 1 - size
     field = (size + _FIRST_FIELD) % _SIDE

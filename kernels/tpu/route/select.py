@@ -136,7 +136,7 @@ def _keep_groups(plan: Plan, groups: list[_List]) -> _Kept:
   for falling in groups:
     heads = falling[: plan.config.group_score_count]
     score = functools.reduce(jnp.add, heads)
-    # Not inf - inf: a group with an infinite member is the best there is.
+    # inf - inf is NaN: a group with an infinite member is the best there is.
     scores.append(jnp.where(falling[0] == _INF, falling[0], score))
   num_better = [jnp.zeros_like(scores[0], jnp.int32) for _ in scores]
   for second in range(len(scores)):
