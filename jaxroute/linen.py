@@ -159,7 +159,9 @@ class MoE(nn.Module):
     )(x, token_mask)
     e, d, f = self.config.num_experts, x.shape[-1], self.hidden_size
 
-    def param(name, init, shape):
+    def param(
+      name: str, init: Initializer, shape: tuple[int, ...]
+    ) -> jax.Array:
       return self.param(name, init, shape, self.param_dtype)
 
     params = experts.ExpertParams(

@@ -44,7 +44,7 @@ def accumulated_grad(
     return grad_fn(params, expert_bias, batch)
   parts = jax.tree.map(lambda x: _split(x, micro_batches), batch)
 
-  def body(total, part):
+  def body(total: Any, part: types.PyTree) -> tuple[Any, None]:
     return jax.tree.map(
       jnp.add, total, grad_fn(params, expert_bias, part)
     ), None

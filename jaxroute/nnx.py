@@ -171,7 +171,7 @@ class MoE(nnx.Module):
       shared_hidden_size,
     )
 
-    def param(init, shape):
+    def param(init: Initializer, shape: tuple[int, ...]) -> nnx.Param:
       return nnx.Param(init(rngs.params(), shape, param_dtype))
 
     self.w_gate = param(expert_init, (e, d, f))

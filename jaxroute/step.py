@@ -89,7 +89,7 @@ def accumulate(
       " `RouterConfig`, or leave it out of `init_router_state`."
     )
 
-  def add(total, *layers):
+  def add(total: jax.Array, *layers: jax.Array) -> jax.Array:
     is_stacked = len(layers) == 1 and layers[0].ndim == total.ndim
     found = layers[0] if is_stacked else jnp.stack(layers)
     if found.shape != total.shape:

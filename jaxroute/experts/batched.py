@@ -149,11 +149,11 @@ def for_each_batch(
   chunks = _cut(begins + rows, ends, _round_up(_CHUNK_SHARE_OF_R * rows))
   batch_size = math.ceil(_CHUNKS_PER_EXPERT * num_experts)
 
-  def has_more(state):
+  def has_more(state: tuple[jax.Array, Any]) -> jax.Array:
     next_chunk, _ = state
     return next_chunk < chunks.num_before[-1]
 
-  def run_batch(state):
+  def run_batch(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
     next_chunk, carry = state
     numbers = next_chunk + jnp.arange(batch_size, dtype=jnp.int32)
     return next_chunk + batch_size, body(_batch(numbers, chunks, n), carry)

@@ -87,7 +87,7 @@ def _matmul(
 ) -> jax.Array:
   n = lhs.shape[0]
 
-  def body(block, out):
+  def body(block: Block, out: jax.Array) -> jax.Array:
     return block.write(out, dot(block.read(lhs), block.gather_weights(rhs)))
 
   out = zeros((n, rhs.shape[2]), dtype, lhs)
@@ -100,7 +100,7 @@ def _outer(
   d_out: jax.Array,
   group_sizes: jax.Array,
 ) -> jax.Array:
-  def body(block, total):
+  def body(block: Block, total: jax.Array) -> jax.Array:
     return block.accumulate(total, dot(block.read(lhs).mT, block.read(d_out)))
 
   shape = (group_sizes.shape[0], lhs.shape[1], d_out.shape[1])
@@ -119,7 +119,7 @@ def _swiglu(
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
   """One pass over the rows: what lies between two products stays in cache."""
 
-  def body(block, carry):
+  def body(block: Block, carry: Any) -> Any:
     out, kept = carry
     rows = block.read(x)
     gate = dot(rows, block.gather_weights(params.w_gate))
@@ -146,7 +146,7 @@ def _swiglu_gradient(
 ) -> tuple[jax.Array, ExpertParams]:
   gate, up = kept
 
-  def body(block, carry):
+  def body(block: Block, carry: Any) -> Any:
     d_x, d_params = carry
     weights = jax.tree.map(block.gather_weights, params)
     rows, d_rows = block.read(x), block.read(d_out)

@@ -73,7 +73,7 @@ def _swiglu_gradient(
 ) -> tuple[jax.Array, ExpertParams]:
   gate, up = kept
 
-  def back(d_out, w):
+  def back(d_out: jax.Array, w: jax.Array) -> jax.Array:
     return _matmul(d_out, w.mT, group_sizes, dtype=jnp.float32)
 
   hidden, d_gate, d_up = (

@@ -98,7 +98,12 @@ def for_each_tile(
   for size in range(largest, 0, -_TILE_STEP):
     tiles = _tiles_of(size, largest, group_sizes, ends)
 
-    def run_tile(i, carry, size=size, tiles=tiles):
+    def run_tile(
+      i: jax.Array,
+      carry: Any,
+      size: int = size,
+      tiles: _TilesOfOneSize = tiles,
+    ) -> Any:
       return body(_tile(i, min(size, n), tiles, ends, n), carry)
 
     carry = lax.fori_loop(0, tiles.num_before[-1], run_tile, carry)

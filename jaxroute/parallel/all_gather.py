@@ -63,7 +63,9 @@ def map_experts(
   mesh_lib.check_divides("experts", num_experts, mesh, expert_axes)
   over_tokens, over_experts = jax.P(tokens or None), jax.P(expert)
 
-  def run_shard(x, routing, params):
+  def run_shard(
+    x: jax.Array, routing: types.Routing, params: types.PyTree
+  ) -> tuple[jax.Array, jax.Array]:
     x, routing = _bring_tokens(x, routing, params, partition)
     out, group_sizes = run_experts(x, routing, params)
     return _take_outputs_back(out, group_sizes, partition)
@@ -94,7 +96,7 @@ def _bring_tokens(
   """What a device's experts have to see, with experts numbered from its first."""
   expert = partition.expert_axis
 
-  def everyone(v):
+  def everyone(v: jax.Array) -> jax.Array:
     if not _is_gathered(partition):
       return v
     return jax.lax.all_gather(v, expert, tiled=True)

@@ -24,12 +24,12 @@ def vary_alike(tree: types.PyTree) -> types.PyTree:
     The same values; unchanged outside `jax.shard_map`.
   """
 
-  def varying(x):
+  def varying(x: jax.Array) -> Any:
     return jax.typeof(x).manual_axis_type.varying
 
   axes = set().union(*map(varying, jax.tree.leaves(tree)))
 
-  def mark(x):
+  def mark(x: jax.Array) -> jax.Array:
     missing = tuple(sorted(axes - varying(x)))
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
@@ -62,7 +62,7 @@ def map_over_tokens(
     return function(*operands)
   axes = sharding.spec[0]
 
-  def spec(is_per_token):
+  def spec(is_per_token: bool) -> jax.P:
     return jax.P(axes) if is_per_token else jax.P()
 
   def call_shard(*operands):

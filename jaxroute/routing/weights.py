@@ -31,7 +31,7 @@ def weigh(
     their chosen logits; and `token_mask`, False for those tokens too.
   """
 
-  def choose(x):
+  def choose(x: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
 
   if not config.needs_row_softmax:
