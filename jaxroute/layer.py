@@ -73,6 +73,7 @@ def moe(
   capacity_factor: float | None = None,
   dtype: Any = None,
   partition: types.Partition | None = None,
+  experts_implementation: experts.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
   """Dispatches tokens to their experts and combines what these return.
 
@@ -86,6 +87,8 @@ def moe(
       nothing. Under a `partition` every token shard has its own capacity.
     dtype: of the expert computation; None for that of `x`.
     partition: how tokens and experts lie on the mesh; None for one device.
+    experts_implementation: as in `jaxroute.experts.grouped_matmul`. With
+      "ragged_dot" the layer has forward-mode and second derivatives.
 
   Returns:
     The output, shaped like `x`, 0 for padding and NaN for tokens with NaN
@@ -102,7 +105,9 @@ def moe(
     capacity = dispatch.expert_capacity(
       config, tokens.shape[0], capacity_factor, partition
     )
-  run_experts = functools.partial(local_moe, capacity=capacity)
+  run_experts = functools.partial(
+    local_moe, capacity=capacity, implementation=experts_implementation
+  )
   if partition is None:
     out, group_sizes = run_experts(tokens, routing, params)
   else:

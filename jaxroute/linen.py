@@ -119,6 +119,7 @@ class MoE(nn.Module):
     partition: how tokens and experts are laid out on the mesh; None for one
       device, or to leave it to the compiler.
     implementation: as in `jaxroute.route`.
+    experts_implementation: as in `jaxroute.layer.moe`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
   """
 
@@ -134,6 +135,7 @@ class MoE(nn.Module):
   shared_init: Initializer = nn.initializers.lecun_normal()
   partition: types.Partition | None = None
   implementation: routing.Implementation | None = None
+  experts_implementation: experts.Implementation | None = None
   fuse_projection: bool = False
 
   @nn.compact
@@ -185,6 +187,7 @@ class MoE(nn.Module):
       capacity_factor=self.capacity_factor,
       dtype=self.dtype,
       partition=self.partition,
+      experts_implementation=self.experts_implementation,
     )
     return out, types.MoEOutput(
       routing=routes, logits=logits, group_sizes=group_sizes

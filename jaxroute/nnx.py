@@ -110,6 +110,16 @@ class Router(nnx.Module):
         self.histogram[...] += routes.counts.histogram
     return routes, logits
 
+  def set_view(self, deterministic: bool | None = None) -> None:
+    """Sets what `nnx.view` is told.
+
+    Args:
+      deterministic: whether forward passes count nothing, as in evaluation; None
+        leaves it as it is.
+    """
+    if deterministic is not None:
+      self.deterministic = deterministic
+
 
 class MoE(nnx.Module):
   """A sparse SwiGLU feed-forward layer, with optional shared experts.
@@ -130,6 +140,7 @@ class MoE(nnx.Module):
     partition: how tokens and experts are laid out on the mesh; None for one
       device, or to leave it to the compiler.
     implementation: as in `jaxroute.route`.
+    experts_implementation: as in `jaxroute.layer.moe`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
     rngs: source of the parameter keys.
   """
@@ -149,6 +160,7 @@ class MoE(nnx.Module):
     shared_init: Initializer = nnx.initializers.lecun_normal(),
     partition: types.Partition | None = None,
     implementation: routing.Implementation | None = None,
+    experts_implementation: experts.Implementation | None = None,
     fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
@@ -156,6 +168,7 @@ class MoE(nnx.Module):
     self.capacity_factor = capacity_factor
     self.dtype = dtype
     self.partition = partition
+    self.experts_implementation = experts_implementation
     self.router = Router(
       config,
       in_features=in_features,
@@ -216,6 +229,7 @@ class MoE(nnx.Module):
       capacity_factor=self.capacity_factor,
       dtype=self.dtype,
       partition=self.partition,
+      experts_implementation=self.experts_implementation,
     )
     return out, types.MoEOutput(
       routing=routes, logits=logits, group_sizes=group_sizes

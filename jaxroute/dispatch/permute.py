@@ -7,9 +7,12 @@ transpose would be a scatter-add, which is slow and, with atomics, not the same
 in every run.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from jaxroute import multilinear
 from jaxroute.dispatch.api import Permutation
 from jaxroute.parallel import mesh
 
@@ -34,8 +37,11 @@ def dispatch(x: jax.Array, permutation: Permutation) -> jax.Array:
       f"`x` must be [T, D] and T divide the N={n} assignments of `permutation`,"
       f" got {x.shape}. Sort and dispatch the same tokens."
     )
+  t, dtypes = x.shape[0], (x.dtype, x.dtype)
+  x, permutation = mesh.vary_alike((x, permutation))
   with jax.named_scope("jaxroute.dispatch"):
-    return _dispatch(*mesh.vary_alike((x, permutation)))
+    indices = _indices(permutation, t, n // max(t, 1))
+    return multilinear.derivative(_DISPATCH, 1, [x], indices, dtypes)
 
 
 def combine(
@@ -67,94 +73,129 @@ def combine(
       f"`weights` must be float32 [T, K] with T * K = N = {n}, got"
       f" {weights.dtype} {weights.shape}. Pass `Routing.weights` as they are."
     )
+  dtypes = rows.dtype, weights.dtype, rows.dtype
+  rows, weights, permutation = mesh.vary_alike((rows, weights, permutation))
   with jax.named_scope("jaxroute.combine"):
-    return _combine(*mesh.vary_alike((rows, weights, permutation)))
-
-
-def _slots(permutation: Permutation, t: int) -> tuple[jax.Array, jax.Array]:
-  """Row of every assignment `[T, K]`, and which are in a group."""
-  slots = permutation.inverse_permutation.reshape(t, -1)
-  kept = slots < jnp.sum(permutation.group_sizes)
-  return jnp.where(kept, slots, 0), kept
+    indices = _indices(permutation, *weights.shape)
+    arguments = [rows, weights]
+    return multilinear.derivative(_COMBINE, 2, arguments, indices, dtypes)
 
 
 def _take(x: jax.Array, idx: jax.Array) -> jax.Array:
   return x.at[idx].get(mode="promise_in_bounds")
 
 
-@jax.custom_vjp
-def _dispatch(x: jax.Array, permutation: Permutation) -> jax.Array:
-  n, t = permutation.permutation.shape[0], x.shape[0]
-  return _take(x, permutation.permutation // max(n // max(t, 1), 1))
+def _indices(permutation: Permutation, t: int, k: int) -> tuple[jax.Array, ...]:
+  """What the maps below take: the assignment of every row, and back.
+
+  Returns:
+    The assignment `[N]` of every row, the row `[T, K]` of every assignment, and
+    how many rows belong to an expert.
+  """
+  return (
+    permutation.permutation,
+    permutation.inverse_permutation.reshape(t, k),
+    jnp.sum(permutation.group_sizes),
+  )
 
 
-def _dispatch_fwd(
-  x: jax.Array, permutation: Permutation
-) -> tuple[jax.Array, tuple[Permutation, jax.Array]]:
-  return _dispatch(x, permutation), (permutation, x[:, :0])
+def _choice(
+  rows: jax.Array, row: jax.Array, num_owned: jax.Array, i: int
+) -> tuple[jax.Array, jax.Array]:
+  """The row `[T, D]` of every token's i-th choice in float32, and which are owned."""
+  kept = row[:, i] < num_owned
+  return _take(rows, jnp.where(kept, row[:, i], 0)).astype(jnp.float32), kept
 
 
-def _dispatch_bwd(
-  residuals: tuple[Permutation, jax.Array], d_rows: jax.Array
-) -> tuple[jax.Array, None]:
-  permutation, like = residuals
-  t, n = like.shape[0], d_rows.shape[0]
-  if n == 0:
-    return jnp.zeros((t, d_rows.shape[1]), d_rows.dtype), None
-  slots, kept = _slots(permutation, t)
-  total = jnp.zeros((t, d_rows.shape[1]), jnp.float32)
-  for k in range(n // t):
-    rows = _take(d_rows, slots[:, k]).astype(jnp.float32)
-    total += jnp.where(kept[:, k, None], rows, 0.0)
-  return total.astype(d_rows.dtype), None
-
-
-_dispatch.defvjp(_dispatch_fwd, _dispatch_bwd)
-
-
-@jax.custom_vjp
-def _combine(
-  rows: jax.Array, weights: jax.Array, permutation: Permutation
+def _copy(
+  x: jax.Array,
+  assignment: jax.Array,
+  row: jax.Array,
+  num_owned: jax.Array,
+  *,
+  dtype: Any,
 ) -> jax.Array:
-  t, k = weights.shape
+  """Every row's token."""
+  del num_owned
+  return _take(x, assignment // max(row.shape[1], 1)).astype(dtype)
+
+
+def _sum(
+  rows: jax.Array,
+  assignment: jax.Array,
+  row: jax.Array,
+  num_owned: jax.Array,
+  *,
+  dtype: Any,
+) -> jax.Array:
+  """The sum of every token's rows."""
+  del assignment
+  t, k = row.shape
   total = jnp.zeros((t, rows.shape[1]), jnp.float32)
-  if rows.shape[0] == 0:
-    return total.astype(rows.dtype)
-  slots, kept = _slots(permutation, t)
-  weights = jnp.where(kept | jnp.isnan(weights), weights, 0.0)
   for i in range(k):
-    part = _take(rows, slots[:, i]).astype(jnp.float32)
-    part = jnp.where(kept[:, i, None], part, 0.0)
-    total += part * weights[:, i, None]
-  return total.astype(rows.dtype)
+    part, kept = _choice(rows, row, num_owned, i)
+    total += jnp.where(kept[:, None], part, 0.0)
+  return total.astype(dtype)
 
 
-def _combine_fwd(
-  rows: jax.Array, weights: jax.Array, permutation: Permutation
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, Permutation]]:
-  return _combine(rows, weights, permutation), (rows, weights, permutation)
+def _weighted_sum(
+  rows: jax.Array,
+  weights: jax.Array,
+  assignment: jax.Array,
+  row: jax.Array,
+  num_owned: jax.Array,
+  *,
+  dtype: Any,
+) -> jax.Array:
+  """The sum of every token's rows, by weight; NaN for NaN weights."""
+  del assignment
+  t, k = row.shape
+  total = jnp.zeros((t, rows.shape[1]), jnp.float32)
+  for i in range(k):
+    part, kept = _choice(rows, row, num_owned, i)
+    part = jnp.where(kept[:, None], part, 0.0)
+    weight = jnp.where(kept | jnp.isnan(weights[:, i]), weights[:, i], 0.0)
+    total += part * weight[:, None]
+  return total.astype(dtype)
 
 
-def _combine_bwd(
-  residuals: tuple[jax.Array, jax.Array, Permutation], d_out: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-  rows, weights, permutation = residuals
-  t, k = weights.shape
-  if rows.shape[0] == 0:
-    return jnp.zeros_like(rows), jnp.zeros_like(weights), None
+def _weighted_copy(
+  weights: jax.Array,
+  d_out: jax.Array,
+  assignment: jax.Array,
+  row: jax.Array,
+  num_owned: jax.Array,
+  *,
+  dtype: Any,
+) -> jax.Array:
+  """Every owned row's token by the weight, which is the gradient to the row."""
+  tokens = _take(d_out.astype(jnp.float32), assignment // row.shape[1])
+  rows = tokens * _take(weights.reshape(-1), assignment)[:, None]
+  is_owned = jnp.arange(rows.shape[0], dtype=jnp.int32) < num_owned
+  return jnp.where(is_owned[:, None], rows, 0.0).astype(dtype)
+
+
+def _products(
+  rows: jax.Array,
+  d_out: jax.Array,
+  assignment: jax.Array,
+  row: jax.Array,
+  num_owned: jax.Array,
+  *,
+  dtype: Any,
+) -> jax.Array:
+  """Every token times its owned rows, which is the gradient to the weights."""
+  del assignment
   d_out = d_out.astype(jnp.float32)
-  assignment = permutation.permutation
-  row = jnp.arange(rows.shape[0], dtype=jnp.int32)
-  owned = row < jnp.sum(permutation.group_sizes)
-  d_rows = _take(d_out, assignment // k)
-  d_rows = d_rows * _take(weights.reshape(-1), assignment)[:, None]
-  d_rows = jnp.where(owned[:, None], d_rows, 0.0).astype(rows.dtype)
-  slots, kept = _slots(permutation, t)
-  d_weights = [
-    jnp.sum(_take(rows, slots[:, i]).astype(jnp.float32) * d_out, axis=1)
-    for i in range(k)
-  ]
-  return d_rows, jnp.where(kept, jnp.stack(d_weights, axis=1), 0.0), None
+  d_weights = []
+  for i in range(row.shape[1]):
+    part, kept = _choice(rows, row, num_owned, i)
+    d_weights.append(jnp.where(kept, jnp.sum(part * d_out, axis=1), 0.0))
+  return jnp.stack(d_weights, axis=1).astype(dtype)
 
 
-_combine.defvjp(_combine_fwd, _combine_bwd)
+# Of tokens and rows; and of rows, weights and tokens.
+_DISPATCH = multilinear.Form("dispatch", (_sum, _copy))
+_COMBINE = multilinear.Form(
+  "combine", (_weighted_copy, _products, _weighted_sum)
+)

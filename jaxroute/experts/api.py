@@ -68,6 +68,8 @@ def grouped_matmul(
   dtype = jnp.dtype(preferred_element_type or lhs.dtype)
   lhs, rhs, group_sizes = mesh.vary_alike((lhs, rhs, group_sizes))
   with jax.named_scope("jaxroute.grouped_matmul"):
+    if implementation == "ragged_dot":
+      return ragged_dot.PRODUCTS.matmul(lhs, rhs, group_sizes, dtype=dtype)
     return _grouped_matmul(how, dtype, lhs, rhs, group_sizes)
 
 
@@ -112,6 +114,8 @@ def swiglu(
   how = _checked(implementation, expected_rows)
   x, params, group_sizes = mesh.vary_alike((x, params, group_sizes))
   with jax.named_scope("jaxroute.swiglu"):
+    if implementation == "ragged_dot":
+      return ragged_dot.PRODUCTS.swiglu(x, params, group_sizes, keep=False)[0]
     return _swiglu(how, x, params, group_sizes)
 
 
@@ -186,9 +190,10 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
   }
 
   def by_platform():
+    is_symbolic = not isinstance(operands[0].shape[0], int)
     return lax.platform_dependent(
       *operands,
-      cpu=functions["tiled"],
+      cpu=functions["batched" if is_symbolic else "tiled"],
       cuda=functions["batched"],
       default=functions["ragged_dot"],
     )

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxroute import multilinear
 from jaxroute.experts import products
 from jaxroute.experts.params import ExpertParams
 
@@ -21,7 +22,7 @@ def _owned(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
   return jnp.where(row < jnp.sum(group_sizes), x, 0)
 
 
-def _matmul(
+def _ragged_matmul(
   lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: Any
 ) -> jax.Array:
   out = lax.ragged_dot(
@@ -33,8 +34,8 @@ def _matmul(
   return _owned(out, group_sizes).astype(dtype)
 
 
-def _outer(
-  lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
+def _ragged_outer(
+  lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array, *, dtype: Any
 ) -> jax.Array:
   dimensions = lax.RaggedDotDimensionNumbers(
     dot_dimension_numbers=(((0,), (0,)), ((), ())),
@@ -43,25 +44,57 @@ def _outer(
   )
   out = lax.ragged_dot_general(
     _owned(lhs, group_sizes),
-    _owned(d_out, group_sizes),
+    _owned(d_out.astype(lhs.dtype), group_sizes),
     group_sizes,
     dimensions,
     preferred_element_type=jnp.float32,
   )
-  return out.astype(lhs.dtype)
+  return out.astype(dtype)
+
+
+def _ragged_matmul_back(
+  rhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array, *, dtype: Any
+) -> jax.Array:
+  d_out = d_out.astype(rhs.dtype)
+  return _ragged_matmul(d_out, rhs.mT, group_sizes, dtype=dtype)
+
+
+# Of the rows, the matrices and the products. JAX does not differentiate
+# `ragged_dot` twice, and the TPU's compiler takes none with a batch axis.
+_FORM = multilinear.Form(
+  "ragged_matmul",
+  (_ragged_matmul_back, _ragged_outer, _ragged_matmul),
+  is_looped=True,
+)
+
+
+def _matmul(
+  lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: Any
+) -> jax.Array:
+  dtypes = lhs.dtype, rhs.dtype, jnp.dtype(dtype)
+  return multilinear.derivative(_FORM, 2, [lhs, rhs], [group_sizes], dtypes)
+
+
+def _outer(
+  lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
+) -> jax.Array:
+  dtypes = lhs.dtype, lhs.dtype, d_out.dtype
+  return multilinear.derivative(_FORM, 1, [lhs, d_out], [group_sizes], dtypes)
 
 
 def _swiglu(
   x: jax.Array, params: ExpertParams, group_sizes: jax.Array, *, keep: bool
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+  # The backward pass computes anew what lies between two products.
+  @jax.checkpoint
+  def down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
+    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
+    hidden = products.gate_hidden(gate, up).astype(x.dtype)
+    return _matmul(hidden, w_down, group_sizes, dtype=x.dtype)
+
   gate = _matmul(x, params.w_gate, group_sizes, dtype=x.dtype)
   up = _matmul(x, params.w_up, group_sizes, dtype=x.dtype)
-  f32 = jnp.float32
-  hidden = products.gate_hidden(gate.astype(f32), up.astype(f32))
-  out = _matmul(
-    hidden.astype(x.dtype), params.w_down, group_sizes, dtype=x.dtype
-  )
-  return out, (gate, up) if keep else ()
+  return down(gate, up, params.w_down), (gate, up) if keep else ()
 
 
 def _swiglu_gradient(

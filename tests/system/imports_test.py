@@ -10,7 +10,15 @@ pytestmark = pytest.mark.any_jax
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _OPERATIONS = ("routing", "dispatch", "experts")
-_BELOW = {"types", "scores", "remat", "ladder", "parallel", "kernels"}
+_BELOW = {
+  "types",
+  "scores",
+  "remat",
+  "ladder",
+  "multilinear",
+  "parallel",
+  "kernels",
+}
 _CALLS_ROUTE = {"types", "routing", "scores", "metrics"}
 # The part of a file's path below jaxroute to the parts that it may import.
 _ALLOWED = {
@@ -18,6 +26,7 @@ _ALLOWED = {
   "kernels": {"types", "kernels"},
   "parallel": {"types", "parallel"},
   "ladder": {"parallel"},
+  "multilinear": set(),
   "scores": {"types"},
   "remat": set(),
   **{name: _BELOW | {name} for name in _OPERATIONS},
