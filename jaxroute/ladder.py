@@ -86,6 +86,21 @@ def check_can_run(
     raise NotImplementedError(reason)
 
 
+def symbolic_size(x: jax.Array) -> str | None:
+  """Why no kernel can take an array of symbolic size, as `jax.export` has them.
+
+  Args:
+    x: `[T, ...]`.
+
+  Returns:
+    The reason, for `check_can_run`; None if T is a number.
+  """
+  t = x.shape[0]
+  return (
+    None if isinstance(t, int) else f"kernels need a number of tokens, got {t}"
+  )
+
+
 def refuse_to_interpret(interpret: Any) -> None:
   """Raises NotImplementedError if what is no kernel is asked to be interpreted.
 

@@ -7,6 +7,7 @@ drops stay visible as `load - group_sizes`.
 """
 
 import dataclasses
+import fractions
 import functools
 import math
 from typing import Any, Literal
@@ -67,8 +68,10 @@ def expert_capacity(
       " Leave the capacity out (None) to drop nothing."
     )
   num_tokens //= mesh.token_shards(partition)
-  mean_load = num_tokens * config.top_k / config.num_experts
-  return max(1, math.ceil(capacity_factor * mean_load))
+  # Exact, as in decimals: a product of floats may end just above an integer.
+  factor = fractions.Fraction(str(capacity_factor))
+  assignments = factor.numerator * num_tokens * config.top_k
+  return max(-(-assignments // (factor.denominator * config.num_experts)), 1)
 
 
 @functools.partial(

@@ -40,7 +40,7 @@ def sort(
     NotImplementedError: if the kernel cannot do this, or not here.
   """
   ladder.check_can_run(
-    kernel.unsupported(*key.shape),
+    ladder.symbolic_size(key) or kernel.unsupported(*key.shape),
     unavailable=device.unavailable,
     by_name=by_name,
     interpret=interpret,

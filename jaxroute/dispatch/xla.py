@@ -17,6 +17,9 @@ def sort(
   """Load, permutation and inverse; arguments and results as in `pallas_tpu.sort`."""
   key = key.reshape(-1)
   load = jnp.zeros(num_experts + 1, jnp.int32).at[key].add(1)
+  if not isinstance(key.shape[0], int):
+    # The blocks of a symbolic number of keys cannot be summed up by halves.
+    return load, *_packed_sort(key, load, capacity)
   permutation, inverse = jax.lax.platform_dependent(
     key,
     load,
@@ -51,6 +54,8 @@ def sort_pairs(
 ) -> tuple[jax.Array, jax.Array]:
   """Sorts distinct pairs from `[0, majors) x [0, minors)`, as words if they fit.
 
+  Whether a symbolic number fits is not known.
+
   Args:
     major: `[N]` int32. What is sorted by first.
     minor: `[N]` int32.
@@ -60,8 +65,11 @@ def sort_pairs(
   Returns:
     The two, `[N]` int32, in order.
   """
-  bits = max(minors - 1, 0).bit_length()
-  if bits + max(majors - 1, 0).bit_length() > 32:
+  numbers = majors, minors
+  major_bits, bits = (
+    max(n - 1, 0).bit_length() if isinstance(n, int) else 32 for n in numbers
+  )
+  if major_bits + bits > 32:
     major, minor = jax.lax.sort((major, minor), num_keys=2, is_stable=False)
     return major, minor
   word = (major.astype(jnp.uint32) << bits) | minor.astype(jnp.uint32)

@@ -17,6 +17,7 @@ So the work follows the rows: 1.25 N of them when loads are balanced and about
 2.4 N at worst.
 """
 
+import fractions
 import functools
 import math
 from typing import Any, NamedTuple
@@ -30,11 +31,11 @@ from jaxroute.experts import products as products_lib
 
 # R over an even share. A smaller one pads less and leaves more to later
 # batches.
-_SLACK = 1.25
+_SLACK = fractions.Fraction(5, 4)
 # A later batch has an eighth of the rows of the first: E / 4 chunks of R / 2
 # rows. Smaller chunks pad less and gather more parameters.
 _CHUNKS_PER_EXPERT = 1 / 4
-_CHUNK_SHARE_OF_R = 1 / 2
+_CHUNK_SHARE_OF_R = fractions.Fraction(1, 2)
 # Numbers of rows are multiples of this.
 _ROW_MULTIPLE = 8
 
@@ -140,13 +141,15 @@ def for_each_batch(
   num_experts = group_sizes.shape[0]
   if expected_rows is None:
     expected_rows = n
-  rows = min(n, _round_up(_SLACK * expected_rows / num_experts))
+  rows = _round_up(expected_rows, _SLACK / num_experts)
+  if isinstance(n, int):  # not the symbolic size of an export
+    rows = min(n, rows)
   ends = jnp.cumsum(group_sizes)
   begins = ends - group_sizes
   carry = body(RowBatch(None, _row_index(begins, ends, rows, n)), carry)
   if rows == n:
     return carry
-  chunks = _cut(begins + rows, ends, _round_up(_CHUNK_SHARE_OF_R * rows))
+  chunks = _cut(begins + rows, ends, _round_up(rows, _CHUNK_SHARE_OF_R))
   batch_size = math.ceil(_CHUNKS_PER_EXPERT * num_experts)
 
   def has_more(state: tuple[jax.Array, Any]) -> jax.Array:
@@ -181,8 +184,10 @@ def _batch(numbers: jax.Array, chunks: _Chunks, n: int) -> RowBatch:
   return RowBatch(experts, _row_index(begin, chunks.end[e], chunks.rows, n))
 
 
-def _round_up(rows: float) -> int:
-  return max(1, math.ceil(rows / _ROW_MULTIPLE)) * _ROW_MULTIPLE
+def _round_up(rows: int, share: fractions.Fraction) -> int:
+  """A share of rows, rounded up to a multiple of _ROW_MULTIPLE."""
+  unit = share.denominator * _ROW_MULTIPLE
+  return max(-(-share.numerator * rows // unit), 1) * _ROW_MULTIPLE
 
 
 def _row_index(

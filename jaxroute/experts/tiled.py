@@ -91,6 +91,8 @@ def for_each_tile(
   Returns:
     The carry after the last tile.
   """
+  if not isinstance(n, int):
+    raise NotImplementedError(f"tiles need a number of rows, got {n}")
   if n == 0:
     return carry
   largest = min(_MAX_TILE, _round_up(n))

@@ -52,7 +52,7 @@ def route(
   Raises:
     NotImplementedError: if the kernel cannot do this, or not here.
   """
-  unsupported = kernel.unsupported(config)
+  unsupported = ladder.symbolic_size(logits) or kernel.unsupported(config)
   _check_can_run(unsupported, by_name=by_name, interpret=interpret)
   call = functools.partial(_route, config, interpret)
   return _map_shards(call, [logits], expert_bias, token_mask, interpret)
@@ -85,7 +85,8 @@ def project_and_route(
   Raises:
     NotImplementedError: as in `route`.
   """
-  unsupported = kernel.unsupported_projection(
+  unsupported = ladder.symbolic_size(tokens)
+  unsupported = unsupported or kernel.unsupported_projection(
     config, tokens.shape[1], tokens.dtype
   )
   if axes := mesh.explicit_axes(tokens, 1) + mesh.explicit_axes(router_weight):
