@@ -25,6 +25,11 @@ def of_layers(layers: Any, total: types.Counts) -> types.Counts:
   """
   parts = layers if isinstance(layers, list | tuple) else [layers]
   found = [_of_layer(part) for part in parts]
+  if not found:
+    raise ValueError(
+      "`routing` must hold the counts of at least one layer, got none. Pass the"
+      " routing of every layer at once."
+    )
   if total.histogram is None:
     found = [types.Counts(load=c.load) for c in found]
   elif any(c.histogram is None for c in found):

@@ -2,6 +2,7 @@
 """Gradient accumulation: means of losses and gradients, sums of counts."""
 
 import functools
+import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -64,9 +65,14 @@ def accumulated_grad(
     An `Accumulated`, which is 0 in its means where the weight is.
 
   Raises:
-    ValueError: if `micro_batches` does not divide B, a parameter is not a
+    ValueError: if `micro_batches` is no int that divides B, a parameter is not a
       floating-point array, or a function returns what it should not.
   """
+  if not isinstance(micro_batches, numbers.Integral) or micro_batches < 1:
+    raise ValueError(
+      f"`micro_batches` must be an int of at least 1, got {micro_batches!r}."
+      " 1 takes the batch as a whole."
+    )
   _check_are_floats(params)
 
   def run(index: Any, part: types.PyTree, variables: types.PyTree) -> Any:

@@ -87,7 +87,7 @@ def accumulate(
   Raises:
     ValueError: if the counts do not fit the state.
   """
-  check_state(state)
+  check_state("state", state)
   counts = counts_lib.of_layers(routing, state.counts)
   return dataclasses.replace(
     state, counts=jax.tree.map(jnp.add, state.counts, counts)
@@ -130,7 +130,7 @@ def update(
     >>> update(state, rule).expert_bias
     Array([[-0.5,  0.5]], dtype=float32)
   """
-  check_state(state)
+  check_state("state", state)
   check_transformation("rule", rule)
   with jax.named_scope("jaxroute.update"):
     _check_rule_state(state, rule)
@@ -189,10 +189,11 @@ def check_transformation(name: str, transformation: Any) -> None:
   )
 
 
-def check_state(state: Any) -> None:
+def check_state(name: str, state: Any) -> None:
   """Checks that an argument is a `RouterState`.
 
   Args:
+    name: of the argument.
     state: the argument.
 
   Raises:
@@ -203,7 +204,7 @@ def check_state(state: Any) -> None:
     if hasattr(state, "router"):
       fix = "Pass `state.router`."
     raise ValueError(
-      f"`state` must be a `RouterState`, got {shown(state)}. {fix}"
+      f"`{name}` must be a `RouterState`, got {shown(state)}. {fix}"
     )
 
 
@@ -231,6 +232,7 @@ def shown(x: Any) -> str:
     x: anything.
 
   Returns:
-    A string as it is, the type of anything else.
+    Strings and numbers as they are, the type of anything else.
   """
-  return repr(x) if isinstance(x, str) else f"a {type(x).__name__}"
+  is_short = x is None or isinstance(x, str | numbers.Number)
+  return repr(x) if is_short else f"a {type(x).__name__}"

@@ -2,7 +2,6 @@
 """The training step: parameters by their gradient and biases by the rule, at once."""
 
 import dataclasses
-import numbers
 from typing import Any
 
 import jax
@@ -57,7 +56,7 @@ def init_train_state(
   Raises:
     ValueError: if `router` or `optimizer` is none.
   """
-  step_lib.check_state(router)
+  step_lib.check_state("router", router)
   step_lib.check_transformation("optimizer", optimizer)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
@@ -126,8 +125,7 @@ def train_step(
 
   Raises:
     ValueError: if `micro_batches` does not divide the batch, the counts do not
-      fit the router state, or an argument or what `loss_fn` returns is not as
-      above.
+      fit the router state, or what is passed or returned is not as above.
 
   Example:
     >>> import functools
@@ -148,7 +146,12 @@ def train_step(
     >>> state.router.expert_bias
     Array([[-0.001, -0.001,  0.001,  0.001]], dtype=float32)
   """
-  _check_train_arguments(state, optimizer, micro_batches, freeze_bias, skip)
+  functions = {"loss_fn": loss_fn}
+  if weight_fn is not None:
+    functions["weight_fn"] = weight_fn
+  flags = {"freeze_bias": freeze_bias, "skip": skip}
+  _check_arguments(state, rng, functions, flags)
+  step_lib.check_transformation("optimizer", optimizer)
   if rng is not None:
     rng = jax.random.fold_in(rng, state.step)
   found = micro_batches_lib.accumulated_grad(
@@ -218,8 +221,9 @@ def eval_step(
     `max_vio` of the loads summed over all batches.
 
   Raises:
-    ValueError: if what `loss_fn` returns is not as in `train_step`.
+    ValueError: if what is passed or returned is not as in `train_step`.
   """
+  _check_arguments(state, rng, {"loss_fn": loss_fn}, {})
   loss, (counts, aux, _) = micro_batches_lib.call_loss(
     loss_fn,
     state.params,
@@ -232,23 +236,35 @@ def eval_step(
   return dict(aux, loss=loss, load=counts.load)
 
 
-def _check_train_arguments(
-  state: Any, optimizer: Any, micro_batches: Any, *flags: Any
+def _check_arguments(
+  state: Any, rng: Any, functions: dict[str, Any], flags: dict[str, Any]
 ) -> None:
   if not isinstance(state, TrainState):
     raise ValueError(
       f"`state` must be a `TrainState`, got {step_lib.shown(state)}. Pass what"
       " `init_train_state` returned."
     )
-  step_lib.check_transformation("optimizer", optimizer)
-  if not isinstance(micro_batches, numbers.Integral) or micro_batches < 1:
-    raise ValueError(
-      f"`micro_batches` must be an int of at least 1, got {micro_batches!r}."
-      " 1 takes the batch as a whole."
-    )
-  for name, flag in zip(("freeze_bias", "skip"), flags, strict=True):
+  for name, function in functions.items():
+    if not callable(function):
+      raise ValueError(
+        f"`{name}` must be a function, got {step_lib.shown(function)}. Pass it"
+        " uncalled."
+      )
+  for name, flag in flags.items():
     if jnp.shape(flag):
       raise ValueError(
         f"`{name}` must be one bool, got an array of shape {jnp.shape(flag)}."
-        " It holds for all layers and devices."
+        " It holds for all layers."
       )
+  if rng is not None and not _is_key(rng):
+    raise ValueError(
+      f"`rng` must be one random key, got {step_lib.shown(rng)}. Pass"
+      " `jax.random.key(seed)`."
+    )
+
+
+def _is_key(rng: Any) -> bool:
+  dtype = getattr(rng, "dtype", None)
+  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+    return rng.shape == ()
+  return dtype == jnp.uint32 and rng.ndim == 1
