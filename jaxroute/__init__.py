@@ -15,14 +15,12 @@ from jaxroute import (
 from jaxroute.metrics import max_vio
 from jaxroute.remat import save_routing
 from jaxroute.routing import route
-from jaxroute.step import (
+from jaxroute.step import accumulate, init_router_state, update
+from jaxroute.train import (
   TrainState,
-  accumulate,
   eval_step,
-  init_router_state,
   init_train_state,
   train_step,
-  update,
 )
 from jaxroute.types import (
   Counts,

@@ -27,7 +27,8 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from jaxroute import experts, layer, routing, types
+from jaxroute import counts as counts_lib
+from jaxroute import experts, layer, routing, step, types
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -72,13 +73,10 @@ class Router(nn.Module):
     kernel = self.param(
       "kernel", self.kernel_init, (x.shape[-1], e), jnp.float32
     )
-    bias = self.variable(
-      "expert_bias", "expert_bias", jnp.zeros, (e,), jnp.float32
-    )
     routes, logits = layer.router(
       x,
       kernel,
-      bias.value,
+      self._expert_bias(),
       self.config,
       token_mask,
       self.implementation,
@@ -88,6 +86,23 @@ class Router(nn.Module):
     if routes.counts.histogram is not None:
       self._count("histogram", routes.counts.histogram)
     return routes, logits
+
+  def _expert_bias(self) -> jax.Array:
+    """The variable, made at initialisation."""
+    name = "expert_bias"
+    if not (self.has_variable(name, name) or self.is_mutable_collection(name)):
+      fix = 'Pass {"params": params, "expert_bias": state.expert_bias}.'
+      if self.is_initializing():
+        fix = (
+          "Name it, and those of `jaxroute.linen.COUNTED`, among the"
+          " `variable_axes` of the `nn.scan` or `nn.vmap` around the layer."
+        )
+      raise ValueError(
+        "A router needs the collection 'expert_bias', and it is not among the"
+        f" variables. {fix}"
+      )
+    shape = (self.config.num_experts,)
+    return self.variable(name, name, jnp.zeros, shape, jnp.float32).value
 
   def _count(self, name: str, counts: jax.Array) -> None:
     """Adds to the variable, if the caller lets it change."""
@@ -208,17 +223,28 @@ def init_router_state(
     and "histogram": pytrees of `[..., E]`, of the last `[..., E, 16]`.
 
   Raises:
-    ValueError: if the model has no router.
+    ValueError: if the model has no router, one of its routers lacks a
+      collection, or `rule` is none.
   """
+  if not isinstance(variables, Mapping):
+    raise ValueError(
+      "`variables` must be what `model.init` returned, got"
+      f" {step.shown(variables)}. For a model without collections:"
+      " `jaxroute.init_router_state(rule, num_experts, num_layers)`."
+    )
+  step.check_transformation("rule", rule)
   missing = {"expert_bias", "load"} - set(variables)
   if missing:
     raise ValueError(
       f"`variables` must hold the collections 'expert_bias' and 'load', got"
-      f" {sorted(variables)}. Pass all that `model.init` returned."
+      f" {sorted(variables)}. Pass all that `model.init` returned, and name both"
+      " among the `variable_axes` of an `nn.scan` or `nn.vmap`."
     )
+  found = counts(variables)
+  counts_lib.like_bias(found, variables["expert_bias"])
   return types.RouterState(
     expert_bias=variables["expert_bias"],
-    counts=counts(variables),
+    counts=found,
     rule_state=rule.init(variables["expert_bias"]),
   )
 
@@ -236,9 +262,14 @@ def counts(collections: Mapping[str, Any]) -> types.Counts:
   Raises:
     ValueError: if nothing was counted.
   """
-  if "load" not in collections:
+  if not isinstance(collections, Mapping) or "load" not in collections:
+    found = (
+      sorted(collections)
+      if isinstance(collections, Mapping)
+      else step.shown(collections)
+    )
     raise ValueError(
-      f"`collections` must hold 'load', got {sorted(collections)}. Pass what"
+      f"`collections` must hold 'load', got {found}. Pass what"
       " `model.apply(..., mutable=jaxroute.linen.COUNTED)` returned."
     )
   return types.Counts(

@@ -6,7 +6,8 @@ MaxVio has two readings (Wang et al., 2024): "batch", of one training batch, and
 batch, or of the loads summed over the set.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -82,17 +83,20 @@ def total(counts: jax.Array) -> jax.Array:
   return jnp.sum(counts.astype(jnp.float32), axis=-1)
 
 
-def max_vio(load: jax.Array) -> jax.Array:
+def max_vio(load: types.PyTree) -> jax.Array:
   """Maximal violation: how far the busiest expert is above the mean load.
 
   Args:
-    load: `[..., E]` int32. Assignments per expert, summed over all devices.
+    load: `[..., E]` int32. Assignments per expert, summed over all devices. Or
+      what holds such arrays: a `Routing`, an `MoEOutput`, `Counts`, a
+      `RouterState`, a Flax collection, a list of these.
 
   Returns:
-    `[...]` float32, from 0 (balanced, or nothing counted) to E / K - 1.
+    `[...]` float32, from 0 (balanced, or nothing counted) to E / K - 1. Of a
+    collection or a list `[Lyr]`: of one layer after the other.
 
   Raises:
-    ValueError: if `load` is a scalar or not an integer array.
+    ValueError: if a load is a scalar or not an integer array, or there is none.
 
   Example:
     >>> max_vio(jnp.array([3, 1, 1, 3]))
@@ -101,7 +105,29 @@ def max_vio(load: jax.Array) -> jax.Array:
   References:
     Wang et al., 2024, https://arxiv.org/abs/2408.15664, section 4.1.
   """
-  return jnp.max(violation(load), axis=-1)
+  holders = (types.Routing, types.MoEOutput, types.Counts, types.RouterState)
+
+  def load_of(x: Any) -> types.PyTree:
+    x = x.routing if isinstance(x, types.MoEOutput) else x
+    return x.load if isinstance(x, holders) else x
+
+  loads = jax.tree.map(load_of, load, is_leaf=lambda x: isinstance(x, holders))
+  arrays = jax.tree.leaves(loads)
+  if not arrays or not all(hasattr(x, "dtype") for x in arrays):
+    raise ValueError(
+      "`load` must be integer [..., E], or hold such arrays, got a"
+      f" {type(load).__name__} of {[type(x).__name__ for x in arrays]}. Pass the"
+      " counts of `jaxroute.route` or of a layer."
+    )
+  if isinstance(loads, Mapping) and "histogram" in loads:
+    raise ValueError(
+      f"`load` must hold loads only, got the collections {sorted(loads)}. Pass"
+      ' `counted["load"]`, or `jaxroute.linen.counts(counted)`.'
+    )
+  values = [jnp.max(violation(x), axis=-1) for x in arrays]
+  if loads is arrays[0]:
+    return values[0]
+  return jnp.concatenate([x.reshape(-1) for x in values])
 
 
 def coefficient_of_variation(load: jax.Array) -> jax.Array:

@@ -7,7 +7,12 @@ and, where the `RouterConfig` has histograms, `Histogram`:
 A forward pass only reads the bias; it counts unless `model.eval()` was called.
 
     rule_state = jaxroute.nnx.init_rule_state(model, rule)
-    ...                                                   # forward, backward
+    ...
+    rule_state, metrics = jaxroute.nnx.train_step(
+        model, optimizer, rule_state, batch, loss_fn=loss_fn, rule=rule)
+
+With a step of your own, call `update` after the forward and backward pass:
+
     rule_state = jaxroute.nnx.update(model, rule, rule_state)
 
 Arguments and numbers are as in `jaxroute.linen`. nnx makes its parameters at
@@ -19,30 +24,32 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from flax import nnx
 
-from jaxroute import experts, layer, routing, step, types
+from jaxroute import experts, layer, routing, types
+from jaxroute.nnx_step import (
+  ExpertBias,
+  Histogram,
+  Load,
+  init_rule_state,
+  router_state,
+  train_step,
+  update,
+)
+
+__all__ = [
+  "ExpertBias",
+  "Histogram",
+  "Load",
+  "MoE",
+  "Router",
+  "init_rule_state",
+  "router_state",
+  "train_step",
+  "update",
+]
 
 Initializer = jax.nn.initializers.Initializer
-
-
-class ExpertBias(nnx.Variable):
-  """Selection bias, `[..., E]` float32; moved by `update` only."""
-
-
-class Load(nnx.Variable):
-  """Assignments per expert since the last update, `[..., E]` int32."""
-
-
-class Histogram(nnx.Variable):
-  """`Counts.histogram` since the last update, `[..., E, 16]` int32."""
-
-
-# A linen collection of this name arrives as our type through nnx.bridge.
-nnx.register_variable_name("expert_bias", ExpertBias, overwrite=True)
-nnx.register_variable_name("load", Load, overwrite=True)
-nnx.register_variable_name("histogram", Histogram, overwrite=True)
 
 
 class Router(nnx.Module):
@@ -234,81 +241,3 @@ class MoE(nnx.Module):
     return out, types.MoEOutput(
       routing=routes, logits=logits, group_sizes=group_sizes
     )
-
-
-def router_state(
-  model: nnx.Module, rule_state: types.PyTree
-) -> types.RouterState:
-  """The model's biases and counts as a `RouterState` of plain arrays.
-
-  Args:
-    model: holds any number of `Router`s.
-    rule_state: state of the rule, from `init_rule_state` or `update`.
-
-  Returns:
-    A `RouterState`, to look at or to save.
-
-  Raises:
-    ValueError: if the model has no router.
-  """
-  state = types.RouterState(
-    expert_bias=nnx.to_pure_dict(nnx.state(model, ExpertBias)),
-    counts=types.Counts(
-      load=nnx.to_pure_dict(nnx.state(model, Load)),
-      histogram=nnx.to_pure_dict(nnx.state(model, Histogram)) or None,
-    ),
-    rule_state=rule_state,
-  )
-  if not state.expert_bias:
-    raise ValueError(
-      f"`model` must hold at least one jaxroute.nnx.Router, got none in a"
-      f" {type(model).__name__}."
-    )
-  return state
-
-
-def init_rule_state(
-  model: nnx.Module, rule: optax.GradientTransformation
-) -> types.PyTree:
-  """The rule's initial state for all routers of a model.
-
-  Args:
-    model: holds any number of `Router`s.
-    rule: any optax transformation; see `jaxroute.dual`.
-
-  Returns:
-    A pytree, to be carried from `update` to `update` and checkpointed.
-
-  Raises:
-    ValueError: if the model has no router.
-  """
-  return rule.init(router_state(model, None).expert_bias)
-
-
-def update(
-  model: nnx.Module,
-  rule: optax.GradientTransformation,
-  rule_state: types.PyTree,
-  apply: jax.typing.ArrayLike = True,
-) -> types.PyTree:
-  """`jaxroute.update`, in place: moves the biases and zeroes the counts.
-
-  Args:
-    model: whose forward passes counted since the last update.
-    rule: any optax transformation; see `jaxroute.dual`.
-    rule_state: from `init_rule_state` or the last call.
-    apply: `[]` bool. False discards the counts and changes nothing else.
-
-  Returns:
-    The next `rule_state`.
-  """
-  state = step.update(router_state(model, rule_state), rule, apply)
-  for kind, values in (
-    (ExpertBias, state.expert_bias),
-    (Load, state.counts.load),
-    (Histogram, state.counts.histogram or {}),
-  ):
-    variables = nnx.state(model, kind)
-    nnx.replace_by_pure_dict(variables, values)
-    nnx.update(model, variables)
-  return state.rule_state

@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Pure step functions: count loads, move the bias, train, evaluate.
+"""The dual step: count loads, move the bias.
 
 The bias moves in `update` and nowhere else: once per optimizer step, by the
 load that `accumulate` summed over the micro-batches of that step. All states
@@ -8,7 +8,8 @@ other; under `jax.jit` over sharded tokens the loads are global already.
 """
 
 import dataclasses
-from collections.abc import Sequence
+import numbers
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,9 +17,11 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
+from jaxroute import counts as counts_lib
 from jaxroute import metrics as metrics_lib
-from jaxroute import micro_batches as micro_batches_lib
 from jaxroute import types
+
+Layer = types.Routing | types.MoEOutput | types.Counts
 
 
 def init_router_state(
@@ -36,20 +39,23 @@ def init_router_state(
     histogram: as in `RouterConfig`; `dual.quantile` needs it.
 
   Returns:
-    A `RouterState` with `[Lyr, E]` arrays.
+    A `RouterState` with `[Lyr, E]` arrays. That of a linen model is made by
+    `jaxroute.linen.init_router_state(variables, rule)`.
 
   Raises:
-    ValueError: if a size is below 1.
+    ValueError: if `rule` is none, or a size is no int or below 1.
 
   Example:
     >>> from jaxroute import dual
     >>> init_router_state(dual.sign(1e-3), num_experts=2).load
     Array([[0, 0]], dtype=int32)
   """
+  check_transformation("rule", rule)
   for name, size in (("num_experts", num_experts), ("num_layers", num_layers)):
-    if size < 1:
+    if not isinstance(size, numbers.Integral) or size < 1:
       raise ValueError(
-        f"`{name}` must be at least 1, got {size}. Pass that of the model."
+        f"`{name}` must be an int of at least 1, got {size!r}. Pass that of the"
+        " model."
       )
   expert_bias = jnp.zeros((num_layers, num_experts), jnp.float32)
   load = jnp.zeros(expert_bias.shape, jnp.int32)
@@ -62,14 +68,17 @@ def init_router_state(
 
 
 def accumulate(
-  state: types.RouterState, routing: types.Routing | Sequence[types.Routing]
+  state: types.RouterState,
+  routing: Layer | Sequence[Layer],
 ) -> types.RouterState:
   """Adds the counts of a forward pass; call it for every training micro-batch.
 
   Args:
-    state: with `[Lyr, E]` arrays, from `init_router_state`.
-    routing: of all layers: a `Routing` whose `load` is `[Lyr, E]` (what a scan
-      over layers returns), a sequence of Lyr `Routing`s, or one if Lyr is 1.
+    state: of all layers, from `init_router_state` here or of `jaxroute.linen`.
+    routing: of all layers: what `route` or a layer returned, with a load of
+      `[Lyr, E]` (what a scan over layers returns), a list of Lyr such, or one if
+      Lyr is 1; or `Counts` in the structure of the state's, which
+      `jaxroute.linen.counts` makes for a linen model.
 
   Returns:
     `state` with the counts added; histograms only if it has any. The bias is
@@ -78,29 +87,10 @@ def accumulate(
   Raises:
     ValueError: if the counts do not fit the state.
   """
-  if isinstance(routing, types.Routing):
-    routing = [routing]
-  counts = [r.counts for r in routing]
-  if state.counts.histogram is None:
-    counts = [types.Counts(load=c.load) for c in counts]
-  elif any(c.histogram is None for c in counts):
-    raise ValueError(
-      "`routing` must have a histogram, got None. Set `histogram=True` in the"
-      " `RouterConfig`, or leave it out of `init_router_state`."
-    )
-
-  def add(total: jax.Array, *layers: jax.Array) -> jax.Array:
-    is_stacked = len(layers) == 1 and layers[0].ndim == total.ndim
-    found = layers[0] if is_stacked else jnp.stack(layers)
-    if found.shape != total.shape:
-      raise ValueError(
-        f"`routing` must hold counts of shape {total.shape} (layers, experts"
-        f" ...), got {found.shape}. Pass the routing of every layer at once."
-      )
-    return total + found
-
+  check_state("state", state)
+  counts = counts_lib.of_layers(routing, state.counts)
   return dataclasses.replace(
-    state, counts=jax.tree.map(add, state.counts, *counts)
+    state, counts=jax.tree.map(jnp.add, state.counts, counts)
   )
 
 
@@ -128,8 +118,8 @@ def update(
     The next `RouterState`, its counts zero.
 
   Raises:
-    ValueError: if bias and counts do not belong together, or the rule needs a
-      histogram and there is none.
+    ValueError: if biases, counts and the rule's state do not belong together, or
+      the rule needs a histogram and there is none.
 
   Example:
     >>> from jaxroute import dual
@@ -140,11 +130,14 @@ def update(
     >>> update(state, rule).expert_bias
     Array([[-0.5,  0.5]], dtype=float32)
   """
+  check_state("state", state)
+  check_transformation("rule", rule)
   with jax.named_scope("jaxroute.update"):
+    _check_rule_state(state, rule)
     counts = state.counts
     if axis_name is not None:
       counts = _psum(counts, axis_name)
-    summed = _like_bias(counts, state.expert_bias)
+    summed = counts_lib.like_bias(counts, state.expert_bias)
     updates, rule_state = optax.with_extra_args_support(rule).update(
       jax.tree.map(metrics_lib.violation, summed.load),
       state.rule_state,
@@ -163,191 +156,83 @@ def update(
     )
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainState:
-  """All that a training run carries from step to step.
-
-  Attributes:
-    step: `[]` int32. Batches seen, skipped ones included.
-    params: the model's trainable parameters.
-    opt_state: state of the optimizer of `params`.
-    router: biases, loads and the rule's state.
-  """
-
-  step: jax.Array
-  params: types.PyTree
-  opt_state: types.PyTree
-  router: types.RouterState
-
-
-def init_train_state(
-  params: types.PyTree,
-  router: types.RouterState,
-  optimizer: optax.GradientTransformation,
-) -> TrainState:
-  """A `TrainState` at step 0.
-
-  Args:
-    params: the model's trainable parameters.
-    router: from `init_router_state` or a Flax layer's helper.
-    optimizer: the transformation that will update `params`, and only those.
-
-  Returns:
-    A `TrainState`.
-  """
-  return TrainState(
-    step=jnp.zeros((), jnp.int32),
-    params=params,
-    opt_state=optimizer.init(params),
-    router=router,
-  )
-
-
-def train_step(
-  state: TrainState,
-  batch: types.PyTree,
-  *,
-  loss_fn: micro_batches_lib.LossFn,
-  optimizer: optax.GradientTransformation,
-  rule: optax.GradientTransformation,
-  micro_batches: int = 1,
-  freeze_bias: jax.typing.ArrayLike = False,
-  skip: jax.typing.ArrayLike = False,
-) -> tuple[TrainState, dict[str, Any]]:
-  """One optimizer step and one dual step.
-
-  Gradients are averaged and loads summed over micro-batches that all route with
-  the same bias. A step whose loss or gradient is not finite is skipped: params,
-  optimizer, bias and rule stay as they were, and the metrics say so.
-
-  Args:
-    state: from `init_train_state`; may be donated.
-    batch: pytree of arrays whose leading axis is split into micro-batches.
-    loss_fn: (static)
-      `(params, expert_bias, batch) -> (loss, (counts, metrics))`: the mean loss
-      over the batch, the `Counts` of all layers, with loads shaped like
-      `expert_bias`, and a dict of scalars to average.
-    optimizer: (static) transformation of the gradients of `params`.
-    rule: (static) transformation of the load violation; see `jaxroute.dual`.
-    micro_batches: (static) parts the batch is processed in, one after the
-      other.
-    freeze_bias: `[]` bool. True trains the parameters and leaves the bias.
-    skip: `[]` bool. True skips the step whatever the gradient.
-
-  Returns:
-    The next state, and a dict: the means of `loss_fn`'s metrics, `loss`,
-    `grad_norm`, `skipped` (0 or 1), `load` (summed) and what
-    `jaxroute.metrics.summary` says of it and of the next bias.
-
-  Raises:
-    ValueError: if `micro_batches` does not divide the batch, or the counts do
-      not fit the router state.
-  """
-  (loss, (counts, aux)), grads = micro_batches_lib.accumulated_grad(
-    loss_fn, state.params, state.router.expert_bias, batch, micro_batches
-  )
-  counts = _checked_counts(counts, state.router)
-  grad_norm = optax.tree.norm(grads)
-  ok = jnp.isfinite(loss) & jnp.isfinite(grad_norm) & ~jnp.asarray(skip)
-
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  params, opt_state = optax.tree.where(
-    ok, (params, opt_state), (state.params, state.opt_state)
-  )
-  counted = dataclasses.replace(
-    state.router, counts=jax.tree.map(jnp.add, state.router.counts, counts)
-  )
-  router = update(counted, rule, apply=ok & ~jnp.asarray(freeze_bias))
-  next_state = TrainState(
-    step=state.step + 1, params=params, opt_state=opt_state, router=router
-  )
-  report = dict(aux, loss=loss, grad_norm=grad_norm, load=counts.load)
-  report["skipped"] = 1 - ok.astype(jnp.int32)
-  summary = metrics_lib.summary(counts.load, router.expert_bias)
-  return next_state, report | summary
-
-
-def eval_step(
-  state: TrainState, batch: types.PyTree, *, loss_fn: micro_batches_lib.LossFn
-) -> dict[str, Any]:
-  """The loss and load of a batch; changes nothing.
-
-  Args:
-    state: from `init_train_state` or `train_step`.
-    batch: what `loss_fn` takes.
-    loss_fn: as in `train_step`.
-
-  Returns:
-    A dict: `loss_fn`'s metrics, `loss`, a scalar, and `load`, int32 of the
-    shape of the bias, `[Lyr, E]` or a pytree of `[..., E]`. MaxVio_global is
-    `max_vio` of the loads summed over all batches.
-  """
-  loss, (counts, aux) = loss_fn(state.params, state.router.expert_bias, batch)
-  counts = _checked_counts(counts, state.router)
-  return dict(aux, loss=loss, load=counts.load)
-
-
-def _checked_counts(
-  counts: types.Counts, router: types.RouterState
-) -> types.Counts:
-  """What a loss function counted, in the tree structure of the state it is for."""
-  if not isinstance(counts, types.Counts):
-    raise ValueError(
-      "`loss_fn` must return (loss, (counts, metrics)) with a `jaxroute.Counts`, got"
-      f" a {type(counts).__name__} for the counts. Wrap the loads:"
-      " `jaxroute.Counts(load=...)`, or `jaxroute.linen.counts(...)`."
-    )
-  if router.counts.histogram is None:
-    counts = types.Counts(load=counts.load)
-  elif counts.histogram is None:
-    raise ValueError(
-      "`loss_fn` must count a histogram, which the router state has, got None. Set"
-      " `histogram=True` in the `RouterConfig`."
-    )
-  _like_bias(counts, router.expert_bias)
-  return jax.tree.unflatten(
-    jax.tree.structure(router.counts), jax.tree.leaves(counts)
-  )
-
-
 def _psum(counts: types.Counts, axis_name: str | Sequence[str]) -> types.Counts:
   """Sums the arrays over devices, all of them in one all-reduce."""
   flat, unravel = jax.flatten_util.ravel_pytree(counts)
   return unravel(jax.lax.psum(flat, axis_name))
 
 
-def _like_bias(counts: types.Counts, expert_bias: types.PyTree) -> types.Counts:
-  """`counts` in the tree structure of `expert_bias`, checked leaf by leaf."""
-  biases = jax.tree.leaves(expert_bias)
-  for x in biases:
-    if x.dtype != jnp.float32:
-      raise ValueError(
-        f"`expert_bias` must be float32, got {x.dtype}. Leave it out of casts"
-        " of the model."
-      )
-  shapes = [x.shape for x in biases]
-  load = _in_structure("load", counts.load, shapes, expert_bias)
-  histogram = counts.histogram
-  if histogram is not None:
-    shapes = [(*shape, types.HISTOGRAM_BINS) for shape in shapes]
-    histogram = _in_structure("histogram", histogram, shapes, expert_bias)
-  return types.Counts(load=load, histogram=histogram)
+def check_transformation(name: str, transformation: Any) -> None:
+  """Checks that an argument has the two functions of an optax transformation.
 
+  Args:
+    name: of the argument.
+    transformation: a rule or an optimizer.
 
-def _in_structure(
-  name: str,
-  tree: types.PyTree,
-  shapes: Sequence[tuple[Any, ...]],
-  like: types.PyTree,
-) -> types.PyTree:
-  """The arrays of `tree`, of these shapes, in the structure of another tree."""
-  arrays = jax.tree.leaves(tree)
-  found = [x.shape for x in arrays]
-  if found != shapes:
-    raise ValueError(
-      f"`{name}` must hold an array for each of `expert_bias`, of the shapes"
-      f" {shapes}, got {found}."
+  Raises:
+    ValueError: if it is something else.
+  """
+  functions = [getattr(transformation, f, None) for f in ("init", "update")]
+  if all(map(callable, functions)):
+    return
+  fix = {
+    "rule": "Pass what a rule of `jaxroute.dual` returns: `dual.sign(1e-3)`.",
+    "optimizer": "Pass what optax returns: `optax.adamw(1e-3)`.",
+  }[name]
+  if isinstance(transformation, Mapping):
+    fix = (
+      "For a linen model: `jaxroute.linen.init_router_state(variables, rule)`."
     )
-  return jax.tree.unflatten(jax.tree.structure(like), arrays)
+  raise ValueError(
+    f"`{name}` must be an optax transformation, got"
+    f" {shown(transformation)}. {fix}"
+  )
+
+
+def check_state(name: str, state: Any) -> None:
+  """Checks that an argument is a `RouterState`.
+
+  Args:
+    name: of the argument.
+    state: the argument.
+
+  Raises:
+    ValueError: if it is something else.
+  """
+  if not isinstance(state, types.RouterState):
+    fix = "Pass what `init_router_state` returned."
+    if hasattr(state, "router"):
+      fix = "Pass `state.router`."
+    raise ValueError(
+      f"`{name}` must be a `RouterState`, got {shown(state)}. {fix}"
+    )
+
+
+def _check_rule_state(
+  state: types.RouterState, rule: optax.GradientTransformation
+) -> None:
+  expected, found = (
+    jax.tree.map(jnp.shape, tree)
+    for tree in (
+      jax.eval_shape(rule.init, state.expert_bias),
+      state.rule_state,
+    )
+  )
+  if jax.tree.flatten(expected) != jax.tree.flatten(found):
+    raise ValueError(
+      "`state.rule_state` must be like `rule.init(state.expert_bias)`, of the shapes"
+      f" {expected}, got {found}. Update a state by the rule that it was made with."
+    )
+
+
+def shown(x: Any) -> str:
+  """What was passed, in a few words.
+
+  Args:
+    x: anything.
+
+  Returns:
+    Strings and numbers as they are, the type of anything else.
+  """
+  is_short = x is None or isinstance(x, str | numbers.Number)
+  return repr(x) if is_short else f"a {type(x).__name__}"

@@ -12,7 +12,7 @@ import numpy as np
 import optax
 import pytest
 import step_cases
-from step_cases import CONFIG, LAYERS, D, E, K
+from step_cases import CONFIG, LAYERS, E, K
 
 import jaxroute
 from jaxroute import dual, step
@@ -75,30 +75,6 @@ def test_counts_add_up_exactly_beyond_what_float32_and_int16_hold(count):
   assert after.load.dtype == jnp.int32
 
 
-def test_a_train_step_adds_to_what_the_state_has_counted():
-  rule, optimizer = dual.sign(0.5), optax.set_to_zero()
-  config = jaxroute.RouterConfig(num_experts=2, top_k=1)
-
-  def loss_fn(params, expert_bias, batch):
-    routing = jaxroute.route(batch * params, expert_bias[0], config)
-    counts = jax.tree.map(lambda x: x[None], routing.counts)
-    return jnp.sum(routing.weights), (counts, {})
-
-  router = jaxroute.init_router_state(rule, 2)
-  # The step counts 3 tokens for expert 0, the state 5 for expert 1 before.
-  counted = jaxroute.Counts(load=jnp.array([[0, 5]], jnp.int32))
-  router = dataclasses.replace(router, counts=counted)
-  after, report = jaxroute.train_step(
-    jaxroute.init_train_state(jnp.float32(1), router, optimizer),
-    jnp.array([[1.0, 0.0]] * 3),
-    loss_fn=loss_fn,
-    optimizer=optimizer,
-    rule=rule,
-  )
-  np.testing.assert_array_equal(report["load"], [[3, 0]])
-  np.testing.assert_array_equal(after.router.expert_bias, [[0.5, -0.5]])
-
-
 def test_update_takes_any_pytree_of_biases():
   rule = dual.sign(0.5)
   bias = {
@@ -122,137 +98,6 @@ def test_update_takes_any_pytree_of_biases():
     after.expert_bias["b"]["expert_bias"], [0.5, 0, -0.5]
   )
   chex.assert_trees_all_equal_structs(after, state)
-
-
-def test_padding_is_invisible_to_the_bias_trajectory():
-  rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
-  plain = padded = step_cases.make_state(rule, optimizer)
-  run = step_cases.make_step(rule, optimizer)
-  for seed in range(3):
-    batch = step_cases.make_batch(seed=seed)
-    more = {
-      "x": jnp.concatenate([batch["x"], jnp.full((7, D), 1e4)]),
-      "token_mask": jnp.concatenate([batch["token_mask"], jnp.zeros(7, bool)]),
-    }
-    plain, _ = run(plain, batch)
-    padded, report = run(padded, more)
-    assert not report["skipped"]
-  chex.assert_trees_all_equal(plain.router, padded.router)
-
-
-@pytest.mark.implicit_promotion  # optax.adam promotes its count
-@pytest.mark.parametrize("reason", ["argument", "nan"])
-def test_a_skipped_step_changes_nothing_but_its_number(reason):
-  rule = optax.chain(dual.sign(1e-2), optax.trace(0.9))
-  optimizer = optax.adam(1e-3)
-  state = step_cases.make_state(rule, optimizer)
-  state, _ = step_cases.make_step(rule, optimizer)(
-    state, step_cases.make_batch()
-  )
-  batch = step_cases.make_batch(seed=2)
-  if reason == "nan":
-    batch["x"] = batch["x"].at[1].set(jnp.nan)
-  after, report = step_cases.make_step(
-    rule, optimizer, skip=reason == "argument"
-  )(state, batch)
-  assert report["skipped"] == 1
-  assert np.isnan(report["loss"]) == (reason == "nan")
-  chex.assert_trees_all_equal(
-    dataclasses.replace(after, step=state.step), state
-  )
-  assert after.step == state.step + 1
-
-
-def test_freeze_trains_the_parameters_and_leaves_the_bias():
-  rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
-  state = step_cases.make_state(rule, optimizer)
-  after, report = step_cases.make_step(rule, optimizer, freeze_bias=True)(
-    state, step_cases.make_batch()
-  )
-  chex.assert_trees_all_equal(after.router, state.router)
-  assert np.any(after.params["router"] != state.params["router"])
-  assert report["skipped"] == 0
-
-
-def test_the_bias_of_a_batch_depends_on_earlier_batches_only():
-  rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
-  state, report = step_cases.make_step(rule, optimizer)(
-    step_cases.make_state(rule, optimizer), step_cases.make_batch()
-  )
-  loads = jaxroute.eval_step(
-    step_cases.make_state(rule, optimizer),
-    step_cases.make_batch(),
-    loss_fn=step_cases.loss_fn,
-  )["load"]
-  np.testing.assert_array_equal(report["load"], loads)
-
-
-def test_evaluation_changes_nothing_and_counts():
-  rule, optimizer = dual.sign(1e-2), optax.sgd(0.1)
-  state = step_cases.make_state(rule, optimizer)
-  before = jax.tree.map(np.array, state)
-  out = jax.jit(
-    functools.partial(jaxroute.eval_step, loss_fn=step_cases.loss_fn)
-  )(state, step_cases.make_batch())
-  chex.assert_trees_all_equal(state, before)
-  assert int(out["load"].sum()) == LAYERS * K * int(
-    step_cases.make_batch()["token_mask"].sum()
-  )
-
-
-@pytest.mark.implicit_promotion  # optax.adam promotes its count
-def test_weight_decay_and_the_optimizer_do_not_reach_the_bias():
-  rule, optimizer = dual.sign(0.0), optax.adamw(1e-1, weight_decay=0.5)
-  state = step_cases.make_state(rule, optimizer)
-  bias = jnp.full((LAYERS, E), 0.25)
-  state = dataclasses.replace(
-    state, router=dataclasses.replace(state.router, expert_bias=bias)
-  )
-  for seed in range(3):
-    state, _ = step_cases.make_step(rule, optimizer)(
-      state, step_cases.make_batch(seed=seed)
-    )
-  np.testing.assert_array_equal(state.router.expert_bias, bias)
-
-
-@pytest.mark.implicit_promotion  # optax.adam promotes its count
-def test_the_state_can_be_donated_and_keeps_its_type():
-  rule, optimizer = dual.sign(1e-2), optax.adam(1e-3)
-  run = jax.jit(
-    functools.partial(
-      jaxroute.train_step,
-      loss_fn=step_cases.loss_fn,
-      optimizer=optimizer,
-      rule=rule,
-    ),
-    donate_argnums=0,
-  )
-  state = step_cases.make_state(rule, optimizer)
-  types = jax.tree.map(jax.typeof, state)
-  for seed in range(3):
-    state, _ = run(state, step_cases.make_batch(seed=seed))
-    assert jax.tree.map(jax.typeof, state) == types
-  assert run._cache_size() == 1
-
-
-def test_sharded_tokens_give_the_same_bias_bit_for_bit():
-  rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
-  mesh = jax.make_mesh(
-    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  over_data = jax.NamedSharding(mesh, jax.P("data"))
-  everywhere = jax.NamedSharding(mesh, jax.P())
-  one = many = step_cases.make_state(rule, optimizer)
-  many = jax.device_put(many, everywhere)
-  run = step_cases.make_step(rule, optimizer, micro_batches=2)
-  for seed in range(4):
-    batch = step_cases.make_batch(64, seed)
-    one, _ = run(one, batch)
-    many, _ = run(many, jax.device_put(batch, over_data))
-  chex.assert_trees_all_equal(
-    jax.device_get(one.router), jax.device_get(many.router)
-  )
-  assert many.router.expert_bias.sharding.is_equivalent_to(everywhere, 2)
 
 
 def test_update_inside_shard_map_sums_before_the_sign():
