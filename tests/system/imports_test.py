@@ -10,29 +10,30 @@ pytestmark = pytest.mark.any_jax
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _OPERATIONS = ("routing", "dispatch", "experts")
-_BELOW = {"types", "scores", "remat", "ladder", "parallel", "kernels"}
-_CALLS_ROUTE = {"types", "routing", "scores", "metrics"}
+_BELOW = {"checks", "types", "scores", "remat", "ladder", "parallel", "kernels"}
+_CALLS_ROUTE = {"checks", "types", "routing", "scores", "metrics"}
 # The part of a file's path below jaxroute to the parts that it may import.
 _ALLOWED = {
-  "types": set(),
+  "checks": set(),
+  "types": {"checks"},
   "kernels": {"types", "kernels"},
   "parallel": {"types", "parallel"},
-  "ladder": {"parallel"},
+  "ladder": {"checks", "parallel"},
   "scores": {"types"},
   "remat": set(),
   **{name: _BELOW | {name} for name in _OPERATIONS},
-  "layer": {"types", "parallel", *_OPERATIONS},
+  "layer": {"checks", "types", "ladder", "parallel", *_OPERATIONS},
   "linen": {"types", "layer", "routing", "experts"},
   "nnx": {"types", "layer", "routing", "experts", "step"},
-  "metrics": {"types"},
+  "metrics": {"checks", "types"},
   "micro_batches": {"types"},
   "step": {"types", "metrics", "micro_batches"},
-  "losses": {"types", "metrics", "routing", "scores"},
+  "losses": {"checks", "types", "metrics", "routing", "scores"},
   "linear_program": set(),
-  "rounding": {"types", "routing"},
-  "assignment": {"types", "rounding", "linear_program"},
+  "rounding": {"routing"},
+  "assignment": {"checks", "rounding", "linear_program"},
   "dual": {*_CALLS_ROUTE, "dual", "assignment", "rounding"},
-  "plot": set(),
+  "plot": {"checks"},
 }
 
 
