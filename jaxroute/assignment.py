@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute import linear_program
+from jaxroute import checks, linear_program
 from jaxroute.rounding import round_to_balanced
 
 __all__ = [
@@ -93,8 +93,9 @@ def solve(
     >>> round(best.value, 6)
     1.6
   """
-  scores = np.asarray(scores, np.float64)
-  counted = _check(scores, top_k, token_mask)
+  scores = _on_host("scores", scores, "[T, E]")
+  top_k = _checked_top_k(top_k, scores)
+  counted = _counted(scores, token_mask)
   vertex = _solve_until_proven(scores[counted], top_k)
   x = np.zeros_like(scores)
   x[counted] = vertex.x
@@ -172,12 +173,14 @@ def dual_value(
     >>> dual_value(scores, jnp.array([-0.25, 0.0]), top_k=1)
     Array(1.25, dtype=float32)
   """
-  _check_shapes(scores, top_k, token_mask)
-  if expert_bias.shape != scores.shape[1:]:
-    raise ValueError(
-      f"`expert_bias` must be [E={scores.shape[1]}], got shape"
-      f" {expert_bias.shape}. Pass the row of one layer."
-    )
+  fix = "Flatten batch and sequence into T, and pass the row of one layer."
+  checks.check_array("scores", scores, "[T, E]", "floating point", fix)
+  e = scores.shape[1]
+  checks.check_array(
+    "expert_bias", expert_bias, "[E]", "floating point", fix, E=e
+  )
+  top_k = _checked_top_k(top_k, scores)
+  checks.check_mask(token_mask, scores.shape[0])
   if token_mask is None:
     token_mask = jnp.ones(scores.shape[:1], jnp.bool_)
   best, _ = jax.lax.top_k(scores + expert_bias[None], top_k)
@@ -197,7 +200,15 @@ def dual_value_of_choice(
 
   Returns:
     `[]` of the same dtype and library.
+
+  Raises:
+    ValueError: if a shape or dtype does not fit.
   """
+  fix = "Pass the K largest biased scores, and the bias of one layer."
+  checks.check_array("selected", selected, "[T, K]", "floating point", fix)
+  checks.check_array("expert_bias", expert_bias, "[E]", "floating point", fix)
+  fix, t = "True marks real tokens.", selected.shape[0]
+  checks.check_array("token_mask", token_mask, "[T]", "bool", fix, T=t)
   xp = selected.__array_namespace__()
   chosen = xp.where(token_mask[:, None], selected, 0.0)
   num_tokens = xp.sum(token_mask, dtype=selected.dtype)
@@ -231,7 +242,11 @@ def primal_value(
   Raises:
     ValueError: if a shape does not fit.
   """
-  _check_shapes(scores, expert_idx.shape[-1], token_mask)
+  fix = "Flatten batch and sequence into T, and pass `Routing.expert_idx`."
+  checks.check_array("scores", scores, "[T, E]", "floating point", fix)
+  t = scores.shape[0]
+  checks.check_array("expert_idx", expert_idx, "[T, K]", "integer", fix, T=t)
+  checks.check_mask(token_mask, t)
   chosen = jnp.sum(jnp.take_along_axis(scores, expert_idx, axis=1), axis=1)
   if token_mask is not None:
     chosen = jnp.where(token_mask, chosen, 0.0)
@@ -295,10 +310,20 @@ def complementary_slackness(
   Returns:
     `[...]` float32, in units of the scores, summed over the tokens.
 
+  Raises:
+    ValueError: if a shape or dtype does not fit.
+
   Example:
     >>> complementary_slackness(jnp.array([-0.5, 0.5]), jnp.array([6, 2]))
     Array(-2., dtype=float32)
   """
+  fix, dtype = (
+    "Pass those of the same tokens.",
+    "int32 or int64",
+  )
+  checks.check_array("load", load, "[..., E]", dtype, fix)
+  e, dtype = load.shape[-1], "floating point"
+  checks.check_array("expert_bias", expert_bias, "[..., E]", dtype, fix, E=e)
   load = load.astype(jnp.float32)
   violation = load - jnp.mean(load, axis=-1, keepdims=True)
   return jnp.sum(expert_bias * violation, axis=-1)
@@ -324,9 +349,10 @@ def regret(
   Raises:
     ValueError: as `solve` does.
   """
-  scores = np.asarray(scores, np.float64)
-  bias = np.asarray(expert_bias, np.float64)
-  if scores.ndim != 3 or bias.shape != scores.shape[::2]:
+  scores = _on_host("scores", scores, "[N, T, E]")
+  bias = _on_host("expert_bias", expert_bias, "[N, E]")
+  top_k = _checked_top_k(top_k, scores)
+  if bias.shape != scores.shape[::2]:
     raise ValueError(
       "`scores` must be [N, T, E] and `expert_bias` [N, E], got"
       f" {scores.shape} and {bias.shape}."
@@ -339,36 +365,32 @@ def regret(
   return sum(duals) - best
 
 
-def _check_shapes(
-  scores: jax.Array | np.ndarray,
-  top_k: int,
-  token_mask: jax.Array | np.ndarray | None,
-) -> None:
-  if scores.ndim != 2:
-    raise ValueError(
-      f"`scores` must be [T, E], got shape {scores.shape}. Flatten batch and"
-      " sequence into T."
-    )
-  if not 1 <= top_k <= scores.shape[1]:
-    raise ValueError(
-      f"`top_k` must be in [1, E={scores.shape[1]}], got {top_k}. Pass the K of"
-      " the router of these scores."
-    )
-  if token_mask is not None and token_mask.shape != scores.shape[:1]:
-    raise ValueError(
-      f"`token_mask` must be [T={scores.shape[0]}], got {token_mask.shape}."
-      " True marks real tokens."
-    )
+def _on_host(name: str, x: np.typing.ArrayLike, shape: str) -> np.ndarray:
+  """A NumPy array of float64, checked."""
+  fix = "Flatten batch and sequence into T; call it outside `jax.jit`."
+  try:
+    found = np.asarray(x)
+  except (TypeError, ValueError):  # it is ragged, or traced
+    found = np.asarray(checks.describe(x))
+  if jnp.issubdtype(found.dtype, jnp.integer):
+    found = found.astype(np.float64)
+  checks.check_array(name, found, shape, "floating point", fix)
+  return found.astype(np.float64)
 
 
-def _check(
-  scores: np.ndarray, top_k: int, token_mask: np.typing.ArrayLike | None
+def _checked_top_k(top_k: int, scores: jax.Array | np.ndarray) -> int:
+  fix = "Pass the K of the router of these scores."
+  return checks.as_int("top_k", top_k, fix, E=scores.shape[-1])
+
+
+def _counted(
+  scores: np.ndarray, token_mask: np.typing.ArrayLike | None
 ) -> np.ndarray:
   """`[T]` bool: the tokens that count."""
   if token_mask is None:
     token_mask = np.ones(scores.shape[:1], np.bool_)
-  counted = np.asarray(token_mask, np.bool_)
-  _check_shapes(scores, top_k, counted)
+  counted = np.asarray(token_mask)
+  checks.check_mask(counted, scores.shape[0])
   if not counted.any():
     raise ValueError(
       "`token_mask` must leave a token, got none: nothing can be balanced. True"

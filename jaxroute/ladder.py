@@ -6,15 +6,17 @@ An implementation that cannot do what it is asked for raises
 able to. A `ValueError` means that none can.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
 from jax.interpreters import batching, mlir
 
+from jaxroute import checks
 from jaxroute.parallel import mesh
 
 T = TypeVar("T")
@@ -42,12 +44,9 @@ def climb(
     NotImplementedError: if the implementation asked for cannot do this, or none
       can; with the reason of each.
   """
-  if implementation not in (None, *implementations):
-    names = ", ".join(repr(name) for name in implementations if name)
-    raise ValueError(
-      f"`implementation` of `{operation}` must be None or one of {names}, got"
-      f" {implementation!r}. None takes the best one that can run here."
-    )
+  check_names(
+    operation, [name for name in implementations if name], implementation
+  )
   reasons = []
   for name, call in implementations.items():
     if implementation in (None, name):
@@ -58,6 +57,34 @@ def climb(
   others = [x for x in implementations if x not in (None, implementation)]
   fix = f" Use None, or one of {others}." if implementation and others else ""
   raise NotImplementedError(f"`{operation}`: {' '.join(reasons)}{fix}")
+
+
+def check_names(
+  operation: str,
+  names: Sequence[str],
+  implementation: str | None,
+  interpret: Any = False,
+) -> None:
+  """Raises ValueError unless there is an implementation of a name.
+
+  Args:
+    operation: the public name, for the message.
+    names: of the implementations there are.
+    implementation: a name, or None.
+    interpret: what the user passed for it: a bool, or Pallas's parameters.
+  """
+  is_name = isinstance(implementation, str) and implementation in names
+  if implementation is not None and not is_name:
+    raise ValueError(
+      f"`implementation` of `{operation}` must be None or one of"
+      f" {', '.join(map(repr, names))}, got {checks.describe(implementation)}. None"
+      " takes the best one that can run here."
+    )
+  if not isinstance(interpret, bool | pltpu.InterpretParams):
+    raise ValueError(
+      f"`interpret` of `{operation}` must be a bool or a `pltpu.InterpretParams`,"
+      f" got {checks.describe(interpret)}. True interprets a kernel on any device."
+    )
 
 
 def check_can_run(

@@ -5,12 +5,12 @@
 """
 
 import functools
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute import dispatch, experts, types
+from jaxroute import checks, dispatch, experts, ladder, types
 from jaxroute import routing as routing_lib
 from jaxroute.parallel import all_gather
 
@@ -42,8 +42,11 @@ def router(
   Raises:
     ValueError: if a shape or dtype does not fit.
   """
+  _check_tokens(x)
   routing_lib.check_router_weight(router_weight, x.shape[-1], config)
   if token_mask is not None:
+    fix = f"Shape it like the leading axes of `x`, {x.shape[:-1]}."
+    checks.check_array("token_mask", token_mask, "[...]", "bool", fix)
     if token_mask.shape != x.shape[:-1]:
       raise ValueError(
         f"`token_mask` must have the leading shape of `x`, {x.shape[:-1]}, got"
@@ -51,6 +54,15 @@ def router(
       )
     token_mask = token_mask.reshape(-1)
   tokens = x.reshape(-1, x.shape[-1])
+  # Whatever is wrong is said before anything is projected.
+  logits = jax.ShapeDtypeStruct(
+    (tokens.shape[0], config.num_experts), jnp.float32
+  )
+  routing_lib.check_inputs(logits, expert_bias, config, token_mask)
+  names = get_args(routing_lib.Implementation)
+  ladder.check_names("router", names, implementation)
+  fix = "True leaves out the logits."
+  fuse_projection = checks.as_bool("fuse_projection", fuse_projection, fix)
   if fuse_projection:
     routes = routing_lib.project_and_route(
       tokens, router_weight, expert_bias, config, token_mask, implementation
@@ -93,9 +105,23 @@ def moe(
   Returns:
     The output, shaped like `x`, 0 for padding and NaN for tokens with NaN
     weights, and `group_sizes` `[E]` int32: the rows each expert processed.
+
+  Raises:
+    ValueError: if a shape or dtype does not fit, as where `routing`, `params`
+      and `config` have different numbers of experts.
   """
+  _check_tokens(x)
   tokens = x.reshape(-1, x.shape[-1])
+  routing_lib.check_config(config)
+  routing_lib.check_routing(routing, tokens.shape[0], config)
+  experts.check_params("params", params, x.shape[-1], config.num_experts)
+  if shared is not None:
+    experts.check_params("shared", shared, x.shape[-1], is_dense=True)
+  if partition is not None:
+    fix = "None is for one device."
+    checks.check_instance("partition", partition, types.Partition, fix)
   if dtype is not None:
+    dtype = checks.as_float_dtype("dtype", dtype)
     tokens = tokens.astype(dtype)
   params, shared = jax.tree.map(
     lambda w: w.astype(tokens.dtype), (params, shared)
@@ -121,7 +147,6 @@ def moe(
   return out.reshape(x.shape), group_sizes
 
 
-@functools.partial(jax.jit, static_argnames=("capacity", "implementation"))
 def local_moe(
   x: jax.Array,
   routing: types.Routing,
@@ -136,7 +161,8 @@ def local_moe(
     x: `[T, D]`. Tokens.
     routing: of those tokens. Tokens that its mask leaves out give 0, or NaN if
       their weights are NaN, and reach no parameter's gradient.
-    params: with the E axis, of the dtype of `x`.
+    params: with the E axis, of the dtype of `x`. An index of `routing` outside
+      `[0, E)` is of an expert that is not here, and adds nothing.
     capacity: C. An expert keeps its first C assignments in token order and the
       others are dropped; None drops nothing.
     implementation: as in `jaxroute.experts.grouped_matmul`.
@@ -148,6 +174,34 @@ def local_moe(
   Raises:
     ValueError: if a rank, shape or dtype does not fit.
   """
+  fix = "Flatten batch and sequence into T, and embed integer tokens first."
+  checks.check_array("x", x, "[T, D]", "floating point", fix)
+  experts.check_params("params", params, x.shape[1], dtype=x.dtype.name)
+  routing_lib.check_routing(routing, x.shape[0])
+  if params.w_gate.shape[0] > routing.load.shape[0]:
+    raise ValueError(
+      f"`params` must be of at most the E={routing.load.shape[0]} experts of"
+      f" `routing`, got {params.w_gate.shape[0]}. Pass those that are here."
+    )
+  if capacity is not None:
+    capacity = checks.as_int("capacity", capacity, "None drops nothing.")
+  names = get_args(experts.Implementation)
+  ladder.check_names("local_moe", names, implementation)
+  return _local_moe(
+    x, routing, params, capacity=capacity, implementation=implementation
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("capacity", "implementation"))
+def _local_moe(
+  x: jax.Array,
+  routing: types.Routing,
+  params: experts.ExpertParams,
+  *,
+  capacity: int | None,
+  implementation: experts.Implementation | None,
+) -> tuple[jax.Array, jax.Array]:
+  """See `local_moe`, which checks the arguments."""
   num_experts = params.w_gate.shape[0]
   order = dispatch.sort_by_expert(
     routing.expert_idx, num_experts, routing.token_mask, capacity
@@ -164,3 +218,8 @@ def local_moe(
     expected_rows=expected_rows,
   )
   return dispatch.combine(rows, routing.weights, order), order.group_sizes
+
+
+def _check_tokens(x: jax.Array) -> None:
+  fix = "Embed integer tokens first, and pass D last."
+  checks.check_array("x", x, "[..., D]", "floating point", fix)

@@ -10,7 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxroute import metrics, types
+from jaxroute import checks, metrics, types
 from jaxroute import routing as routing_lib
 from jaxroute import scores as scores_lib
 
@@ -32,9 +32,14 @@ def switch(
   Returns:
     `[]` float32. The gradient flows through `P` only.
 
+  Raises:
+    ValueError: if a shape or dtype does not fit.
+
   References:
     Fedus et al., 2021, https://arxiv.org/abs/2101.03961, equation 4.
   """
+  routing_lib.check_inputs(logits, None, config, None)
+  routing_lib.check_routing(routing, logits.shape[0], config)
   return global_batch(logits, routing.load, config, routing.token_mask)
 
 
@@ -59,9 +64,21 @@ def global_batch(
   Returns:
     `[]` float32; 0 if no token counts.
 
+  Raises:
+    ValueError: if a shape or dtype does not fit.
+
   References:
     Qiu et al., 2025, https://arxiv.org/abs/2501.11873, equation 4.
   """
+  routing_lib.check_inputs(logits, None, config, token_mask)
+  checks.check_array(
+    "load",
+    load,
+    "[E]",
+    "int32 or int64",
+    "Pass the load of one layer, summed over micro-batches and devices.",
+    E=config.num_experts,
+  )
   share = load.astype(jnp.float32) / jnp.maximum(metrics.total(load), 1.0)
   mean_score = _mean_score(logits, config, token_mask)
   return config.num_experts * jnp.sum(jax.lax.stop_gradient(share) * mean_score)
@@ -89,12 +106,16 @@ def sequence_wise(
     `[]` float32, the mean over sequences that have a token.
 
   Raises:
-    ValueError: if `num_sequences` does not divide T.
+    ValueError: if `num_sequences` does not divide T, or a shape or dtype does
+      not fit.
 
   References:
     DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 17 to 20.
   """
+  routing_lib.check_inputs(logits, None, config, token_mask)
   t, e = logits.shape
+  fix = f"It divides T={t}."
+  num_sequences = checks.as_int("num_sequences", num_sequences, fix, low=0)
   if num_sequences < 1 or t % num_sequences:
     raise ValueError(
       f"`num_sequences` must divide T={t}, got {num_sequences}. `logits` holds"
@@ -127,9 +148,15 @@ def z_loss(logits: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
   Returns:
     `[]` float32; 0 if no token counts.
 
+  Raises:
+    ValueError: if a shape or dtype does not fit.
+
   References:
     Zoph et al., 2022, https://arxiv.org/abs/2202.08906, equation 5.
   """
+  fix = "Flatten batch and sequence into T."
+  checks.check_array("logits", logits, "[T, E]", "floating point", fix)
+  checks.check_mask(token_mask, logits.shape[0])
   logits = logits.astype(jnp.float32)
   if token_mask is None:
     token_mask = jnp.ones(logits.shape[:1], jnp.bool_)

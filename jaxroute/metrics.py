@@ -11,8 +11,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from jaxroute import types
+from jaxroute import checks, types
 
 
 def violation(load: jax.Array) -> jax.Array:
@@ -34,11 +35,6 @@ def violation(load: jax.Array) -> jax.Array:
     >>> violation(jnp.array([3, 1, 1, 3]))
     Array([ 0.5, -0.5, -0.5,  0.5], dtype=float32)
   """
-  if load.ndim < 1 or not jnp.issubdtype(load.dtype, jnp.integer):
-    raise ValueError(
-      f"`load` must be integer [..., E], got {load.dtype} {load.shape}. Sum"
-      " counts as int32: float rounding can flip the sign."
-    )
   quotient, rest = mean_load(load)
   fraction = rest.astype(jnp.float32) / load.shape[-1]
   mean = quotient.astype(jnp.float32) + fraction
@@ -60,6 +56,7 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> int(quotient[0]), int(rest[0])
     (2, 1)
   """
+  _check_counts("load", load)
   e = load.shape[-1]
   # Quotients are summed, because the sum of the counts may not fit an int32.
   rest = jnp.sum(load % e, axis=-1, keepdims=True)
@@ -80,6 +77,7 @@ def total(counts: jax.Array) -> jax.Array:
     >>> total(jnp.full(4, 2**30))
     Array(4.2949673e+09, dtype=float32)
   """
+  _check_counts("counts", counts)
   return jnp.sum(counts.astype(jnp.float32), axis=-1)
 
 
@@ -160,6 +158,7 @@ def load_entropy(load: jax.Array) -> jax.Array:
     >>> load_entropy(jnp.array([2, 2, 0, 0]))
     Array(0.5, dtype=float32)
   """
+  _check_counts("load", load)
   e = load.shape[-1]
   share = (violation(load) + 1.0) / e
   entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
@@ -180,6 +179,7 @@ def dead_experts(load: jax.Array) -> jax.Array:
     >>> dead_experts(jnp.array([3, 0, 0, 1]))
     Array(2, dtype=int32)
   """
+  _check_counts("load", load)
   return jnp.sum(load == 0, axis=-1, dtype=jnp.int32)
 
 
@@ -197,6 +197,13 @@ def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
     >>> drop_fraction(jnp.array([6, 2]), jnp.array([4, 2]))
     Array(0.25, dtype=float32)
   """
+  _check_counts("load", load)
+  _check_counts("group_sizes", group_sizes)
+  if load.shape != group_sizes.shape:
+    raise ValueError(
+      f"`group_sizes` must have the shape of `load`, {load.shape}, got"
+      f" {group_sizes.shape}. Pass those of the same layers."
+    )
   return total(load - group_sizes) / jnp.maximum(total(load), 1.0)
 
 
@@ -213,6 +220,10 @@ def bias_spread(expert_bias: jax.Array) -> jax.Array:
     >>> bias_spread(jnp.array([5.0, 5.25, 4.5]))
     Array(0.75, dtype=float32)
   """
+  fix = "Pass the bias of a layer, or of all in one array."
+  checks.check_array(
+    "expert_bias", expert_bias, "[..., E]", "floating point", fix
+  )
   return jnp.max(expert_bias, axis=-1) - jnp.min(expert_bias, axis=-1)
 
 
@@ -228,19 +239,38 @@ def summary(
   Returns:
     Scalars: `max_vio`, `load_cv`, `load_entropy` and `bias_spread` (means over
     layers) and `dead_experts` (the sum over them).
-  """
 
-  def per_layer(
-    metric: Callable[[jax.Array], jax.Array], tree: types.PyTree
-  ) -> jax.Array:
-    return jnp.concatenate(
-      [metric(x).reshape(-1) for x in jax.tree.leaves(tree)]
+  Raises:
+    ValueError: if there is no array, or the shapes differ.
+  """
+  loads, biases = jax.tree.leaves(load), jax.tree.leaves(expert_bias)
+  for x in loads:
+    _check_counts("load", x)
+  shapes = [x.shape for x in loads]
+  if not shapes or shapes != [np.shape(x) for x in biases]:
+    raise ValueError(
+      f"`expert_bias` must hold an array for each of `load`, of the shapes {shapes},"
+      f" got {[np.shape(x) for x in biases]}. Pass both of one state."
     )
 
+  def per_layer(
+    metric: Callable[[jax.Array], jax.Array], arrays: list[jax.Array]
+  ) -> jax.Array:
+    return jnp.concatenate([metric(x).reshape(-1) for x in arrays])
+
   return {
-    "max_vio": jnp.mean(per_layer(max_vio, load)),
-    "load_cv": jnp.mean(per_layer(coefficient_of_variation, load)),
-    "load_entropy": jnp.mean(per_layer(load_entropy, load)),
-    "dead_experts": jnp.sum(per_layer(dead_experts, load)),
-    "bias_spread": jnp.mean(per_layer(bias_spread, expert_bias)),
+    "max_vio": jnp.mean(per_layer(max_vio, loads)),
+    "load_cv": jnp.mean(per_layer(coefficient_of_variation, loads)),
+    "load_entropy": jnp.mean(per_layer(load_entropy, loads)),
+    "dead_experts": jnp.sum(per_layer(dead_experts, loads)),
+    "bias_spread": jnp.mean(per_layer(bias_spread, biases)),
   }
+
+
+def _check_counts(name: str, counts: jax.Array) -> None:
+  fix = (
+    "Sum counts as int32: float rounding can flip the sign. Of a pytree, pass one"
+    " array after the other."
+  )
+  dtype = "int32 or int64"
+  checks.check_array(name, counts, "[..., E]", dtype, fix)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxroute import routing, types
+from jaxroute import routing
 
 # Loads within this share of the mean count as balanced.
 _TOLERANCE = 1e-6
@@ -87,8 +87,8 @@ def round_to_balanced(
     >>> float(loss)
     0.25
   """
-  e = scores.shape[-1]
-  config = types.RouterConfig.on_scores(e, top_k)
+  config = routing.check_scores(scores, expert_bias, top_k, token_mask)
+  e, top_k = config.num_experts, config.top_k
   routes = routing.route(scores, expert_bias, config, token_mask)
   counted = routes.token_mask[:, None]
   selection = jnp.where(counted, scores + expert_bias[None], -jnp.inf)

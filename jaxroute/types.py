@@ -15,11 +15,11 @@ int32 whatever the dtype of the model.
 """
 
 import dataclasses
-import math
-import numbers
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
+
+from jaxroute import checks
 
 ScoreFn = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 BiasSpace = Literal["scores", "logits"]
@@ -36,13 +36,27 @@ HISTOGRAM_FIRST_END = -16
 """The bins nearest to 0 end at 2 to this power."""
 
 
-def _choices(literal: Any) -> tuple[str, ...]:
-  return literal.__args__
+_CHOICES = {
+  "score_fn": get_args(ScoreFn),
+  "bias_space": get_args(BiasSpace),
+  "group_score": get_args(GroupScore),
+}
+_LEAVE_OUT = "Leave the field out for its default, if it has one."
+# Fields that are numbers: from where to where, and what to do.
+_INTERVALS = {
+  "norm_eps": ("[0, inf)", _LEAVE_OUT),
+  "scaling_factor": ("(-inf, inf)", "1.0 is for no scaling."),
+  "logit_soft_cap": ("(0, inf)", "None is for no cap."),
+  # Times 0 or less, the -inf of a masked expert would be NaN or +inf.
+  "logit_multiplier": ("(0, inf)", "1.0 leaves the logits as they are."),
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RouterConfig:
   """What a router computes; frozen and hashable, so static under `jax.jit`.
+
+  Numbers may be Python's, NumPy's or JAX's, and are kept as Python's.
 
   Attributes:
     num_experts: E, the number of routed experts.
@@ -64,12 +78,13 @@ class RouterConfig:
     norm_eps: keeps that division finite when all K scores are zero.
     scaling_factor: multiplies the weights at the end.
     logit_soft_cap: if given, logits become `cap * tanh(logits / cap)`.
-    logit_multiplier: multiplies the logits before the cap.
+    logit_multiplier: multiplies the logits before the cap; positive.
     histogram: whether to count `Counts.histogram`, by which
       `jaxroute.dual.quantile` moves the bias.
 
   Raises:
-    ValueError: if a value is out of range or the groups do not divide.
+    ValueError: if a value is of another type or out of range, also as float32,
+      or the groups do not divide.
 
   References:
     DeepSeek-V3, https://arxiv.org/abs/2412.19437, section 2.1.2.
@@ -91,43 +106,29 @@ class RouterConfig:
   histogram: bool = False
 
   def __post_init__(self):
-    self._check_sizes()
-    self._check_groups()
-    for name, literal in (
-      ("score_fn", ScoreFn),
-      ("bias_space", BiasSpace),
-      ("group_score", GroupScore),
-    ):
-      value = getattr(self, name)
-      if value not in _choices(literal):
-        raise ValueError(
-          f"`{name}` must be one of {_choices(literal)}, got {value!r}."
-        )
-    for name in ("scaling_factor", "logit_multiplier"):
-      if not math.isfinite(getattr(self, name)):
-        raise ValueError(f"`{name}` must be finite, got {getattr(self, name)}.")
-    if (
-      self.logit_soft_cap is not None and not 0 < self.logit_soft_cap < math.inf
-    ):
-      raise ValueError(
-        "`logit_soft_cap` must be positive and finite, or None for no cap, got"
-        f" {self.logit_soft_cap}."
-      )
-    if not 0 <= self.norm_eps < math.inf:
-      raise ValueError(f"`norm_eps` must be in [0, inf), got {self.norm_eps}.")
-
-  def _check_sizes(self):
-    for name in ("num_experts", "top_k", "num_groups", "group_top_k"):
-      value = getattr(self, name)
-      if not isinstance(value, numbers.Integral) or value < 1:
-        raise ValueError(
-          f"`{name}` must be an int of at least 1, got {value!r}."
-        )
+    for field in dataclasses.fields(self):
+      # Equal numbers of Python, NumPy and JAX make equal configs, all hashable.
+      value = self._checked(field.name, getattr(self, field.name))
+      object.__setattr__(self, field.name, value)
     if self.top_k > self.num_experts:
       raise ValueError(
         f"`top_k` must be in [1, num_experts={self.num_experts}], got"
         f" {self.top_k}. Choose fewer experts per token or add experts."
       )
+    self._check_groups()
+
+  def _checked(self, name: str, value: Any) -> Any:
+    """A field as Python's str, bool, int or float."""
+    if name in _CHOICES:
+      checks.check_choice(name, value, _CHOICES[name], _LEAVE_OUT)
+      return value
+    if name in _INTERVALS:
+      if value is None and name == "logit_soft_cap":
+        return None
+      return checks.as_float(name, value, *_INTERVALS[name])
+    if name in ("num_experts", "top_k", "num_groups", "group_top_k"):
+      return checks.as_int(name, value, _LEAVE_OUT)
+    return checks.as_bool(name, value, _LEAVE_OUT)
 
   def _check_groups(self):
     if self.num_experts % self.num_groups:
@@ -236,7 +237,9 @@ class Routing:
   """What `jaxroute.route` decided for T tokens.
 
   Attributes:
-    expert_idx: `[T, K]` int32. The chosen experts, best first.
+    expert_idx: `[T, K]` int32. The chosen experts, best first: distinct within
+      a token and in `[0, E)`. In a routing made by hand, any other index is of
+      no expert: it is not dispatched, and counts as dropped.
     weights: `[T, K]` float32. From the *unbiased* scores; 0 where a token is
       masked, NaN where one of its chosen logits is NaN. The only field with a
       gradient.

@@ -46,6 +46,18 @@ def test_sort_is_the_oracle(shape):
   _assert_is_oracle(_choices(t, e, k), e, mask, capacity=2)
 
 
+@pytest.mark.parametrize("capacity", (None, 2))
+@pytest.mark.parametrize("dtype", (np.int32, np.int8))
+def test_an_index_of_no_expert_comes_last_and_is_in_no_group(dtype, capacity):
+  limits = np.iinfo(dtype)
+  idx = np.array(
+    [[-1, 0], [1, 4], [5, 2], [limits.max, 1], [limits.min, 1]], dtype
+  )
+  _assert_is_oracle(idx, 4, capacity=capacity)
+  p = _sort(idx, 4, None, capacity)
+  assert p.group_sizes.sum() == (5 if capacity is None else 4)
+
+
 def test_every_token_on_the_same_experts():
   idx = np.tile(np.array([[3, 1]], np.int32), (50, 1))
   _assert_is_oracle(idx, 4)

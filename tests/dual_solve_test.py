@@ -125,7 +125,7 @@ def test_nothing_to_balance():
 @pytest.mark.parametrize(
   "call, words",
   [
-    (lambda: dual.solve(jnp.zeros(4), 1), "`logits` must be"),
+    (lambda: dual.solve(jnp.zeros(4), 1), "`scores` must be"),
     (lambda: dual.solve(jnp.zeros((4, 2)), 3), "`top_k` must be in"),
     (lambda: dual.solve(jnp.zeros((4, 2)), 1, tolerance=-1.0), "`tolerance`"),
     (

@@ -313,9 +313,15 @@ LHS, RHS, SIZES = jnp.ones((3, D)), jnp.ones((E, D, F)), jnp.ones(E, jnp.int32)
   "args, words",
   [
     ((jnp.ones((2, 3, D)), RHS, SIZES), r"`lhs`.*\[N, D\].*\(2, 3, 6\)"),
-    ((LHS, RHS[0], SIZES), r"`rhs` \[E, D, F\].*got .*\(6, 5\)"),
-    ((LHS[:, :2], RHS, SIZES), r"one D, got \(3, 2\)"),
-    ((LHS.astype(jnp.bfloat16), RHS, SIZES), "one dtype, got bfloat16"),
+    ((LHS, RHS[0], SIZES), r"`rhs` must be \[E, D=6, F\], got .*\(6, 5\)"),
+    (
+      (LHS[:, :2], RHS, SIZES),
+      r"`rhs` must be \[E, D=2, F\], got .*\(4, 6, 5\)",
+    ),
+    (
+      (LHS.astype(jnp.bfloat16), RHS, SIZES),
+      "`rhs` must be bfloat16.*got float32",
+    ),
     ((LHS, RHS, SIZES[:2]), r"`group_sizes`.*\[E=4\].*\(2,\)"),
     ((LHS, RHS, jnp.ones(E)), "`group_sizes` must be int32.*got float32"),
   ],
@@ -333,10 +339,16 @@ def test_bad_swiglu_arguments_are_named():
     return experts.ExpertParams(**(fields | arrays))
 
   for bad, words in (
-    (replaced(w_up=params.w_up[:, :, :2]), r"`w_up` and `w_down`.*\(4, 6, 2\)"),
-    (replaced(w_down=params.w_up), r"\[E, F, D\], got .*\(4, 6, 5\)"),
-    (replaced(w_up=params.w_up.astype(jnp.bfloat16)), "`w_up`.*bfloat16"),
-    (replaced(w_down=params.w_down.astype(jnp.bfloat16)), "`w_down`.*bfloat16"),
+    (replaced(w_up=params.w_up[:, :, :2]), r"`params.w_up`.*\(4, 6, 2\)"),
+    (replaced(w_down=params.w_up), r"F=5, D=6\], got .*\(4, 6, 5\)"),
+    (
+      replaced(w_up=params.w_up.astype(jnp.bfloat16)),
+      "`params.w_up`.*bfloat16",
+    ),
+    (
+      replaced(w_down=params.w_down.astype(jnp.bfloat16)),
+      "`params.w_down`.*bfloat16",
+    ),
   ):
     with pytest.raises(ValueError, match=words):
       experts.swiglu(LHS, bad, SIZES)

@@ -16,7 +16,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.sharding import AxisType
 
 from jaxroute import dispatch
-from jaxroute.dispatch import pallas_tpu
+from jaxroute.dispatch import api, pallas_tpu
 from jaxroute.kernels.tpu import device, sort
 from jaxroute.kernels.tpu.sort import plan
 
@@ -140,8 +140,8 @@ def _takes_kernel(implementation=None, t=4, k=2):
 
   # A function of its own, so that nothing is cached.
   def call(idx):
-    return dispatch.sort_by_expert.__wrapped__(
-      idx, 8, implementation=implementation
+    return api._sort_by_expert.__wrapped__(
+      idx, 8, None, None, implementation, False
     )
 
   return "jaxroute_rows" in str(jax.make_jaxpr(call)(idx))

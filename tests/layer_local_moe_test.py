@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """`layer.local_moe`: sort, dispatch, experts and combine, against the oracle."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -12,7 +13,7 @@ import oracle
 import pytest
 from experts_cases import IMPLEMENTATIONS, D, E, each
 
-from jaxroute import dispatch, experts, layer, types
+from jaxroute import dispatch, experts, layer, metrics, types
 
 pytestmark = pytest.mark.optimized
 
@@ -74,6 +75,27 @@ def test_an_expert_keeps_its_first_assignments_in_token_order(capacity):
   out, group_sizes = _moe(x, routing, params, capacity=capacity)
   experts_cases.assert_close(out, _oracle_moe(x, params, routing, kept))
   np.testing.assert_array_equal(group_sizes, np.minimum(seen, capacity))
+
+
+def test_an_assignment_to_no_expert_adds_nothing_and_counts_as_dropped():
+  t, k = 24, 3
+  expert_idx, weights = _choices(1, t, k)
+  x, params = experts_cases.normal(0, t, D), experts_cases.params()
+  routing = _routing(expert_idx, weights)
+  lost = np.array([-1, E, E + 1, 2**31 - 1, -(2**31)], np.int32)
+  expert_idx = expert_idx.copy()
+  expert_idx[: lost.size, 1] = lost
+  broken = dataclasses.replace(routing, expert_idx=jnp.asarray(expert_idx))
+  kept = (expert_idx >= 0) & (expert_idx < E)
+  config = types.RouterConfig(num_experts=E, top_k=k)
+  out, group_sizes = layer.moe(x, broken, params, config=config)
+  expected = _oracle_moe(x, params, routing, kept)
+  experts_cases.assert_close(out, expected)
+  np.testing.assert_array_equal(
+    group_sizes, np.bincount(expert_idx[kept], minlength=E)
+  )
+  dropped = metrics.drop_fraction(broken.load, group_sizes)
+  np.testing.assert_allclose(dropped, lost.size / (t * k))
 
 
 @each

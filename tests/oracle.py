@@ -188,8 +188,10 @@ def sort_by_expert(expert_idx, num_experts, token_mask=None, capacity=None):
   for i in range(t):
     for j in range(k):
       e = expert_idx[i][j]
-      full = capacity is not None and len(buckets[e]) >= capacity
       masked = token_mask is not None and not token_mask[i]
+      if not 0 <= e < num_experts:  # of no expert that is here
+        e = num_experts
+      full = capacity is not None and len(buckets[e]) >= capacity
       buckets[num_experts if full or masked else e].append(i * k + j)
   permutation = np.array([n for b in buckets for n in b], np.int32)
   inverse = np.empty_like(permutation)

@@ -45,6 +45,28 @@ def test_what_selection_and_scores_depend_on(fields, on_logits, row_softmax):
   assert not config.limits_groups
 
 
+def test_numbers_of_numpy_and_jax_make_the_config_of_python_ones():
+  plain = jaxroute.RouterConfig(
+    num_experts=8, top_k=2, scaling_factor=2.0, logit_soft_cap=30
+  )
+  for integer, number in (
+    (np.int64, np.float32),
+    (np.uint8, np.float16),
+    (jnp.int32, jnp.bfloat16),
+    (np.array, jnp.array),
+  ):
+    config = jaxroute.RouterConfig(
+      num_experts=integer(8),
+      top_k=integer(2),
+      scaling_factor=number(2.0),
+      logit_soft_cap=number(30.0),
+      normalize_weights=np.bool_(True),
+    )
+    assert config == plain and hash(config) == hash(plain)
+    kinds = {type(value) for value in vars(config).values()}
+    assert kinds == {int, float, bool, str}
+
+
 def test_a_router_on_scores_compares_them_as_they_are():
   scores = jnp.array([[-1.0, 5.0, 2.0]])
   config = jaxroute.RouterConfig.on_scores(3, 2)
@@ -94,6 +116,24 @@ def test_counts_of_the_parts_of_a_batch_are_those_of_the_batch(histogram):
     (dict(logit_multiplier=float("inf")), ("logit_multiplier", "inf")),
     (dict(logit_soft_cap=0.0), ("logit_soft_cap", "0.0", "None")),
     (dict(norm_eps=-1.0), ("norm_eps", "-1.0", "[0, inf)")),
+    # What a config.json may hold.
+    (dict(scaling_factor=None), ("`scaling_factor`", "number", "got None")),
+    (dict(norm_eps=None), ("`norm_eps`", "got None")),
+    (dict(num_groups=None), ("`num_groups`", "int", "got None")),
+    (dict(logit_soft_cap="30"), ("`logit_soft_cap`", "got '30'", "None")),
+    (dict(num_experts="8"), ("`num_experts`", "int", "got '8'")),
+    (dict(top_k=True), ("`top_k`", "int", "got True")),
+    (dict(histogram=1), ("`histogram`", "bool", "got 1")),
+    (dict(score_fn=None), ("`score_fn`", "got None", "sigmoid")),
+    (dict(score_fn=["sigmoid"]), ("`score_fn`", "got a list")),
+    # An inf in float32, or a 0 that divides or takes the -inf of a mask.
+    (dict(scaling_factor=1e39), ("`scaling_factor`", "float32", "1e+39")),
+    (dict(norm_eps=10**400), ("`norm_eps`", "float32")),
+    (dict(logit_soft_cap=1e39), ("`logit_soft_cap`", "float32", "1e+39")),
+    (dict(logit_soft_cap=1e-50), ("`logit_soft_cap`", "1e-50")),
+    (dict(logit_multiplier=-1.0), ("`logit_multiplier`", "(0, inf)", "-1.0")),
+    (dict(logit_multiplier=0), ("`logit_multiplier`", "(0, inf)", "got 0")),
+    (dict(logit_multiplier=1e-45), ("`logit_multiplier`", "1e-45")),
   ),
 )
 def test_config_errors_name_field_value_and_fix(fields, words):

@@ -10,12 +10,12 @@ import dataclasses
 import fractions
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute import ladder, remat, types
+from jaxroute import checks, ladder, remat, types
 from jaxroute.dispatch import pallas_tpu, xla
 from jaxroute.parallel import mesh
 
@@ -60,13 +60,20 @@ def expert_capacity(
     C, at least 1.
 
   Raises:
-    ValueError: if `capacity_factor` is not positive and finite.
+    ValueError: if `capacity_factor` is not positive and finite, or another
+      argument is of another type.
   """
-  if not 0 < capacity_factor < math.inf:
-    raise ValueError(
-      f"`capacity_factor` must be positive and finite, got {capacity_factor}."
-      " Leave the capacity out (None) to drop nothing."
-    )
+  fix = "Write jaxroute.RouterConfig(num_experts=..., top_k=...)."
+  checks.check_instance("config", config, types.RouterConfig, fix)
+  fix = "Pass the number of tokens, of all devices."
+  num_tokens = checks.as_int("num_tokens", num_tokens, fix, low=0)
+  fix = "Leave the capacity out (None) to drop nothing."
+  capacity_factor = checks.as_float(
+    "capacity_factor", capacity_factor, "(0, inf)", fix
+  )
+  if partition is not None:
+    fix = "None is for one device."
+    checks.check_instance("partition", partition, types.Partition, fix)
   num_tokens //= mesh.token_shards(partition)
   # Exact, as in decimals: a product of floats may end just above an integer.
   factor = fractions.Fraction(str(capacity_factor))
@@ -74,10 +81,6 @@ def expert_capacity(
   return max(-(-assignments // (factor.denominator * config.num_experts)), 1)
 
 
-@functools.partial(
-  jax.jit,
-  static_argnames=("num_experts", "capacity", "implementation", "interpret"),
-)
 def sort_by_expert(
   expert_idx: jax.Array,
   num_experts: int,
@@ -89,8 +92,9 @@ def sort_by_expert(
   """Puts the assignments in expert order, stably.
 
   Args:
-    expert_idx: `[T, K]` int32. The chosen experts, distinct within a token;
-      an index of E stands for an expert that is not here, and is in no group.
+    expert_idx: `[T, K]` int32. The chosen experts, distinct within a token. An
+      index outside `[0, E)` is of an expert that is not here: its assignment
+      comes last and is in no group, as if it were dropped.
     num_experts: E.
     token_mask: `[T]` bool. Assignments of False tokens come last and are in no
       group. `Routing.token_mask` also leaves out tokens with NaN weights.
@@ -109,19 +113,39 @@ def sort_by_expert(
     ValueError: if a shape, dtype or `capacity` does not fit.
     NotImplementedError: if `implementation` cannot do this; "xla" always can.
   """
-  if expert_idx.ndim != 2 or not jnp.issubdtype(expert_idx.dtype, jnp.integer):
-    raise ValueError(
-      "`expert_idx` must be integer [T, K], got"
-      f" {expert_idx.dtype} {expert_idx.shape}."
-    )
-  if capacity is not None and capacity < 1:
-    raise ValueError(
-      f"`capacity` must be at least 1 row per expert, got {capacity}. Use None"
-      " to drop nothing."
-    )
+  fix = "Pass `Routing.expert_idx`."
+  checks.check_array("expert_idx", expert_idx, "[T, K]", "integer", fix)
+  fix = "Pass the E of the router."
+  num_experts = checks.as_int("num_experts", num_experts, fix)
+  checks.check_mask(token_mask, expert_idx.shape[0])
+  if capacity is not None:
+    fix = "It is rows per expert. Use None to drop nothing."
+    capacity = checks.as_int("capacity", capacity, fix)
+  names = get_args(Implementation)
+  ladder.check_names("sort_by_expert", names, implementation, interpret)
+  return _sort_by_expert(
+    expert_idx, num_experts, token_mask, capacity, implementation, interpret
+  )
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("num_experts", "capacity", "implementation", "interpret"),
+)
+def _sort_by_expert(
+  expert_idx: jax.Array,
+  num_experts: int,
+  token_mask: jax.Array | None,
+  capacity: int | None,
+  implementation: Implementation | None,
+  interpret: Any,
+) -> Permutation:
+  """See `sort_by_expert`, which checks the arguments."""
   key = expert_idx.astype(jnp.int32)
+  is_here = (key >= 0) & (key < num_experts)
   if token_mask is not None:
-    key = jnp.where(token_mask[:, None], key, num_experts)
+    is_here &= token_mask[:, None]
+  key = jnp.where(is_here, key, num_experts)
   load, permutation, inverse = _sort(
     key, num_experts, capacity, implementation, interpret
   )

@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxroute import multilinear
+from jaxroute import checks, multilinear
 from jaxroute.dispatch.api import Permutation
 from jaxroute.parallel import mesh
 
@@ -31,8 +31,10 @@ def dispatch(x: jax.Array, permutation: Permutation) -> jax.Array:
   Raises:
     ValueError: if T does not divide the N assignments.
   """
-  n = permutation.permutation.shape[0]
-  if x.ndim != 2 or n % max(x.shape[0], 1):
+  fix = "Flatten batch and sequence into T."
+  n = _checked_size(permutation)
+  checks.check_array("x", x, "[T, D]", "", fix)
+  if n % max(x.shape[0], 1):
     raise ValueError(
       f"`x` must be [T, D] and T divide the N={n} assignments of `permutation`,"
       f" got {x.shape}. Sort and dispatch the same tokens."
@@ -62,13 +64,12 @@ def combine(
   Raises:
     ValueError: if `rows` and `weights` are not of the N assignments.
   """
-  n = permutation.permutation.shape[0]
-  if rows.ndim != 2 or rows.shape[0] != n or weights.ndim != 2:
-    raise ValueError(
-      f"`rows` must be [N={n}, D] and `weights` [T, K], got {rows.shape} and"
-      f" {weights.shape}. Pass the permutation that `dispatch` used."
-    )
-  if weights.size != n or weights.dtype != jnp.float32:
+  fix = "Pass the permutation that `dispatch` used."
+  n = _checked_size(permutation)
+  checks.check_array("rows", rows, "[N, D]", "floating point", fix, N=n)
+  fix = "Pass `Routing.weights` as they are."
+  checks.check_array("weights", weights, "[T, K]", "float32", fix)
+  if weights.size != n:
     raise ValueError(
       f"`weights` must be float32 [T, K] with T * K = N = {n}, got"
       f" {weights.dtype} {weights.shape}. Pass `Routing.weights` as they are."
@@ -79,6 +80,22 @@ def combine(
     indices = _indices(permutation, *weights.shape)
     arguments = [rows, weights]
     return multilinear.derivative(_COMBINE, 2, arguments, indices, dtypes)
+
+
+def _checked_size(permutation: Permutation) -> int:
+  """N, the number of assignments."""
+  fix = "Pass what `sort_by_expert` returned."
+  checks.check_instance("permutation", permutation, Permutation, fix)
+  sizes = {}
+  for field, shape in (
+    ("permutation", "[N]"),
+    ("inverse_permutation", "[N]"),
+    ("group_sizes", "[E]"),
+  ):
+    x = getattr(permutation, field)
+    checks.check_array(f"permutation.{field}", x, shape, "int32", fix, **sizes)
+    sizes["N"] = permutation.permutation.shape[0]
+  return sizes["N"]
 
 
 def _take(x: jax.Array, idx: jax.Array) -> jax.Array:

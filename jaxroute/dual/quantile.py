@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxroute import metrics, routing, types
+from jaxroute import checks, metrics, routing, types
 from jaxroute.routing import bias_histogram, float_keys
 
 
@@ -59,8 +59,8 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
     Su, 2026, https://kexue.fm/archives/11619.
     Kimi K3, https://arxiv.org/abs/2607.24653, with bins of equal width.
   """
-  if not 0 <= ema < 1:
-    raise ValueError(f"`ema` must be in [0, 1), got {ema}.")
+  fix = "It is the share of the bias that stays."
+  ema = checks.as_float("ema", ema, "[0, 1)", fix, may_be_traced=True)
 
   def init(params: optax.Params) -> optax.EmptyState:
     del params
@@ -126,7 +126,7 @@ def quantile_bias(
   References:
     Su, 2026, https://kexue.fm/archives/11619.
   """
-  config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
+  config = routing.check_scores(scores, expert_bias, top_k, token_mask)
   routes = routing.route(scores, expert_bias, config, token_mask)
   target = target_bias(scores, expert_bias, routes)
   return target - jnp.mean(target)

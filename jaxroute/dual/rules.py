@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxroute import checks
 from jaxroute.dual import schedules
 
 
@@ -115,14 +116,10 @@ def smebu(
   References:
     Trinity Large, https://arxiv.org/abs/2602.17004.
   """
-  if not 0 <= beta < 1:
-    raise ValueError(
-      f"`beta` must be in [0, 1), got {beta}. 0 is without momentum."
-    )
-  if not kappa > 0:
-    raise ValueError(
-      f"`kappa` must be positive, got {kappa}. A large one takes the sign."
-    )
+  fix = "0 is without momentum."
+  beta = checks.as_float("beta", beta, "[0, 1)", fix, may_be_traced=True)
+  fix = "A large one takes the sign."
+  kappa = checks.as_float("kappa", kappa, "(0, inf)", fix, may_be_traced=True)
 
   def clamp(
     updates: optax.Updates, params: optax.Params | None = None
@@ -173,9 +170,9 @@ def pid(
   References:
     LongCat-Flash, https://arxiv.org/abs/2509.01322.
   """
-  schedules.check_rate("proportional", proportional)
-  schedules.check_rate("integral", integral)
-  schedules.check_rate("derivative", derivative)
+  proportional = schedules.check_rate("proportional", proportional)
+  integral = schedules.check_rate("integral", integral)
+  derivative = schedules.check_rate("derivative", derivative)
 
   def init(params: optax.Params) -> PidState:
     zeros = optax.tree.zeros_like
@@ -236,12 +233,14 @@ def triple_momentum(
     Van Scoy, Freeman, Lynch, 2018, The fastest known globally convergent
     first-order method for minimizing strongly convex functions, table I.
   """
-  schedules.check_rate("rate", rate)
-  if not 1 <= condition < float("inf"):
-    raise ValueError(
-      f"`condition` must be finite and at least 1, got {condition}. It is the"
-      " largest curvature over the smallest."
-    )
+  rate = schedules.check_rate("rate", rate)
+  condition = checks.as_float(
+    "condition",
+    condition,
+    "[1, inf)",
+    "It is the largest curvature over the smallest.",
+    may_be_traced=True,
+  )
   r = 1 - condition**-0.5
   beta = r**2 / (2 - r)
   gamma = r**2 / ((1 + r) * (2 - r))
@@ -270,5 +269,5 @@ def triple_momentum(
 def _descend(rate: optax.ScalarOrSchedule) -> optax.GradientTransformation:
   """Multiplies by minus the rate, a checked number or a schedule."""
   if not callable(rate):
-    schedules.check_rate("rate", rate)
+    rate = schedules.check_rate("rate", rate)
   return optax.scale_by_learning_rate(rate)

@@ -5,18 +5,30 @@ A constant step ends in a limit cycle about as wide as the step; a shrinking one
 lets the bias settle.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from jaxroute import checks
 
-def check_rate(name: str, rate: float | jax.Array) -> None:
-  """Raises ValueError unless `rate` is a finite number of at least 0."""
-  if not 0 <= rate < float("inf"):
-    raise ValueError(
-      f"`{name}` must be finite and at least 0, got {rate}. A negative rate"
-      " drives loads apart; 0 freezes the bias."
-    )
+
+def check_rate(name: str, rate: float | jax.Array) -> Any:
+  """A rate as a Python float, or as it is if it is traced.
+
+  Args:
+    name: of the argument.
+    rate: a number of at least 0, also NumPy's or JAX's.
+
+  Returns:
+    `rate`.
+
+  Raises:
+    ValueError: if it is negative, or not finite in float32.
+  """
+  fix = "A negative rate drives loads apart; 0 freezes the bias."
+  return checks.as_float(name, rate, "[0, inf)", fix, may_be_traced=True)
 
 
 def inverse_sqrt(rate: float) -> optax.Schedule:
@@ -35,7 +47,7 @@ def inverse_sqrt(rate: float) -> optax.Schedule:
     >>> float(inverse_sqrt(0.5)(3))
     0.25
   """
-  check_rate("rate", rate)
+  rate = check_rate("rate", rate)
 
   def schedule(count: jax.typing.ArrayLike) -> jax.Array:
     return rate / jnp.sqrt(jnp.asarray(count, jnp.float32) + 1.0)
@@ -62,7 +74,7 @@ def inverse(rate: float) -> optax.Schedule:
     >>> float(inverse(0.5)(4))
     0.10000000149011612
   """
-  check_rate("rate", rate)
+  rate = check_rate("rate", rate)
 
   def schedule(count: jax.typing.ArrayLike) -> jax.Array:
     return rate / (jnp.asarray(count, jnp.float32) + 1.0)

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxroute import assignment, routing, types
+from jaxroute import assignment, checks, routing, types
 from jaxroute.dual import solvers
 
 
@@ -93,21 +93,21 @@ def solve(
     >>> bool(solution.converged), float(solution.dual_value)
     (True, 1.25)
   """
-  if max_iterations < 1:
-    raise ValueError(
-      f"`max_iterations` must be at least 1, got {max_iterations}. The default"
-      " is 100."
-    )
-  if not isinstance(tolerance, jax.Array) and not 0 <= tolerance < 1:
-    raise ValueError(
-      f"`tolerance` must be in [0, 1), got {tolerance}. It is a relative gap; 0"
-      " goes on until that rounds to 0."
-    )
-  solver = solver or solvers.bundle()
+  config = routing.check_scores(scores, expert_bias, top_k, token_mask)
+  fix = "It is how often the tokens are routed. The default is 100."
+  max_iterations = checks.as_int("max_iterations", max_iterations, fix)
+  fix = "It is a relative gap; 0 goes on until that rounds to 0."
+  tolerance = checks.as_float(
+    "tolerance", tolerance, "[0, 1)", fix, may_be_traced=True
+  )
+  if solver is None:
+    solver = solvers.bundle()
+  fix = "Pass what a function of `jaxroute.dual.solvers` returns."
+  checks.check_instance("solver", solver, solvers.Solver, fix)
   if expert_bias is None:
     expert_bias = jnp.zeros(scores.shape[-1:], jnp.float32)
   return _solve_guarded(
-    scores, expert_bias, token_mask, tolerance, top_k, solver, max_iterations
+    scores, expert_bias, token_mask, tolerance, config, solver, max_iterations
   )
 
 
@@ -137,20 +137,18 @@ class Progress(NamedTuple):
 
 
 @functools.partial(
-  jax.jit, static_argnames=("top_k", "solver", "max_iterations")
+  jax.jit, static_argnames=("config", "solver", "max_iterations")
 )
 def _solve_guarded(
   scores: jax.Array,
   expert_bias: jax.Array,
   token_mask: jax.Array | None,
   tolerance: jax.typing.ArrayLike,
-  top_k: int,
+  config: types.RouterConfig,
   solver: solvers.Solver,
   max_iterations: int,
 ) -> Solution:
   """`_solve`, and NaN for every number if a counted token has a NaN score."""
-  config = types.RouterConfig.on_scores(scores.shape[-1], top_k)
-  routing.check_inputs(scores, expert_bias, config, token_mask)
   if token_mask is None:
     token_mask = jnp.ones(scores.shape[:1], jnp.bool_)
   is_nan = jnp.isnan(scores)

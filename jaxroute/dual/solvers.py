@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxroute import metrics, types
+from jaxroute import checks, metrics, types
 from jaxroute.dual.quantile import target_bias
 
 
@@ -99,7 +99,6 @@ def bip() -> Solver:
   return Solver(_no_state, step)
 
 
-@functools.cache
 def subgradient(rule: optax.GradientTransformation) -> Solver:
   """A balancing rule as a solver: one load per iteration, as in training.
 
@@ -108,8 +107,16 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
       scores' standard deviation within a token. `dual.sign`,
       `dual.proportional`; `optax.sgd(rate, momentum)`, heavy ball, or with
       `nesterov=True`; `dual.triple_momentum`.
-  """
 
+  Raises:
+    ValueError: if `rule` is none.
+  """
+  checks.check_rule("rule", rule)
+  return _subgradient(rule)
+
+
+@functools.cache
+def _subgradient(rule: optax.GradientTransformation) -> Solver:
   def init(problem: Problem, expert_bias: jax.Array) -> optax.OptState:
     del problem
     return rule.init(expert_bias)
@@ -128,7 +135,6 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
   return Solver(init, step)
 
 
-@functools.cache
 def sinkhorn(temperature: float) -> Solver:
   """Sinkhorn's scaling of `exp(scores / temperature)` to both sums (S-BASE).
 
@@ -147,8 +153,11 @@ def sinkhorn(temperature: float) -> Solver:
   References:
     Clark et al., 2022, https://arxiv.org/abs/2202.01169, section 3.1.
   """
-  _check_positive("temperature", temperature)
+  return _sinkhorn(_positive("temperature", temperature))
 
+
+@functools.cache
+def _sinkhorn(temperature: float) -> Solver:
   def step(
     problem: Problem,
     state: Any,
@@ -171,7 +180,6 @@ def sinkhorn(temperature: float) -> Solver:
   return Solver(_no_state, step)
 
 
-@functools.cache
 def sparse_transport(
   rule: optax.GradientTransformation, regularization: float
 ) -> Solver:
@@ -188,14 +196,20 @@ def sparse_transport(
     regularization: positive, in the same units.
 
   Raises:
-    ValueError: if `regularization` is not positive.
+    ValueError: if `rule` is none or `regularization` is not positive.
 
   References:
     Liu, Puigcerver, Blondel, 2023, Sparsity-constrained optimal transport,
     https://arxiv.org/abs/2209.15466, section 4.
   """
-  _check_positive("regularization", regularization)
+  checks.check_rule("rule", rule)
+  return _sparse_transport(rule, _positive("regularization", regularization))
 
+
+@functools.cache
+def _sparse_transport(
+  rule: optax.GradientTransformation, regularization: float
+) -> Solver:
   def init(problem: Problem, expert_bias: jax.Array) -> optax.OptState:
     del problem
     return rule.init(expert_bias)
@@ -258,7 +272,6 @@ class BundleState(NamedTuple):
   count: jax.Array
 
 
-@functools.cache
 def bundle(size: int = 32) -> Solver:
   """Proximal bundle method: the dual is the maximum of its cutting planes.
 
@@ -276,11 +289,12 @@ def bundle(size: int = 32) -> Solver:
   References:
     Lemarechal, Sagastizabal, 1997, Variable metric bundle methods.
   """
-  if size < 2:
-    raise ValueError(
-      f"`size` must be at least 2, got {size}. It is how many cuts are kept."
-    )
+  fix = "It is how many cuts are kept."
+  return _bundle(checks.as_int("size", size, fix, low=2))
 
+
+@functools.cache
+def _bundle(size: int) -> Solver:
   def init(problem: Problem, expert_bias: jax.Array) -> BundleState:
     del problem
     zero = jnp.float32(0)
@@ -377,9 +391,6 @@ def _no_state(problem: Problem, expert_bias: jax.Array) -> tuple[()]:
   return ()
 
 
-def _check_positive(name: str, value: float) -> None:
-  if not 0 < value < float("inf"):
-    raise ValueError(
-      f"`{name}` must be positive and finite, got {value}. Its unit is the scores'"
-      " standard deviation within a token."
-    )
+def _positive(name: str, value: float) -> float:
+  fix = "Its unit is the scores' standard deviation within a token."
+  return checks.as_float(name, value, "(0, inf)", fix)

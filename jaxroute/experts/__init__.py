@@ -7,11 +7,16 @@ from jaxroute.experts.api import (
   grouped_matmul,
   swiglu,
 )
-from jaxroute.experts.params import ExpertParams, init_expert_params
+from jaxroute.experts.params import (
+  ExpertParams,
+  check_params,
+  init_expert_params,
+)
 
 __all__ = [
   "ExpertParams",
   "Implementation",
+  "check_params",
   "dense_swiglu",
   "grouped_matmul",
   "init_expert_params",

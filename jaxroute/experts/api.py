@@ -9,15 +9,14 @@ every platform.
 """
 
 import functools
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jaxroute import ladder
+from jaxroute import checks, ladder
 from jaxroute.experts import batched, blocks, products, ragged_dot, tiled
-from jaxroute.experts.params import ExpertParams
+from jaxroute.experts.params import ExpertParams, check_params
 from jaxroute.parallel import mesh
 
 Implementation = Literal["ragged_dot", "tiled", "batched"]
@@ -63,9 +62,18 @@ def grouped_matmul(
     >>> grouped_matmul(lhs, rhs, jnp.array([1, 1])).ravel()
     Array([2., 3., 0.], dtype=float32)
   """
-  _check_matmul("lhs", lhs, "rhs", rhs, group_sizes)
-  how = _checked(implementation, expected_rows)
-  dtype = jnp.dtype(preferred_element_type or lhs.dtype)
+  fix = "Flatten batch axes into N, and cast both to the computation's dtype."
+  checks.check_array("lhs", lhs, "[N, D]", "floating point", fix)
+  checks.check_array(
+    "rhs", rhs, "[E, D, F]", lhs.dtype.name, fix, D=lhs.shape[1]
+  )
+  _check_group_sizes(group_sizes, rhs.shape[0])
+  how = _checked("grouped_matmul", implementation, expected_rows)
+  dtype = lhs.dtype
+  if preferred_element_type is not None:
+    dtype = checks.as_float_dtype(
+      "preferred_element_type", preferred_element_type
+    )
   lhs, rhs, group_sizes = mesh.vary_alike((lhs, rhs, group_sizes))
   with jax.named_scope("jaxroute.grouped_matmul"):
     if implementation == "ragged_dot":
@@ -97,21 +105,10 @@ def swiglu(
   Raises:
     ValueError: if a rank, shape or dtype does not fit.
   """
-  _check_matmul("x", x, "w_gate", params.w_gate, group_sizes)
-  _check_matmul("x", x, "w_up", params.w_up, group_sizes)
-  e, d, f = params.w_gate.shape
-  if params.w_up.shape != (e, d, f) or params.w_down.shape != (e, f, d):
-    raise ValueError(
-      f"`w_up` and `w_down` must be [E={e}, D={d}, F={f}] and [E, F, D], got"
-      f" {params.w_up.shape} and {params.w_down.shape}. Transpose or reshape them"
-      " to fit `w_gate`."
-    )
-  if params.w_down.dtype != x.dtype:
-    raise ValueError(
-      f"`w_down` must have the dtype of `x`, {x.dtype}, got"
-      f" {params.w_down.dtype}. Cast the parameters to that of the computation."
-    )
-  how = _checked(implementation, expected_rows)
+  checks.check_array("x", x, "[N, D]", "floating point", "Flatten axes into N.")
+  check_params("params", params, x.shape[1], dtype=x.dtype.name)
+  _check_group_sizes(group_sizes, params.w_gate.shape[0])
+  how = _checked("swiglu", implementation, expected_rows)
   x, params, group_sizes = mesh.vary_alike((x, params, group_sizes))
   with jax.named_scope("jaxroute.swiglu"):
     if implementation == "ragged_dot":
@@ -128,35 +125,22 @@ def dense_swiglu(x: jax.Array, params: ExpertParams) -> jax.Array:
 
   Returns:
     `[T, D]`, the dtype of `x`. Products are summed in float32.
+
+  Raises:
+    ValueError: if a shape or dtype does not fit.
   """
+  checks.check_array("x", x, "[T, D]", "floating point", "Flatten axes into T.")
+  check_params("params", params, x.shape[1], dtype=x.dtype.name, is_dense=True)
   gate, up = blocks.dot(x, params.w_gate), blocks.dot(x, params.w_up)
   hidden = products.gate_hidden(gate, up).astype(x.dtype)
   return blocks.dot(hidden, params.w_down).astype(x.dtype)
 
 
-def _check_matmul(
-  lhs_name: str,
-  lhs: jax.Array,
-  rhs_name: str,
-  rhs: jax.Array,
-  group_sizes: jax.Array,
-) -> None:
-  if lhs.ndim != 2 or rhs.ndim != 3 or lhs.shape[1] != rhs.shape[1]:
-    raise ValueError(
-      f"`{lhs_name}` must be [N, D] and `{rhs_name}` [E, D, F] with one D, got"
-      f" {lhs.shape} and {rhs.shape}. Flatten batch axes into N."
-    )
-  if lhs.dtype != rhs.dtype:
-    raise ValueError(
-      f"`{lhs_name}` and `{rhs_name}` must have one dtype, got {lhs.dtype} and"
-      f" {rhs.dtype}. Cast both to that of the computation."
-    )
-  if group_sizes.shape != rhs.shape[:1] or group_sizes.dtype != jnp.int32:
-    raise ValueError(
-      f"`group_sizes` must be int32 [E={rhs.shape[0]}], got"
-      f" {group_sizes.dtype} {group_sizes.shape}. Pass one count per matrix of"
-      f" `{rhs_name}`."
-    )
+def _check_group_sizes(group_sizes: jax.Array, num_experts: int) -> None:
+  fix = "Pass one count per expert."
+  checks.check_array(
+    "group_sizes", group_sizes, "[E]", "int32", fix, E=num_experts
+  )
 
 
 class _How(NamedTuple):
@@ -167,13 +151,14 @@ class _How(NamedTuple):
 
 
 def _checked(
-  implementation: Implementation | None, expected_rows: int | None
+  operation: str,
+  implementation: Implementation | None,
+  expected_rows: int | None,
 ) -> _How:
-  if expected_rows is not None and expected_rows < 0:
-    raise ValueError(
-      f"`expected_rows` must be None or at least 0, got {expected_rows}. None is"
-      " for groups that own most of the rows."
-    )
+  ladder.check_names(operation, get_args(Implementation), implementation)
+  if expected_rows is not None:
+    fix = "None is for groups that own most of the rows."
+    expected_rows = checks.as_int("expected_rows", expected_rows, fix, low=0)
   return _How(implementation, expected_rows)
 
 

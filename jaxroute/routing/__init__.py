@@ -4,8 +4,11 @@
 from jaxroute.routing import bias_histogram
 from jaxroute.routing.api import (
   Implementation,
+  check_config,
   check_inputs,
   check_router_weight,
+  check_routing,
+  check_scores,
   project_and_route,
   route,
 )
@@ -14,8 +17,11 @@ from jaxroute.routing.projection import project
 __all__ = [
   "Implementation",
   "bias_histogram",
+  "check_config",
   "check_inputs",
   "check_router_weight",
+  "check_routing",
+  "check_scores",
   "project",
   "project_and_route",
   "route",

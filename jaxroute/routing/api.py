@@ -5,12 +5,12 @@ The primal step of auxiliary-loss-free balancing: every token takes the K
 experts with the largest score + bias, and is weighted by the scores alone.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute import ladder, types
+from jaxroute import checks, ladder, types
 from jaxroute.routing import pallas_tpu, projection, xla
 
 Implementation = Literal["xla", "pallas_tpu"]
@@ -71,6 +71,9 @@ def route(
     DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 12 to 16.
   """
   check_inputs(logits, expert_bias, config, token_mask)
+  ladder.check_names(
+    "route", get_args(Implementation), implementation, interpret
+  )
   operands = logits, expert_bias, config, token_mask
   by_name = implementation is not None
 
@@ -124,11 +127,15 @@ def project_and_route(
     ValueError: as `route`.
     NotImplementedError: as `route`.
   """
+  projection.check_tokens(tokens)
   check_router_weight(router_weight, tokens.shape[1], config)
   logits = jax.ShapeDtypeStruct(
-    (len(tokens), router_weight.shape[1]), jnp.float32
+    (tokens.shape[0], router_weight.shape[1]), jnp.float32
   )
   check_inputs(logits, expert_bias, config, token_mask)
+  ladder.check_names(
+    "project_and_route", get_args(Implementation), implementation, interpret
+  )
 
   def by_xla():
     if implementation is not None:
@@ -162,6 +169,7 @@ def check_inputs(
   expert_bias: jax.Array | None,
   config: types.RouterConfig,
   token_mask: jax.Array | None,
+  name: str = "logits",
 ) -> None:
   """Raises ValueError unless the arguments of `route` fit together.
 
@@ -170,34 +178,104 @@ def check_inputs(
     expert_bias: `[E]` float32, or None.
     config: what E has to be that of.
     token_mask: `[T]` bool, or None.
+    name: what the caller calls the logits.
   """
-  if logits.ndim != 2 or logits.shape[1] != config.num_experts:
-    raise ValueError(
-      f"`logits` must be [T, E={config.num_experts}], got shape"
-      f" {logits.shape}. Flatten batch and sequence into T."
-    )
-  if not jnp.issubdtype(logits.dtype, jnp.floating):
-    raise ValueError(
-      f"`logits` must be floating point, got {logits.dtype}. Pass the router"
-      " projection's output, not indices."
-    )
+  check_config(config)
+  checks.check_array(
+    name,
+    logits,
+    "[T, E]",
+    "floating point",
+    "Flatten batch and sequence into T. Pass what the router projects to, or"
+    " scores.",
+    E=config.num_experts,
+  )
   if expert_bias is not None:
-    if expert_bias.shape != (config.num_experts,):
-      raise ValueError(
-        f"`expert_bias` must be [E={config.num_experts}], got shape"
-        f" {expert_bias.shape}. Pass the row of one layer."
-      )
-    if expert_bias.dtype != jnp.float32:
-      raise ValueError(
-        f"`expert_bias` must be float32, got {expert_bias.dtype}. Leave it out"
-        " of casts of the model: lower precision changes which experts win."
-      )
-  if token_mask is not None:
-    if token_mask.shape != logits.shape[:1] or token_mask.dtype != jnp.bool_:
-      raise ValueError(
-        f"`token_mask` must be bool [T={logits.shape[0]}], got"
-        f" {token_mask.dtype} {token_mask.shape}. True marks real tokens."
-      )
+    checks.check_array(
+      "expert_bias",
+      expert_bias,
+      "[E]",
+      "float32",
+      "Pass the row of one layer, and leave it out of casts of the model: lower"
+      " precision changes which experts win.",
+      E=config.num_experts,
+    )
+  checks.check_mask(token_mask, logits.shape[0])
+
+
+def check_config(config: types.RouterConfig) -> None:
+  """Raises ValueError unless `config` is a `RouterConfig`.
+
+  Args:
+    config: what was passed.
+  """
+  checks.check_instance(
+    "config",
+    config,
+    types.RouterConfig,
+    "Write jaxroute.RouterConfig(num_experts=..., top_k=...).",
+  )
+
+
+def check_scores(
+  scores: jax.Array,
+  expert_bias: jax.Array | None,
+  top_k: int,
+  token_mask: jax.Array | None,
+) -> types.RouterConfig:
+  """The router that compares scores as they are, if the arguments fit together.
+
+  Args:
+    scores: `[T, E]` floating point.
+    expert_bias: `[E]` float32, or None.
+    top_k: K, from 1 to E.
+    token_mask: `[T]` bool, or None.
+
+  Returns:
+    `RouterConfig.on_scores(E, K)`.
+
+  Raises:
+    ValueError: if they do not fit.
+  """
+  fix = "Flatten batch and sequence into T."
+  checks.check_array("scores", scores, "[T, E]", "floating point", fix)
+  num_experts = scores.shape[1]
+  fix = "Pass the K of the router of these scores."
+  top_k = checks.as_int("top_k", top_k, fix, E=num_experts)
+  config = types.RouterConfig.on_scores(num_experts, top_k)
+  check_inputs(scores, expert_bias, config, token_mask, "scores")
+  return config
+
+
+def check_routing(
+  routing: types.Routing,
+  num_tokens: int,
+  config: types.RouterConfig | None = None,
+) -> None:
+  """Raises ValueError unless a routing is of these tokens by this router.
+
+  Args:
+    routing: what was passed.
+    num_tokens: T.
+    config: what E and K have to be those of; None for those of the routing.
+  """
+  fix = (
+    "Pass what `jaxroute.route` returned for these tokens and this `config`."
+  )
+  checks.check_instance("routing", routing, types.Routing, fix)
+  sizes = dict(T=num_tokens)
+  if config is not None:
+    sizes |= dict(K=config.top_k, E=config.num_experts)
+  for field, shape, dtype in (
+    ("expert_idx", "[T, K]", "integer"),
+    ("weights", "[T, K]", "float32"),
+    ("token_mask", "[T]", "bool"),
+    ("load", "[E]", "int32 or int64"),
+  ):
+    value = getattr(routing, field)
+    checks.check_array(f"routing.{field}", value, shape, dtype, fix, **sizes)
+    if field == "expert_idx":
+      sizes["K"] = value.shape[1]
 
 
 def check_router_weight(
@@ -206,12 +284,18 @@ def check_router_weight(
   """Raises ValueError unless a projection takes D to E.
 
   Args:
-    router_weight: `[D, E]`. The router projection.
+    router_weight: `[D, E]` floating point. The router projection.
     width: D, of the tokens.
     config: what E has to be that of.
   """
-  if router_weight.shape != (width, config.num_experts):
-    raise ValueError(
-      f"`router_weight` must be [D={width}, E={config.num_experts}], got shape"
-      f" {router_weight.shape}. Its rows are the features of a token."
-    )
+  check_config(config)
+  width = checks.as_int("width", width, "Pass D, the features of a token.")
+  checks.check_array(
+    "router_weight",
+    router_weight,
+    "[D, E]",
+    "floating point",
+    "Its rows are the features of a token.",
+    D=width,
+    E=config.num_experts,
+  )

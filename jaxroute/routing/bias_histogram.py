@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute import types
+from jaxroute import checks, types
 from jaxroute.parallel import mesh
 
 BINS = types.HISTOGRAM_BINS
@@ -55,7 +55,16 @@ def count(
 
   Returns:
     `[E, BINS]` int32.
+
+  Raises:
+    ValueError: if a shape or dtype does not fit.
   """
+  fix = "Pass those of one batch."
+  checks.check_array("selection", selection, "[T, E]", "float32", fix)
+  t = selection.shape[0]
+  checks.check_array("expert_idx", expert_idx, "[T, K]", "integer", fix, T=t)
+  checks.check_array("cutoff", cutoff, "[T]", "float32", fix, T=t)
+  checks.check_array("token_mask", token_mask, "[T]", "bool", fix, T=t)
   operands = selection, expert_idx, cutoff, token_mask
   return mesh.map_over_tokens(
     _count, operands, are_per_token=[True] * 4, outputs_per_token=False

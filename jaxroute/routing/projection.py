@@ -4,6 +4,8 @@
 import jax
 import jax.numpy as jnp
 
+from jaxroute import checks
+
 
 def project(
   tokens: jax.Array,
@@ -20,7 +22,20 @@ def project(
 
   Returns:
     `[T, E]` float32.
+
+  Raises:
+    ValueError: if a shape or dtype does not fit.
   """
+  check_tokens(tokens)
+  checks.check_array(
+    "router_weight",
+    router_weight,
+    "[D, E]",
+    "floating point",
+    "Its rows are the features of a token.",
+    D=tokens.shape[1],
+  )
+  checks.check_mask(token_mask, tokens.shape[0])
   if token_mask is not None:
     zero = jnp.zeros((), tokens.dtype)
     tokens = jnp.where(token_mask[:, None], tokens, zero)
@@ -35,3 +50,9 @@ def project(
     precision=jax.lax.Precision.HIGHEST,
     preferred_element_type=jnp.float32,
   )
+
+
+def check_tokens(tokens: jax.Array) -> None:
+  """Raises ValueError unless `tokens` are `[T, D]` floating point."""
+  fix = "Flatten batch and sequence into T, and embed integer tokens first."
+  checks.check_array("tokens", tokens, "[T, D]", "floating point", fix)

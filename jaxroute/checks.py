@@ -1,0 +1,171 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Checks of arguments: what was expected, what came, and how to mend the call.
+
+They look at types, shapes and dtypes, and at numbers that are known before
+tracing; never at what an array holds. All raise ValueError; `fix` is a sentence.
+"""
+
+import numbers
+import re
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# What an array may hold, in the words of the messages.
+_DTYPES = {
+  "": (np.generic,),
+  "bool": (np.bool_,),
+  "floating point": (jnp.floating,),
+  "integer": (jnp.integer,),
+  # Counts: sums in fewer bits wrap, and so do differences without a sign.
+  "int32 or int64": (np.int32, np.int64),
+}
+
+
+def check_array(
+  name: str, x: Any, shape: str, dtype: str, fix: str, **sizes: int
+) -> None:
+  """Checks a dtype and a shape, as "[T, E]" or "[..., E]".
+
+  The dtype is a key of `_DTYPES` or the name of one. `sizes` are those of the
+  letters that are known; T and N alone may be 0.
+  """
+  found, letters = getattr(x, "dtype", None), re.findall(r"\w+", shape)
+  kinds = _DTYPES.get(dtype) or (np.dtype(dtype),)
+  is_array = isinstance(found, np.dtype) and hasattr(x, "shape")
+  if is_array and any(jnp.issubdtype(found, kind) for kind in kinds):
+    rest = max(len(x.shape) - len(letters), 0) if "..." in shape else 0
+    last = x.shape[rest:]
+    if len(last) == len(letters) and all(
+      size == sizes[letter] if letter in sizes else size or letter in "TN"
+      for size, letter in zip(last, letters, strict=True)
+    ):
+      return
+    dtype = ""  # which is as it must be
+  known = re.sub(
+    r"\w+", lambda m: f"{m[0]}={sizes[m[0]]}" if m[0] in sizes else m[0], shape
+  )
+  words = f"{dtype} {known}".strip()
+  raise ValueError(f"`{name}` must be {words}, got {describe(x)}. {fix}")
+
+
+def check_mask(token_mask: Any, num_tokens: int) -> None:
+  """Checks that a mask is None or of so many tokens."""
+  if token_mask is not None:
+    fix = "True marks real tokens."
+    check_array("token_mask", token_mask, "[T]", "bool", fix, T=num_tokens)
+
+
+def describe(x: Any) -> str:
+  """What was passed, in a few words: a dtype and shape, a value, or a type."""
+  if x is None or isinstance(x, str | int | float | complex):
+    return reprlib.repr(x)
+  if hasattr(x, "shape") and hasattr(x, "dtype"):
+    value = _item(x)
+    return f"{x.dtype} {x.shape if value is x else value}"
+  if isinstance(x, type | np.dtype):
+    return str(x)
+  return f"a {type(x).__name__}"
+
+
+def check_choice(name: str, x: Any, choices: Sequence[str], fix: str) -> None:
+  """Checks that `x` is one of some strings."""
+  if not (isinstance(x, str) and x in choices):
+    raise ValueError(
+      f"`{name}` must be one of {tuple(choices)}, got {describe(x)}. {fix}"
+    )
+
+
+def check_instance(name: str, x: Any, kind: type, fix: str) -> None:
+  """Checks that `x` is a `kind`."""
+  if not isinstance(x, kind):
+    raise ValueError(
+      f"`{name}` must be a `{kind.__name__}`, got {describe(x)}. {fix}"
+    )
+
+
+def check_rule(name: str, rule: Any) -> None:
+  """Checks that `rule` has the two functions of an optax transformation."""
+  if not all(callable(getattr(rule, f, None)) for f in ("init", "update")):
+    raise ValueError(
+      f"`{name}` must be an optax transformation, got {describe(rule)}. Pass what"
+      " a rule of `jaxroute.dual` returns, as `dual.sign(1e-3)`."
+    )
+
+
+def as_float_dtype(name: str, dtype: Any) -> np.dtype:
+  """A floating-point dtype, from what NumPy or JAX calls one."""
+  try:
+    found = jnp.dtype(dtype)
+  except TypeError:
+    found = np.dtype(object)
+  if dtype is None or not jnp.issubdtype(found, jnp.floating):
+    raise ValueError(
+      f"`{name}` must be a floating-point dtype, got {describe(dtype)}. Pass"
+      " jnp.float32 or jnp.bfloat16, say."
+    )
+  return found
+
+
+def as_bool(name: str, x: Any, fix: str) -> bool:
+  """The bool in a Python, NumPy or JAX scalar."""
+  value = _item(x)
+  if not isinstance(value, bool):
+    raise ValueError(f"`{name}` must be a bool, got {describe(x)}. {fix}")
+  return value
+
+
+def as_int(name: str, x: Any, fix: str, low: int = 1, **high: int) -> int:
+  """The int in a scalar, at least `low` and at most `high`, as in `E=8`."""
+  value, words = _item(x), f"an int of at least {low}"
+  for letter, most in high.items():
+    words = f"in [{low}, {letter}={most}], an int"
+  is_int = isinstance(value, int) and not isinstance(value, bool)
+  if not is_int or not low <= value <= min(high.values(), default=value):
+    raise ValueError(f"`{name}` must be {words}, got {describe(x)}. {fix}")
+  return value
+
+
+def as_float(
+  name: str, x: Any, interval: str, fix: str, may_be_traced: bool = False
+) -> Any:
+  """The float in a scalar, within "[0, 1)", say, also when it is float32.
+
+  A traced scalar is returned as it is, if it may be one.
+  """
+  if may_be_traced and isinstance(x, jax.core.Tracer) and x.shape == ():
+    return x
+  value, is_inside = _item(x), False
+  if isinstance(value, numbers.Real) and not isinstance(value, bool):
+    low, high = map(float, interval[1:-1].split(","))
+    number = _in_float32(value)
+    is_inside = low < number < high
+    is_inside |= number == low and interval[0] == "["
+  if not is_inside:
+    raise ValueError(
+      f"`{name}` must be a number in {interval}, finite in float32, got"
+      f" {describe(x)}. {fix}"
+    )
+  return float(value)
+
+
+def _in_float32(value: Any) -> float:
+  """What float32 makes of a number, where subnormal ones are flushed to 0."""
+  with np.errstate(over="ignore", under="ignore"):
+    try:
+      number = float(np.float32(float(value)))
+    except OverflowError:
+      return float("inf")
+  return 0.0 if abs(number) < np.finfo(np.float32).tiny else number
+
+
+def _item(x: Any) -> Any:
+  """The Python number in a NumPy scalar or an array without axes; else `x`."""
+  is_scalar = isinstance(getattr(x, "dtype", None), np.dtype) and x.shape == ()
+  if isinstance(x, jax.core.Tracer) or not is_scalar or not hasattr(x, "item"):
+    return x
+  return x.item()
