@@ -7,6 +7,7 @@ drops stay visible as `load - group_sizes`.
 """
 
 import dataclasses
+import fractions
 import functools
 import math
 from typing import Any, Literal
@@ -51,7 +52,8 @@ def expert_capacity(
   Args:
     config: static router description.
     num_tokens: T, of all devices.
-    capacity_factor: 1.0 leaves no slack over perfect balance.
+    capacity_factor: 1.0 leaves no slack over perfect balance. It is taken for
+      the number that it is written as: 1.1 for eleven tenths, 1 / 3 for a third.
     partition: how the tokens lie on the mesh in force; None for one device.
       Every token shard has a capacity of its own, for its part of T.
 
@@ -67,8 +69,10 @@ def expert_capacity(
       " Leave the capacity out (None) to drop nothing."
     )
   num_tokens //= mesh.token_shards(partition)
-  mean_load = num_tokens * config.top_k / config.num_experts
-  return max(1, math.ceil(capacity_factor * mean_load))
+  # The float 1.1 is a little more than 1.1, and its product with 50 above 55.
+  factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**5)
+  wanted = factor.numerator * num_tokens * config.top_k
+  return max(1, -(-wanted // (factor.denominator * config.num_experts)))
 
 
 @functools.partial(
