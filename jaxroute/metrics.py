@@ -61,8 +61,9 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   e = load.shape[-1]
   # Quotients are summed, because the sum of the counts may not fit an int32.
-  rest = jnp.sum(load % e, axis=-1, keepdims=True)
-  quotient = jnp.sum(load // e, axis=-1, keepdims=True) + rest // e
+  rest = jnp.sum(load % e, axis=-1, keepdims=True, dtype=jnp.int32)
+  quotient = jnp.sum(load // e, axis=-1, keepdims=True, dtype=jnp.int32)
+  quotient += rest // e
   return quotient, rest % e
 
 
@@ -215,6 +216,6 @@ def summary(
     "max_vio": jnp.mean(per_layer(max_vio, load)),
     "load_cv": jnp.mean(per_layer(coefficient_of_variation, load)),
     "load_entropy": jnp.mean(per_layer(load_entropy, load)),
-    "dead_experts": jnp.sum(per_layer(dead_experts, load)),
+    "dead_experts": jnp.sum(per_layer(dead_experts, load), dtype=jnp.int32),
     "bias_spread": jnp.mean(per_layer(bias_spread, expert_bias)),
   }
