@@ -59,10 +59,11 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
     >>> int(quotient[0]), int(rest[0])
     (2, 1)
   """
-  e = load.shape[-1]
+  load = jnp.asarray(load)
+  dtype, e = load.dtype, load.shape[-1]
   # Quotients are summed, because the sum of the counts may not fit an int32.
-  rest = jnp.sum(load % e, axis=-1, keepdims=True, dtype=jnp.int32)
-  quotient = jnp.sum(load // e, axis=-1, keepdims=True, dtype=jnp.int32)
+  rest = jnp.sum(load % e, axis=-1, keepdims=True, dtype=dtype)
+  quotient = jnp.sum(load // e, axis=-1, keepdims=True, dtype=dtype)
   quotient += rest // e
   return quotient, rest % e
 
