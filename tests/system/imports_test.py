@@ -22,7 +22,7 @@ _ALLOWED = {
   "remat": set(),
   **{name: _BELOW | {name} for name in _OPERATIONS},
   "layer": {"types", "parallel", *_OPERATIONS},
-  "linen": {"types", "layer", "routing", "experts"},
+  "linen": {"types", "layer", "routing", "experts", "step"},
   "nnx": {"types", "layer", "routing", "experts", "step"},
   "metrics": {"types"},
   "micro_batches": {"types"},
