@@ -165,9 +165,16 @@ def call_kernel(
   Raises:
     NotImplementedError: when the program is lowered for another platform.
   """
+
+  def call(*operands):
+    # Kernels are written in words of 32 bits, and a sum or an index of theirs
+    # must not have 64 where the program around them does.
+    with jax.enable_x64(False):
+      return kernel(*operands)
+
   if interpret:
-    return kernel(*operands)
-  outputs = jax.eval_shape(kernel, *operands)
+    return call(*operands)
+  outputs = jax.eval_shape(call, *operands)
 
   def refuse(*operands):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
@@ -176,7 +183,7 @@ def call_kernel(
       lambda x: _refuse.bind(x, operation=operation, platform=platform), zeros
     )
 
-  return lax.platform_dependent(*operands, **{platform: kernel}, default=refuse)
+  return lax.platform_dependent(*operands, **{platform: call}, default=refuse)
 
 
 def _raise_refusal(*args: Any, operation: str, platform: str) -> Any:

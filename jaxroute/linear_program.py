@@ -7,7 +7,6 @@ decided otherwise, and the optimum of a few variables while the others are
 fixed. All is float64; `gamma` are the scores of the tokens that count.
 """
 
-import math
 from typing import NamedTuple
 
 import numpy as np
@@ -30,10 +29,9 @@ class Vertex(NamedTuple):
 def alternate(gamma: np.ndarray, top_k: int) -> np.ndarray:
   """A bias near the best: cutoffs and bias in turn, each best for the other."""
   t, e = gamma.shape
-  load, bias = t * top_k / e, np.zeros(e)
-  if top_k == e or load < 1 or load > t - 1:
+  rank, bias = t * top_k // e, np.zeros(e)
+  if top_k == e or rank < 1 or t * top_k > (t - 1) * e:
     return bias
-  rank = math.floor(load)
   for _ in range(30):
     top = -np.partition(-(gamma + bias), (top_k - 1, top_k), axis=1)
     cutoff = _finite_mean(top[:, top_k - 1 : top_k + 1], axis=1)

@@ -16,6 +16,9 @@ made mutable like "load":
         mutable=jaxroute.linen.COUNTED)
     state = dataclasses.replace(state, counts=jaxroute.linen.counts(counted))
     state = jaxroute.update(state, rule)
+
+Once this module is imported, `flax.serialization` saves and restores a
+`jaxroute.TrainState` and what it holds.
 """
 
 import dataclasses
@@ -26,9 +29,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
+from flax import serialization
 
 from jaxroute import counts as counts_lib
-from jaxroute import experts, layer, routing, step, types
+from jaxroute import experts, layer, routing, step, train, types
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -275,3 +279,53 @@ def counts(collections: Mapping[str, Any]) -> types.Counts:
   return types.Counts(
     load=collections["load"], histogram=collections.get("histogram")
   )
+
+
+def _fields(x: Any) -> dict[str, Any]:
+  """The state dict of a dataclass, for `flax.serialization.to_state_dict`."""
+  return {
+    field.name: serialization.to_state_dict(getattr(x, field.name))
+    for field in dataclasses.fields(x)
+  }
+
+
+def _restore(x: Any, state: dict[str, Any]) -> Any:
+  """A dataclass with the fields of a state dict, for `from_state_dict`.
+
+  Raises:
+    ValueError: if the fields, or those that are None, are not those of `x`.
+  """
+  wanted = {
+    field.name: getattr(x, field.name) for field in dataclasses.fields(x)
+  }
+  where = f"a {type(x).__name__} at {serialization.current_path()}"
+  if state.keys() != wanted.keys():
+    raise ValueError(
+      f"The state dict of {where} must have the fields {list(wanted)}, got"
+      f" {list(state)}: it lacks {sorted(wanted.keys() - state.keys())}. Save and"
+      " restore by the same version of jaxroute."
+    )
+  for name, value in wanted.items():
+    if (value is None) != (state[name] is None):
+      expected = "None" if value is None else "a value"
+      raise ValueError(
+        f"`{name}` of {where} must be {expected}, as in what is restored into, got"
+        f" {'None' if state[name] is None else 'a value'}. Initialise the state as"
+        " it was when it was saved."
+      )
+  restored = {
+    name: serialization.from_state_dict(value, state[name], name=name)
+    for name, value in wanted.items()
+  }
+  return dataclasses.replace(x, **restored)
+
+
+for _saved in (
+  train.TrainState,
+  types.RouterState,
+  types.Counts,
+  types.Routing,
+  types.MoEOutput,
+  experts.ExpertParams,
+):
+  serialization.register_serialization_state(_saved, _fields, _restore)

@@ -57,10 +57,12 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
     (2, 1)
   """
   _check_counts("load", load)
-  e = load.shape[-1]
+  load = jnp.asarray(load)
+  dtype, e = load.dtype, load.shape[-1]
   # Quotients are summed, because the sum of the counts may not fit an int32.
-  rest = jnp.sum(load % e, axis=-1, keepdims=True)
-  quotient = jnp.sum(load // e, axis=-1, keepdims=True) + rest // e
+  rest = jnp.sum(load % e, axis=-1, keepdims=True, dtype=dtype)
+  quotient = jnp.sum(load // e, axis=-1, keepdims=True, dtype=dtype)
+  quotient += rest // e
   return quotient, rest % e
 
 
@@ -262,7 +264,7 @@ def summary(
     "max_vio": jnp.mean(per_layer(max_vio, loads)),
     "load_cv": jnp.mean(per_layer(coefficient_of_variation, loads)),
     "load_entropy": jnp.mean(per_layer(load_entropy, loads)),
-    "dead_experts": jnp.sum(per_layer(dead_experts, loads)),
+    "dead_experts": jnp.sum(per_layer(dead_experts, loads), dtype=jnp.int32),
     "bias_spread": jnp.mean(per_layer(bias_spread, biases)),
   }
 

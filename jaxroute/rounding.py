@@ -41,7 +41,7 @@ class _Moves(NamedTuple):
     source: `[T]` int32. The expert that the token leaves.
     target: `[T]` int32. The expert that it enters.
     cost: `[T]` float32. What a whole token loses in selection score, at least
-      0; not finite where the token has no move.
+      0; inf where the token has no move.
   """
 
   token: jax.Array
@@ -116,7 +116,7 @@ def round_to_balanced(
       can_enter=~chosen & (progress.x < 1) & (under > 0)[None],
     )
     amount = _share_out(moves, progress.x, over, under)
-    cost = jnp.where(amount > 0, amount * moves.cost, 0.0)
+    cost = amount * jnp.where(amount > 0, moves.cost, 0.0)
     x = progress.x.at[moves.token, moves.source].add(-amount)
     return _Progress(
       x=x.at[moves.token, moves.target].add(amount),
@@ -151,9 +151,11 @@ def _cheapest_moves(
   """The cheapest move of every token between experts that allow it."""
   kept = jnp.where(can_leave, selection, jnp.inf)
   offered = jnp.where(can_enter, selection, -jnp.inf)
-  cost = jnp.min(kept, axis=1) - jnp.max(offered, axis=1)
+  lost, gained = jnp.min(kept, axis=1), jnp.max(offered, axis=1)
+  can_move = jnp.isfinite(lost) & jnp.isfinite(gained)
   # `route` may have compared scores that XLA computed with other last bits.
-  cost = jnp.maximum(cost, 0.0)
+  cost = jnp.maximum(lost - jnp.where(can_move, gained, 0.0), 0.0)
+  cost = jnp.where(can_move, cost, jnp.inf)
   order = jnp.argsort(cost)
   return _Moves(
     token=order,
@@ -173,7 +175,7 @@ def _share_out(
   """
   held = x[moves.token, moves.source]
   space = 1.0 - x[moves.token, moves.target]
-  wanted = jnp.where(jnp.isfinite(moves.cost), jnp.minimum(held, space), 0.0)
+  wanted = jnp.where(moves.cost < jnp.inf, jnp.minimum(held, space), 0.0)
   left_over = over[moves.source] - _sum_before(moves.source, wanted, over.size)
   left_under = under[moves.target] - _sum_before(
     moves.target, wanted, under.size

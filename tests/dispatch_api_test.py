@@ -191,6 +191,16 @@ def test_capacity_rounds_up(num_tokens, factor, rows):
   assert dispatch.expert_capacity(CONFIG, num_tokens, factor) == rows
 
 
+@pytest.mark.parametrize("kind", (float, np.float32, jnp.float32))
+def test_a_capacity_factor_is_what_it_is_written_as(kind):
+  capacity = functools.partial(dispatch.expert_capacity, CONFIG)
+  assert capacity(200, kind(1.1)) == 55
+  assert capacity(200_000_000, kind(1.1)) == 55_000_000
+  assert capacity(1200, kind(4 / 3)) == 400
+  assert capacity(1200, kind(5 / 3)) == 500
+  assert capacity(1201, kind(5 / 3)) == 501
+
+
 @pytest.mark.parametrize("factor", (0.0, -1.0, math.inf, math.nan))
 def test_impossible_capacity_factors_are_refused(factor):
   with pytest.raises(ValueError, match=f"`capacity_factor`.*{factor}"):

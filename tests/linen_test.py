@@ -13,6 +13,7 @@ import oracle
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
+from flax import serialization
 
 import jaxroute
 import jaxroute.linen
@@ -273,6 +274,35 @@ def test_orbax_round_trip_with_a_bias(tmp_path):
   chex.assert_trees_all_equal(
     jaxroute.update(more, rule), jaxroute.update(again, rule)
   )
+
+
+def test_flax_serialization_round_trip():
+  rule = dual.smebu()
+  variables = _init(jaxroute.linen.MoE(CONFIG, hidden_size=F))
+  state = jaxroute.init_train_state(
+    variables["params"],
+    jaxroute.linen.init_router_state(variables, rule),
+    optax.adam(1e-3),
+  )
+  filled = jax.tree.map(lambda x: x + 3, state)
+  saved = serialization.to_bytes(filled)
+  restored = serialization.from_bytes(state, saved)
+  chex.assert_trees_all_equal(restored, filled)
+  chex.assert_trees_all_equal_dtypes(restored, filled)
+
+
+def test_what_a_saved_state_lacks_is_named():
+  rule = dual.sign(1e-3)
+  state = jaxroute.init_router_state(rule, 4)
+  saved = serialization.to_state_dict(state)
+  assert saved["counts"]["histogram"] is None
+  del saved["rule_state"]
+  with pytest.raises(ValueError, match="RouterState.*lacks.*'rule_state'"):
+    serialization.from_state_dict(state, saved)
+  with_histogram = jaxroute.init_router_state(rule, 4, histogram=True)
+  saved = serialization.to_state_dict(with_histogram)
+  with pytest.raises(ValueError, match="`histogram` of a Counts at .*counts"):
+    serialization.from_state_dict(state, saved)
 
 
 def test_init_is_abstract():

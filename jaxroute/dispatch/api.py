@@ -9,11 +9,11 @@ drops stay visible as `load - group_sizes`.
 import dataclasses
 import fractions
 import functools
-import math
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax import export
 
 from jaxroute import checks, ladder, remat, types
 from jaxroute.dispatch import pallas_tpu, xla
@@ -52,7 +52,8 @@ def expert_capacity(
   Args:
     config: static router description.
     num_tokens: T, of all devices.
-    capacity_factor: 1.0 leaves no slack over perfect balance.
+    capacity_factor: 1.0 leaves no slack over perfect balance. It is taken for
+      the number that it is written as: 1.1 for eleven tenths, 1 / 3 for a third.
     partition: how the tokens lie on the mesh in force; None for one device.
       Every token shard has a capacity of its own, for its part of T.
 
@@ -66,7 +67,8 @@ def expert_capacity(
   fix = "Write jaxroute.RouterConfig(num_experts=..., top_k=...)."
   checks.check_instance("config", config, types.RouterConfig, fix)
   fix = "Pass the number of tokens, of all devices."
-  num_tokens = checks.as_int("num_tokens", num_tokens, fix, low=0)
+  if not export.is_symbolic_dim(num_tokens):
+    num_tokens = checks.as_int("num_tokens", num_tokens, fix, low=0)
   fix = "Leave the capacity out (None) to drop nothing."
   capacity_factor = checks.as_float(
     "capacity_factor", capacity_factor, "(0, inf)", fix
@@ -75,10 +77,10 @@ def expert_capacity(
     fix = "None is for one device."
     checks.check_instance("partition", partition, types.Partition, fix)
   num_tokens //= mesh.token_shards(partition)
-  # Exact, as in decimals: a product of floats may end just above an integer.
-  factor = fractions.Fraction(str(capacity_factor))
-  assignments = factor.numerator * num_tokens * config.top_k
-  return max(-(-assignments // (factor.denominator * config.num_experts)), 1)
+  # The float 1.1 is a little more than 1.1, and its product with 50 above 55.
+  factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**9)
+  wanted = factor.numerator * num_tokens * config.top_k
+  return max(-(-wanted // (factor.denominator * config.num_experts)), 1)
 
 
 def sort_by_expert(

@@ -23,7 +23,7 @@ class Solution:
     primal_value: `[]` float32. The value of a balanced assignment: at most the
       optimum. -inf if none was found.
     dual_values: `[N]` float32. g of the bias of every iteration, from the
-      initial bias on; NaN for iterations that were not done.
+      initial bias on; inf for iterations that were not done.
     iterations: `[]` int32. Iterations done.
     converged: `[]` bool. Whether the gap of `expert_bias` is within the
       tolerance.
@@ -38,10 +38,11 @@ class Solution:
 
   @property
   def gap(self) -> jax.Array:
-    """`[N]` float32: the relative duality gap of every iteration, NaN after.
+    """`[N]` float32: the relative duality gap of every iteration, inf after.
 
     That is `(g - primal_value) / |primal_value|`, which is at least the
-    distance of g from the optimum, relative to it.
+    distance of g from the optimum, relative to it; inf where no balanced
+    assignment was found.
     """
     return _relative(self.dual_values, self.primal_value)
 
@@ -232,7 +233,7 @@ def _solve(
     best_bias=expert_bias,
     best_value=jnp.float32(jnp.inf),
     primal_value=jnp.float32(-jnp.inf),
-    dual_values=jnp.full(max_iterations, jnp.nan, jnp.float32),
+    dual_values=jnp.full(max_iterations, jnp.inf, jnp.float32),
     iteration=jnp.int32(0),
     converged=jnp.bool_(False),
   )
@@ -265,10 +266,21 @@ def _dual_value(
 def _scale(scores: jax.Array, token_mask: jax.Array) -> jax.Array:
   """Mean over tokens of the standard deviation of their finite scores."""
   is_finite = jnp.isfinite(scores) & token_mask[:, None]
-  deviation = jnp.std(scores, axis=1, where=is_finite)
-  scale = jnp.mean(deviation, where=jnp.any(is_finite, axis=1))
+  counted = jnp.any(is_finite, axis=1)
+  # A token without a finite score takes part with zeros: of none of them the
+  # deviation would be 0 / 0.
+  deviation = jnp.std(
+    jnp.where(is_finite, scores, 0.0),
+    axis=1,
+    where=is_finite | ~counted[:, None],
+  )
+  num_counted = jnp.sum(counted, dtype=jnp.float32)
+  scale = jnp.sum(deviation) / jnp.maximum(num_counted, 1.0)
   return jnp.where(scale > 0, scale, 1.0)
 
 
 def _relative(dual_value: jax.Array, primal_value: jax.Array) -> jax.Array:
-  return (dual_value - primal_value) / jnp.maximum(jnp.abs(primal_value), 1e-30)
+  """The relative gap; inf if there is no primal value, NaN if one is NaN."""
+  size = jnp.abs(primal_value)
+  size = jnp.where(size < jnp.inf, jnp.maximum(size, 1e-30), 1.0)
+  return (dual_value - primal_value) / size

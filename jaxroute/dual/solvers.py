@@ -229,7 +229,8 @@ def _sparse_transport(
     best = jnp.maximum(best, -1e30)
     plan = jax.vmap(_onto_simplex)(best / (regularization * problem.scale))
     plan = jnp.where(routing.token_mask[:, None], plan, 0.0)
-    mass = jnp.zeros(num_experts).at[routing.expert_idx].add(plan)
+    mass = jnp.zeros(num_experts, jnp.float32)
+    mass = mass.at[routing.expert_idx].add(plan)
     due = jnp.sum(routing.token_mask, dtype=jnp.float32) / num_experts
     violation = mass / jnp.maximum(due, 1e-9) - 1.0
     return _descend(rule, violation, state, expert_bias, problem.scale)
@@ -299,8 +300,8 @@ def _bundle(size: int) -> Solver:
     del problem
     zero = jnp.float32(0)
     return BundleState(
-      slopes=jnp.zeros((size, expert_bias.shape[0])),
-      offsets=jnp.full(size, -jnp.inf),
+      slopes=jnp.zeros((size, expert_bias.shape[0]), jnp.float32),
+      offsets=jnp.full(size, -jnp.inf, jnp.float32),
       center=expert_bias,
       center_value=jnp.float32(jnp.inf),
       predicted=zero,
@@ -369,7 +370,7 @@ def _weigh_cuts(
     weights, ahead = carry
     moved = ahead + rate * (height - gram @ ahead)
     moved = _onto_simplex(jnp.where(used, moved, -1e30))
-    n = i.astype(jnp.float32)
+    n = jnp.asarray(i, jnp.float32)
     return moved, moved + n / (n + 3.0) * (moved - weights)
 
   num_used = jnp.sum(used, dtype=jnp.float32)
@@ -380,8 +381,9 @@ def _weigh_cuts(
 
 def _onto_simplex(x: jax.Array) -> jax.Array:
   """The nearest weights of sum 1 and at least 0."""
-  # optax promotes integers implicitly here, which strict mode refuses.
-  with jax.numpy_dtype_promotion("standard"):
+  # optax divides by integers here, which strict promotion refuses, and of which
+  # 64-bit mode makes float64.
+  with jax.numpy_dtype_promotion("standard"), jax.enable_x64(False):
     return optax.projections.projection_simplex(x)
 
 

@@ -77,7 +77,8 @@ def _count(
   cutoff: jax.Array,
   token_mask: jax.Array,
 ) -> jax.Array:
-  cutoff = jnp.where(token_mask, cutoff, jnp.nan)
+  # An infinite cutoff is nobody's distance, and so that of padding.
+  cutoff = jnp.where(token_mask, cutoff, jnp.inf)
   # Only chosen experts have a distance below 0: few, which a CPU gathers fast.
   below = jax.lax.platform_dependent(
     selection,
@@ -86,7 +87,7 @@ def _count(
     cpu=_count_chosen,
     default=_count_below,
   )
-  above = _count_side(cutoff[:, None] - selection)
+  above = _count_side(_distance(selection, cutoff))
   return jnp.concatenate([below, above]).T
 
 
@@ -97,7 +98,7 @@ def _count_chosen(
   chosen = jnp.take_along_axis(
     selection, expert_idx, axis=1, mode="promise_in_bounds"
   )
-  distance = cutoff[:, None] - chosen
+  distance = _distance(chosen, cutoff)
   zeros, row, expert_idx, ones = mesh.vary_alike(
     (
       jnp.zeros((_SIDE, selection.shape[1]), jnp.int32),
@@ -114,8 +115,17 @@ def _count_below(
 ) -> jax.Array:
   """`[8, E]` counts of the distances below 0, from those of all experts."""
   del expert_idx
-  distance = jnp.maximum(cutoff[:, None] - selection, -_LARGEST)
+  distance = jnp.maximum(_distance(selection, cutoff), -_LARGEST)
   return _count_side(-distance)[::-1]
+
+
+def _distance(selection: jax.Array, cutoff: jax.Array) -> jax.Array:
+  """`cutoff - selection`; +inf, which is not counted, where it is not a number."""
+  cutoff = cutoff[:, None]
+  counted = (selection > -jnp.inf) & (cutoff < jnp.inf)
+  return jnp.where(
+    counted, cutoff - jnp.where(counted, selection, 0.0), jnp.inf
+  )
 
 
 def _count_side(distance: jax.Array) -> jax.Array:
@@ -130,12 +140,14 @@ def _count_side(distance: jax.Array) -> jax.Array:
   t, e = words.shape
   blocks = -(-t // (_NIBBLES * _BYTES))
   words = jnp.pad(words, ((0, blocks * _NIBBLES * _BYTES - t), (0, 0)))
-  words = jnp.sum(words.reshape(blocks, _BYTES, _NIBBLES, e), axis=2)
+  words = words.reshape(blocks, _BYTES, _NIBBLES, e)
+  words = jnp.sum(words, axis=2, dtype=jnp.int32)
   fields = jnp.stack([words, words >> 4], axis=0) & 0x0F0F0F0F
-  fields = jnp.sum(fields, axis=2)
+  fields = jnp.sum(fields, axis=2, dtype=jnp.int32)
   # Byte i of the even fields is bin 2 i, of the odd ones 2 i + 1.
   counts = [
-    jnp.sum((fields >> (8 * i)) & 0xFF, axis=1) for i in range(_SIDE // 2)
+    jnp.sum((fields >> (8 * i)) & 0xFF, axis=1, dtype=jnp.int32)
+    for i in range(_SIDE // 2)
   ]
   return jnp.stack(counts).reshape(_SIDE, e)
 

@@ -188,7 +188,7 @@ def _call(
     logits_spec = pl.BlockSpec((e, block_tokens), lambda i: (0, i))
   choices_spec = pl.BlockSpec((k, block_tokens), lambda i: (0, i))
   mean_spec = pl.BlockSpec((1, block_tokens), lambda i: (0, i))
-  result = pl.pallas_call(
+  call = pl.pallas_call(
     functools.partial(kernel, transposes),
     grid=(pl.cdiv(t, block_tokens),),
     in_specs=[
@@ -208,7 +208,10 @@ def _call(
     interpret=interpret,
     compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel",)),
     name="jaxroute_scatter",
-  )(dataclasses.replace(inputs, logits=logits))
+  )
+  # Its indices would have 64 bits where those of the program have.
+  with jax.enable_x64(False):
+    result = call(dataclasses.replace(inputs, logits=logits))
   return result if transposes else result.T
 
 
