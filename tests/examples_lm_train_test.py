@@ -18,6 +18,7 @@ import config as config_lib
 import data as data_lib
 import jax
 import lm_runs
+import metrics_log as metrics_log_lib
 import numpy as np
 import oracle
 import orbax.checkpoint as ocp
@@ -77,14 +78,14 @@ def _assert_same_run(config, other):
 
 def _at_step(monkeypatch, step, action):
   """Has `action` happen when a step is under way."""
-  add_step = report_lib.MetricsLog.add_step
+  add_step = metrics_log_lib.MetricsLog.add_step
 
   def patched(self, current, report):
     add_step(self, current, report)
     if current == step:
       action()
 
-  monkeypatch.setattr(report_lib.MetricsLog, "add_step", patched)
+  monkeypatch.setattr(metrics_log_lib.MetricsLog, "add_step", patched)
 
 
 def test_a_run_leaves_metrics_checkpoints_and_figures(unbroken):
@@ -173,8 +174,9 @@ def test_the_complementary_slackness_is_of_the_bias_that_routed(unbroken):
 _STOPPED_THEN_KILLED = """
 import os, signal, sys, time
 from absl import app
-import config as config_lib, lm_runs, report as report_lib, train as train_lib
-add_step = report_lib.MetricsLog.add_step
+import config as config_lib, lm_runs, metrics_log as metrics_log_lib
+import train as train_lib
+add_step = metrics_log_lib.MetricsLog.add_step
 signaled = []
 def note(number, frame):
   signaled.append(number)
@@ -192,7 +194,7 @@ def patched(self, step, report):
     self._file.write('{"kind": "tr')
     self.sync()
     os.kill(os.getpid(), signal.SIGKILL)
-report_lib.MetricsLog.add_step = patched
+metrics_log_lib.MetricsLog.add_step = patched
 train_lib.Trainer = lm_runs.trainer
 config_lib.define_flags()
 for _ in range(2):

@@ -33,6 +33,7 @@ import config as config_lib
 import data as data_lib
 import jax
 import jax.numpy as jnp
+import metrics_log as metrics_log_lib
 import model as model_lib
 import numpy as np
 import report as report_lib
@@ -164,7 +165,7 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     else:
       state = trainer.init(jax.random.key(config.seed))
     with checkpoint_lib.saving("opening metrics", out):
-      log = report_lib.MetricsLog(config, checkpoints.last_step)
+      log = metrics_log_lib.MetricsLog(config, checkpoints.last_step)
     with contextlib.closing(log):
       _loop(config, corpus, trainer, state, checkpoints, log, stop)
   summary = report_lib.summarize(log.rows, config.batch_size * config.seq_len)
@@ -180,7 +181,7 @@ def _loop(
   trainer: Trainer,
   state: jaxroute.TrainState,
   checkpoints: checkpoint_lib.Checkpoints,
-  log: report_lib.MetricsLog,
+  log: metrics_log_lib.MetricsLog,
   stop: "_Stop",
 ) -> None:
   """Steps, validates and saves, from the last checkpoint to the end."""
