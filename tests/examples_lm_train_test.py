@@ -191,7 +191,7 @@ def patched(self, step, report):
       time.sleep(0.01)
   if step == 58:
     self.sync()
-    self._file.write('{"kind": "tr')
+    self._file.write(b'{"kind": "tr')
     self.sync()
     os.kill(os.getpid(), signal.SIGKILL)
 metrics_log_lib.MetricsLog.add_step = patched
@@ -299,7 +299,7 @@ def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   config = dataclasses.replace(unbroken, out=str(out))
   with pytest.raises(
     config_lib.SetupError,
-    match="--out=.*old holds checkpoints without a format, expected format 2:"
+    match="--out=.*old holds checkpoints without a format, expected format 3:"
     " another version .* Choose another --out, or --resume=false",
   ):
     lm_runs.train(config)
@@ -325,9 +325,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ):
   write = checkpoint_lib.Checkpoints._write
 
-  def full(self, step, state):
+  def full(self, step, *args):
     if step < 60:
-      return write(self, step, state)
+      return write(self, step, *args)
     part = pathlib.Path(config.out, "checkpoints", "60.orbax-checkpoint-tmp")
     part.mkdir()
     (part / "half").write_text("")

@@ -19,7 +19,6 @@ several hosts needs.
 
 import contextlib
 import functools
-import json
 import pathlib
 import signal
 import sys
@@ -33,10 +32,12 @@ import config as config_lib
 import data as data_lib
 import jax
 import jax.numpy as jnp
+import lock as lock_lib
 import metrics_log as metrics_log_lib
 import model as model_lib
 import numpy as np
 import report as report_lib
+import strict_json
 from absl import app, flags, logging
 
 import jaxroute
@@ -149,11 +150,21 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     SaveError: if a checkpoint or the metrics cannot be written.
     Interrupted: after SIGINT or SIGTERM.
   """
-  out = pathlib.Path(config.out)
   corpus = data_lib.load(config)
   print(corpus.description)
+  with _mesh(config) as mesh, lock_lib.claim(pathlib.Path(config.out)):
+    return _run(config, corpus, mesh)
+
+
+def _run(
+  config: config_lib.Config,
+  corpus: data_lib.Corpus,
+  mesh: jax.sharding.Mesh | None,
+) -> dict[str, Any]:
+  """`train` in a folder that no other run uses."""
+  out = pathlib.Path(config.out)
   identity = config.identity() | {"data": corpus.sha256}
-  with _mesh(config) as mesh, _stop_signal() as stop:
+  with _stop_signal() as stop:
     checkpoints = checkpoint_lib.Checkpoints(out, identity)
     if config.resume:
       checkpoints.check()
@@ -165,12 +176,16 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     else:
       state = trainer.init(jax.random.key(config.seed))
     with checkpoint_lib.saving("opening metrics", out):
-      log = metrics_log_lib.MetricsLog(config, checkpoints.last_step)
+      log = metrics_log_lib.MetricsLog(
+        config, checkpoints.last_step, checkpoints.log_end
+      )
     with contextlib.closing(log):
       _loop(config, corpus, trainer, state, checkpoints, log, stop)
   summary = report_lib.summarize(log.rows, config.batch_size * config.seq_len)
   with checkpoint_lib.saving("writing figures", out):
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "summary.json").write_text(
+      strict_json.dumps(summary, indent=2) + "\n"
+    )
     report_lib.write_figures(log.rows, out)
   return summary
 
@@ -201,8 +216,7 @@ def _loop(
         row["gap"] = report_lib.gap(scores, bias, config.top_k)
         log.add(row)
       if is_last or step % config.save_every == 0 or stop.number:
-        log.sync()
-        checkpoints.save(step, state)
+        checkpoints.save(step, state, log.sync())
         log.restart_clock()
     if stop.number and not is_last:
       raise Interrupted(stop.number, step, out)
