@@ -9,6 +9,7 @@ that the disk has changed.
 
 import contextlib
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -54,16 +55,7 @@ class Checkpoints:
     # Step to what is wrong with its checkpoint.
     self._damage: dict[int, str] = {}
     self.log_end = None
-    with saving("preparing the folder of checkpoints", out), _quiet():
-      self._manager = ocp.CheckpointManager(
-        self._folder,
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=2,
-          # A killed process may have left a checkpoint half written.
-          cleanup_tmp_directories=True,
-          enable_async_checkpointing=False,
-        ),
-      )
+    self._manager = self._open()
 
   @property
   def last_step(self) -> int:
@@ -80,7 +72,8 @@ class Checkpoints:
 
   def check(self) -> None:
     """Raises SetupError if the newest checkpoint cannot be continued from."""
-    self._newest_whole(self._settings)
+    if self.last_step:
+      self._newest_whole(self._settings)
 
   def restore(self, shapes: Any) -> Any:
     """The state of the newest checkpoint that is whole; there must be one.
@@ -103,8 +96,8 @@ class Checkpoints:
       state = self._read(step, state=ocp.args.StandardRestore(shapes))
       found = checksum.checksums(state)
       wrong = [k for k, v in settings["arrays"].items() if found.get(k) != v]
-      if wrong or len(found) != len(settings["arrays"]):
-        raise _DamagedError(f"{len(wrong)} arrays are not as they were saved")
+      if wrong:
+        raise _DamagedError(f"not as they were saved: {', '.join(wrong[:3])}")
       return state, settings["log"]
 
     state, self.log_end = self._newest_whole(read)
@@ -152,34 +145,44 @@ class Checkpoints:
       ),
     )
 
-  def _newest_whole(self, read: Callable[[int], _T]) -> _T | None:
+  def _open(self) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=2,
+      # A killed process may have left a checkpoint half written.
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=False,
+      # Nothing is read here that could be damaged.
+      lightweight_initialize=True,
+    )
+    with saving("preparing the folder of checkpoints", self._out), _quiet():
+      return ocp.CheckpointManager(self._folder, options=options)
+
+  def _newest_whole(self, read: Callable[[int], _T]) -> _T:
     """What `read` makes of the newest step that it does not find damaged."""
     while step := self.last_step:
-      try:
-        return read(step)
-      except _DamagedError as damage:
-        self._damage[step] = str(damage)
-    if self._damage:
-      found = "; ".join(f"step {s}: {why}" for s, why in self._damage.items())
-      raise SetupError(
-        f"--out={self._out} holds no checkpoint that is whole ({found}). Put one"
-        " back from a copy, or --resume=false to start the run anew."
-      )
-    return None
-
-  def _read(self, step: int, **items: Any) -> Any:
-    """The one item of a checkpoint that is asked for."""
-    (name,) = items
-    try:
       with _quiet():
-        return self._manager.restore(step, args=ocp.args.Composite(**items))[
-          name
-        ]
+        try:
+          return read(step)
+        except _DamagedError as damage:
+          self._damage[step] = str(damage)
+        # Reads that failed side by side are reported when they are deleted.
+        gc.collect()
+    found = "; ".join(f"step {s}: {why}" for s, why in self._damage.items())
+    raise SetupError(
+      f"--out={self._out} holds no checkpoint that is whole ({found}). Put one"
+      " back from a copy, or --resume=false to start the run anew."
+    )
+
+  def _read(self, step: int, **item: Any) -> Any:
+    """An item of a checkpoint, by its name and what Orbax is to do for it."""
+    (name,) = item
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
     # What Orbax and the array store raise for a damaged file has no common type.
     except Exception as error:
-      reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+      reason = re.split(r" \[|\n", str(error).strip())[0][-100:]
       raise _DamagedError(
-        f"its {name} cannot be read: {reason[:200]}"
+        f"its {name} cannot be read: {type(error).__name__}: {reason}"
       ) from error
 
   def _settings(self, step: int) -> dict[str, Any]:
@@ -225,8 +228,9 @@ class Checkpoints:
         f" {self.last_step}.",
         file=sys.stderr,
       )
-    self._damage.clear()
-    self._manager.reload()
+    if self._damage:
+      self._damage.clear()
+      self._manager = self._open()
 
 
 class _DamagedError(Exception):
@@ -255,9 +259,9 @@ def saving(doing: str, out: pathlib.Path) -> Iterator[None]:
     quoted = re.search(r"([^:]+) \[os_error_code='(\d+)'", str(error))
     if not isinstance(error, OSError) and not quoted:
       raise
-    code = int(quoted[2]) if quoted else error.errno
-    reason = quoted[1].strip() if quoted else error.strerror or error
-    failed = f"{doing} in --out={out} failed: {reason}."
+    code = int(quoted[2]) if quoted else getattr(error, "errno", None)
+    reason = quoted[1].strip() if quoted else getattr(error, "strerror", None)
+    failed = f"{doing} in --out={out} failed: {reason or error}."
     if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
       raise SaveError(
         f"{failed} Earlier checkpoints are intact; put that right (free space,"
@@ -272,11 +276,13 @@ def saving(doing: str, out: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences the log of the checkpointer, which repeats what it raises."""
-  logger = logging.getLogger("absl")
-  level = logger.level
-  logger.setLevel(logging.CRITICAL)
+  """Silences the logs of the checkpointer, which repeat what it raises."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
   try:
     yield
   finally:
-    logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)
