@@ -7,7 +7,6 @@ of the file up to there: a run is only continued with the rows it had.
 
 import contextlib
 import hashlib
-import math
 import os
 import pathlib
 import sys
@@ -43,7 +42,7 @@ class MetricsLog:
     out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.jsonl"
     text = _read(path, config, last_step, end or {"bytes": 0})
-    self.rows = [parse_row(line) for line in text.splitlines()]
+    self.rows = [report_lib.parse_row(line) for line in text.splitlines()]
     self._written, self._sha256 = len(text), hashlib.sha256(text)
     self._file = path.open("ab")
     self._board = tensorboardX.SummaryWriter(
@@ -109,17 +108,6 @@ class MetricsLog:
         self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
 
 
-def parse_row(line: str | bytes) -> dict[str, Any]:
-  """A line of metrics.jsonl as the row that it was written from.
-
-  Only an infinite number comes back as another, NaN.
-  """
-  row = strict_json.loads(line)
-  if math.isnan(row.get("seconds", 0)):
-    row["seconds"] = None
-  return row
-
-
 def _read(
   path: pathlib.Path,
   config: config_lib.Config,
@@ -154,7 +142,7 @@ def _difference(text: bytes, last_step: int) -> str:
   steps = set()
   for number, line in enumerate(text.splitlines(keepends=True), start=1):
     try:
-      row = parse_row(line)
+      row = report_lib.parse_row(line)
       if row["kind"] == "train":
         steps.add(row["step"])
     except (ValueError, TypeError, KeyError, AttributeError):

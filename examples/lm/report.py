@@ -5,6 +5,7 @@ A row is a training step or a validation. All its fields but "seconds" are
 functions of the settings, whether the run was resumed or not.
 """
 
+import math
 import pathlib
 import statistics
 import sys
@@ -13,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import strict_json
 import tqdm
 from config import Config
 
@@ -31,6 +33,17 @@ def train_row(
   }
   row |= {k: per_layer(report[k]).tolist() for k in _ARRAYS}
   return row | {"seconds": seconds}
+
+
+def parse_row(line: str | bytes) -> dict[str, Any]:
+  """A line of metrics.jsonl as the row that it was written from.
+
+  Only an infinite number comes back as another, NaN.
+  """
+  row = strict_json.loads(line)
+  if math.isnan(row.get("seconds", 0)):
+    row["seconds"] = None
+  return row
 
 
 def validation_row(step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:

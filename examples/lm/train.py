@@ -19,6 +19,7 @@ several hosts needs.
 
 import contextlib
 import functools
+import io
 import pathlib
 import signal
 import sys
@@ -289,7 +290,10 @@ def _stop_signal() -> Iterator[_Stop]:
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"expected flags only, got {argv[1:]}.")
+    raise app.UsageError(f"expected flags only, got {argv[1:]}.", exitcode=2)
+  # A path may have bytes that are no text.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
   # JAX and Orbax would log in the middle of the progress bar.
   logging.set_verbosity(logging.WARNING)
   try:
@@ -299,6 +303,15 @@ def main(argv: Sequence[str]) -> None:
     _exit(2, str(error))
   except checkpoint_lib.SaveError as error:
     _exit(1, str(error))
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if not isinstance(error, MemoryError) and "EXHAUSTED" not in str(error):
+      raise
+    _exit(
+      2,
+      f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'})."
+      " Make --batch_size, --seq_len or the model smaller, or --micro_batches"
+      " or --mesh larger.",
+    )
   except Interrupted as error:
     _exit(error.exit_code, f"{error}; the same command continues from there.")
   except KeyboardInterrupt:
@@ -315,4 +328,4 @@ def _exit(code: int, message: str) -> NoReturn:
 if __name__ == "__main__":
   config_lib.define_flags()
   flags.adopt_module_key_flags(config_lib)
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)
