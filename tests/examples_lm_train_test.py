@@ -18,6 +18,7 @@ import config as config_lib
 import data as data_lib
 import jax
 import lm_runs
+import metrics_log as metrics_log_lib
 import numpy as np
 import oracle
 import orbax.checkpoint as ocp
@@ -77,14 +78,14 @@ def _assert_same_run(config, other):
 
 def _at_step(monkeypatch, step, action):
   """Has `action` happen when a step is under way."""
-  add_step = report_lib.MetricsLog.add_step
+  add_step = metrics_log_lib.MetricsLog.add_step
 
   def patched(self, current, report):
     add_step(self, current, report)
     if current == step:
       action()
 
-  monkeypatch.setattr(report_lib.MetricsLog, "add_step", patched)
+  monkeypatch.setattr(metrics_log_lib.MetricsLog, "add_step", patched)
 
 
 def test_a_run_leaves_metrics_checkpoints_and_figures(unbroken):
@@ -173,8 +174,9 @@ def test_the_complementary_slackness_is_of_the_bias_that_routed(unbroken):
 _STOPPED_THEN_KILLED = """
 import os, signal, sys, time
 from absl import app
-import config as config_lib, lm_runs, report as report_lib, train as train_lib
-add_step = report_lib.MetricsLog.add_step
+import config as config_lib, lm_runs, metrics_log as metrics_log_lib
+import train as train_lib
+add_step = metrics_log_lib.MetricsLog.add_step
 signaled = []
 def note(number, frame):
   signaled.append(number)
@@ -189,10 +191,10 @@ def patched(self, step, report):
       time.sleep(0.01)
   if step == 58:
     self.sync()
-    self._file.write('{"kind": "tr')
+    self._file.write(b'{"kind": "tr')
     self.sync()
     os.kill(os.getpid(), signal.SIGKILL)
-report_lib.MetricsLog.add_step = patched
+metrics_log_lib.MetricsLog.add_step = patched
 train_lib.Trainer = lm_runs.trainer
 config_lib.define_flags()
 for _ in range(2):
@@ -297,7 +299,7 @@ def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   config = dataclasses.replace(unbroken, out=str(out))
   with pytest.raises(
     config_lib.SetupError,
-    match="--out=.*old holds checkpoints without a format, expected format 2:"
+    match="--out=.*old holds checkpoints without a format, expected format 3:"
     " another version .* Choose another --out, or --resume=false",
   ):
     lm_runs.train(config)
@@ -323,9 +325,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ):
   write = checkpoint_lib.Checkpoints._write
 
-  def full(self, step, state):
+  def full(self, step, *args):
     if step < 60:
-      return write(self, step, state)
+      return write(self, step, *args)
     part = pathlib.Path(config.out, "checkpoints", "60.orbax-checkpoint-tmp")
     part.mkdir()
     (part / "half").write_text("")

@@ -1,120 +1,26 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""What a run leaves behind: metrics.jsonl, TensorBoard, a table and figures.
+"""What a run reports: rows of metrics, a table, figures, a progress bar.
 
-A row of metrics.jsonl is a training step or a validation. All its fields but
-"seconds" are functions of the settings, whether the run was resumed or not.
+A row is a training step or a validation. All its fields but "seconds" are
+functions of the settings, whether the run was resumed or not.
 """
 
-import contextlib
-import json
-import os
+import math
 import pathlib
 import statistics
 import sys
-import time
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorboardX
+import strict_json
 import tqdm
 from config import Config
 
 from jaxroute import assignment, dual, metrics, plot
 
 _ARRAYS = ("load", "expert_bias")
-
-
-class MetricsLog:
-  """Appends rows to metrics.jsonl and TensorBoard, and shows progress.
-
-  Args:
-    config: the settings.
-    last_step: rows of later steps, and half-written rows, are cut off first.
-  """
-
-  def __init__(self, config: Config, last_step: int):
-    out = pathlib.Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / "metrics.jsonl"
-    self.rows = _read_rows(path, last_step)
-    self._file = path.open("a")
-    self._board = tensorboardX.SummaryWriter(
-      str(out / "tensorboard"), purge_step=last_step + 1
-    )
-    self._progress = Progress(config, last_step)
-    self._pending = None
-    self._clock = None
-
-  def add_step(self, step: int, report: dict[str, Any]) -> None:
-    """Adds a training step, which may still be running; settles the last one.
-
-    The device so always has its next step before the last one is waited for.
-    """
-    self.settle()
-    self._pending = step, report
-
-  def settle(self) -> None:
-    """Waits for the step that was added last, and writes its row."""
-    if self._pending is None:
-      return
-    step, report = self._pending
-    self._pending = None
-    report = jax.device_get(report)
-    before, self._clock = self._clock, time.perf_counter()
-    row = train_row(step, report, before and self._clock - before)
-    self._write(row)
-    self._progress.show(row)
-
-  def add(self, row: dict[str, Any]) -> None:
-    """Adds a row; `kind` and `step` of it are required."""
-    self.settle()
-    self._write(row)
-    self.restart_clock()
-
-  def sync(self) -> None:
-    """Returns when everything added is on the disk."""
-    self.settle()
-    self._file.flush()
-    os.fsync(self._file.fileno())
-    self._board.flush()
-
-  def restart_clock(self) -> None:
-    """Keeps the time since the last step out of the next step's."""
-    self._clock = time.perf_counter()
-
-  def close(self) -> None:
-    """Closes the files; a full disk was reported by an earlier write."""
-    self._progress.close()
-    for part in (self._file, self._board):
-      with contextlib.suppress(OSError):
-        part.close()
-
-  def _write(self, row: dict[str, Any]) -> None:
-    self.rows.append(row)
-    self._file.write(json.dumps(row) + "\n")
-    for name, value in row.items():
-      if isinstance(value, (int, float)) and name != "step":
-        self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-
-
-def _read_rows(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
-  """The rows up to a step; the file is cut after them."""
-  if not path.exists():
-    return []
-  rows, length = [], 0
-  with path.open("r+b") as file:
-    for line in file:
-      if not line.endswith(b"\n"):
-        break
-      row = json.loads(line)
-      if row["step"] > last_step:
-        break
-      rows.append(row)
-      length += len(line)
-    file.truncate(length)
-  return rows
 
 
 def train_row(
@@ -127,6 +33,17 @@ def train_row(
   }
   row |= {k: per_layer(report[k]).tolist() for k in _ARRAYS}
   return row | {"seconds": seconds}
+
+
+def parse_row(line: str | bytes) -> dict[str, Any]:
+  """A line of metrics.jsonl as the row that it was written from.
+
+  Only an infinite number comes back as another, NaN.
+  """
+  row = strict_json.loads(line)
+  if math.isnan(row.get("seconds", 0)):
+    row["seconds"] = None
+  return row
 
 
 def validation_row(step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:

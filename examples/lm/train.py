@@ -19,7 +19,7 @@ several hosts needs.
 
 import contextlib
 import functools
-import json
+import io
 import pathlib
 import signal
 import sys
@@ -33,9 +33,12 @@ import config as config_lib
 import data as data_lib
 import jax
 import jax.numpy as jnp
+import lock as lock_lib
+import metrics_log as metrics_log_lib
 import model as model_lib
 import numpy as np
 import report as report_lib
+import strict_json
 from absl import app, flags, logging
 
 import jaxroute
@@ -148,11 +151,21 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     SaveError: if a checkpoint or the metrics cannot be written.
     Interrupted: after SIGINT or SIGTERM.
   """
-  out = pathlib.Path(config.out)
   corpus = data_lib.load(config)
   print(corpus.description)
+  with _mesh(config) as mesh, lock_lib.claim(pathlib.Path(config.out)):
+    return _run(config, corpus, mesh)
+
+
+def _run(
+  config: config_lib.Config,
+  corpus: data_lib.Corpus,
+  mesh: jax.sharding.Mesh | None,
+) -> dict[str, Any]:
+  """`train` in a folder that no other run uses."""
+  out = pathlib.Path(config.out)
   identity = config.identity() | {"data": corpus.sha256}
-  with _mesh(config) as mesh, _stop_signal() as stop:
+  with _stop_signal() as stop:
     checkpoints = checkpoint_lib.Checkpoints(out, identity)
     if config.resume:
       checkpoints.check()
@@ -164,12 +177,16 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     else:
       state = trainer.init(jax.random.key(config.seed))
     with checkpoint_lib.saving("opening metrics", out):
-      log = report_lib.MetricsLog(config, checkpoints.last_step)
+      log = metrics_log_lib.MetricsLog(
+        config, checkpoints.last_step, checkpoints.log_end
+      )
     with contextlib.closing(log):
       _loop(config, corpus, trainer, state, checkpoints, log, stop)
   summary = report_lib.summarize(log.rows, config.batch_size * config.seq_len)
   with checkpoint_lib.saving("writing figures", out):
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "summary.json").write_text(
+      strict_json.dumps(summary, indent=2) + "\n"
+    )
     report_lib.write_figures(log.rows, out)
   return summary
 
@@ -180,7 +197,7 @@ def _loop(
   trainer: Trainer,
   state: jaxroute.TrainState,
   checkpoints: checkpoint_lib.Checkpoints,
-  log: report_lib.MetricsLog,
+  log: metrics_log_lib.MetricsLog,
   stop: "_Stop",
 ) -> None:
   """Steps, validates and saves, from the last checkpoint to the end."""
@@ -200,8 +217,7 @@ def _loop(
         row["gap"] = report_lib.gap(scores, bias, config.top_k)
         log.add(row)
       if is_last or step % config.save_every == 0 or stop.number:
-        log.sync()
-        checkpoints.save(step, state)
+        checkpoints.save(step, state, log.sync())
         log.restart_clock()
     if stop.number and not is_last:
       raise Interrupted(stop.number, step, out)
@@ -274,7 +290,10 @@ def _stop_signal() -> Iterator[_Stop]:
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"expected flags only, got {argv[1:]}.")
+    raise app.UsageError(f"expected flags only, got {argv[1:]}.", exitcode=2)
+  # A path may have bytes that are no text.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
   # JAX and Orbax would log in the middle of the progress bar.
   logging.set_verbosity(logging.WARNING)
   try:
@@ -284,6 +303,15 @@ def main(argv: Sequence[str]) -> None:
     _exit(2, str(error))
   except checkpoint_lib.SaveError as error:
     _exit(1, str(error))
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if not isinstance(error, MemoryError) and "EXHAUSTED" not in str(error):
+      raise
+    _exit(
+      2,
+      f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'})."
+      " Make --batch_size, --seq_len or the model smaller, or --micro_batches"
+      " or --mesh larger.",
+    )
   except Interrupted as error:
     _exit(error.exit_code, f"{error}; the same command continues from there.")
   except KeyboardInterrupt:
@@ -300,4 +328,4 @@ def _exit(code: int, message: str) -> NoReturn:
 if __name__ == "__main__":
   config_lib.define_flags()
   flags.adopt_module_key_flags(config_lib)
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

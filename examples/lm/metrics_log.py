@@ -1,0 +1,153 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The rows of a run on the disk: metrics.jsonl and TensorBoard.
+
+A checkpoint holds where metrics.jsonl ended when it was saved, and a checksum
+of the file up to there: a run is only continued with the rows it had.
+"""
+
+import contextlib
+import hashlib
+import os
+import pathlib
+import sys
+import time
+from typing import Any
+
+import config as config_lib
+import jax
+import report as report_lib
+import strict_json
+import tensorboardX
+
+
+class MetricsLog:
+  """Appends rows to metrics.jsonl and TensorBoard, and shows progress.
+
+  Args:
+    config: the settings.
+    last_step: the step that the run continues from.
+    end: what `sync` returned then; what was written since is cut off.
+
+  Raises:
+    SetupError: if the rows up to there are not what they were.
+  """
+
+  def __init__(
+    self,
+    config: config_lib.Config,
+    last_step: int,
+    end: dict[str, Any] | None = None,
+  ):
+    out = pathlib.Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "metrics.jsonl"
+    text = _read(path, config, last_step, end or {"bytes": 0})
+    self.rows = [report_lib.parse_row(line) for line in text.splitlines()]
+    self._written, self._sha256 = len(text), hashlib.sha256(text)
+    self._file = path.open("ab")
+    self._board = tensorboardX.SummaryWriter(
+      str(out / "tensorboard"), purge_step=last_step + 1
+    )
+    self._progress = report_lib.Progress(config, last_step)
+    self._pending = None
+    self._clock = None
+
+  def add_step(self, step: int, report: dict[str, Any]) -> None:
+    """Adds a training step, which may still be running; settles the last one.
+
+    The device so always has its next step before the last one is waited for.
+    """
+    self.settle()
+    self._pending = step, report
+
+  def settle(self) -> None:
+    """Waits for the step that was added last, and writes its row."""
+    if self._pending is None:
+      return
+    step, report = self._pending
+    self._pending = None
+    report = jax.device_get(report)
+    before, self._clock = self._clock, time.perf_counter()
+    row = report_lib.train_row(step, report, before and self._clock - before)
+    self._write(row)
+    self._progress.show(row)
+
+  def add(self, row: dict[str, Any]) -> None:
+    """Adds a row; `kind` and `step` of it are required."""
+    self.settle()
+    self._write(row)
+    self.restart_clock()
+
+  def sync(self) -> dict[str, Any]:
+    """Returns when everything added is on the disk: where metrics.jsonl ends."""
+    self.settle()
+    self._file.flush()
+    os.fsync(self._file.fileno())
+    self._board.flush()
+    return {"bytes": self._written, "sha256": self._sha256.hexdigest()}
+
+  def restart_clock(self) -> None:
+    """Keeps the time since the last step out of the next step's."""
+    self._clock = time.perf_counter()
+
+  def close(self) -> None:
+    """Closes the files; a full disk was reported by an earlier write."""
+    self._progress.close()
+    for part in (self._file, self._board):
+      with contextlib.suppress(OSError):
+        part.close()
+
+  def _write(self, row: dict[str, Any]) -> None:
+    self.rows.append(row)
+    line = strict_json.dumps(row).encode() + b"\n"
+    self._file.write(line)
+    self._written += len(line)
+    self._sha256.update(line)
+    for name, value in row.items():
+      if isinstance(value, (int, float)) and name != "step":
+        self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+
+
+def _read(
+  path: pathlib.Path,
+  config: config_lib.Config,
+  last_step: int,
+  end: dict[str, Any],
+) -> bytes:
+  """The file as it was at the checkpoint; what follows is cut off."""
+  length, start_anew = end["bytes"], "--resume=false to start the run anew"
+  if length and not path.exists():
+    lost = f"{path} is missing, with the rows up to step {last_step}."
+    if last_step >= config.steps:
+      raise config_lib.SetupError(
+        f"{lost} That was all of the run: put it back from a copy, or"
+        f" {start_anew}."
+      )
+    print(f"{lost} Table and figures will be without them.", file=sys.stderr)
+    return b""
+  path.touch()
+  text = path.read_bytes()[:length]
+  if length and hashlib.sha256(text).hexdigest() != end["sha256"]:
+    raise config_lib.SetupError(
+      f"{path} is not as it was when step {last_step} was saved:"
+      f" {_difference(text, last_step)}. Put it back from a copy; or delete it"
+      f" to continue without the rows so far; or {start_anew}."
+    )
+  os.truncate(path, length)
+  return text
+
+
+def _difference(text: bytes, last_step: int) -> str:
+  """What is wrong with the rows of a file that should end at a step."""
+  steps = set()
+  for number, line in enumerate(text.splitlines(keepends=True), start=1):
+    try:
+      row = report_lib.parse_row(line)
+      if row["kind"] == "train":
+        steps.add(row["step"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+      return f"line {number} is broken"
+  missing = sorted(set(range(1, last_step + 1)) - steps)
+  if missing:
+    return f"{len(missing)} steps are missing, the first is {missing[0]}"
+  return "it was changed"
