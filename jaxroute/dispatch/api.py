@@ -76,10 +76,10 @@ def expert_capacity(
   if partition is not None:
     fix = "None is for one device."
     checks.check_instance("partition", partition, types.Partition, fix)
-  num_tokens //= mesh.token_shards(partition)
+  shard_tokens = num_tokens // mesh.token_shards(partition)
   # The float 1.1 is a little more than 1.1, and its product with 50 above 55.
   factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**9)
-  wanted = factor.numerator * num_tokens * config.top_k
+  wanted = factor.numerator * shard_tokens * config.top_k
   return max(-(-wanted // (factor.denominator * config.num_experts)), 1)
 
 
