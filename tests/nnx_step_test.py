@@ -40,6 +40,10 @@ def _moe():
   )
 
 
+def _router():
+  return jaxroute.nnx.Router(CONFIG, in_features=D, rngs=nnx.Rngs(0))
+
+
 def _batch(seed=0):
   x = jax.random.normal(jax.random.key(seed), (12, D)) + 0.3
   return {"x": x, "token_mask": jnp.arange(12) % 5 != 0}
@@ -151,11 +155,11 @@ def test_streams_and_statistics_are_handed_on_and_kept_where_it_skips():
 
 def test_what_a_forward_pass_adds_to_the_model_is_dropped():
   def loss_fn(model, batch):
-    y, _ = model(batch["x"])
-    model.hidden = nnx.Intermediate(y)
-    return jnp.mean(y**2), {}
+    _, logits = model(batch["x"])
+    model.hidden = nnx.Intermediate(logits)
+    return jnp.mean(logits**2), {}
 
-  model = _moe()
+  model = _router()
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
   jaxroute.nnx.train_step(
     model,
@@ -196,11 +200,11 @@ def test_update_sums_over_the_axes_that_it_is_told():
     ({"optimizer": optax.sgd(0.1)}, r"`optimizer` must be an `nnx.Optimizer\("),
     ({"wrt": (nnx.Param, jaxroute.nnx.ExpertBias)}, "leave the biases.*wrt="),
     (
-      {"loss_fn": lambda model, batch: jnp.sum(model(batch["x"])[0])},
+      {"loss_fn": lambda model, batch: jnp.sum(model(batch["x"])[1])},
       r"return \(loss, metrics\), got",
     ),
     (
-      {"loss_fn": lambda model, batch: (jnp.sum(model(batch["x"])[0]), 0.0)},
+      {"loss_fn": lambda model, batch: (jnp.sum(model(batch["x"])[1]), 0.0)},
       "a dict of metrics, got a float",
     ),
     ({"rule": "sign"}, "`rule` must be an optax transformation, got 'sign'"),
@@ -208,8 +212,11 @@ def test_update_sums_over_the_axes_that_it_is_told():
   ],
 )
 def test_a_mistake_is_named(kwargs, words):
-  kwargs = {"loss_fn": _loss_fn, "rule": RULE, "wrt": nnx.Param} | kwargs
-  model = _moe()
+  def loss_fn(model, batch):
+    return jnp.sum(model(batch["x"])[1]), {}
+
+  kwargs = {"loss_fn": loss_fn, "rule": RULE, "wrt": nnx.Param} | kwargs
+  model = _router()
   wrt = kwargs.pop("wrt")
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=wrt)
   optimizer = kwargs.pop("optimizer", optimizer)
