@@ -95,15 +95,11 @@ class Router(nn.Module):
     """The variable, made at initialisation."""
     name = "expert_bias"
     if not (self.has_variable(name, name) or self.is_mutable_collection(name)):
-      fix = 'Pass {"params": params, "expert_bias": state.expert_bias}.'
-      if self.is_initializing():
-        fix = (
-          "Name it, and those of `jaxroute.linen.COUNTED`, among the"
-          " `variable_axes` of the `nn.scan` or `nn.vmap` around the layer."
-        )
       raise ValueError(
-        "A router needs the collection 'expert_bias', and it is not among the"
-        f" variables. {fix}"
+        "A router must find its bias in the collection 'expert_bias', got"
+        f" variables without. Pass {{'params': params, '{name}':"
+        " state.expert_bias}, and name it and `jaxroute.linen.COUNTED` among the"
+        " `variable_axes` of an `nn.scan` or `nn.vmap` around the layer."
       )
     shape = (self.config.num_experts,)
     return self.variable(name, name, jnp.zeros, shape, jnp.float32).value

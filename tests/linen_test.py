@@ -316,6 +316,47 @@ def test_a_model_without_router_is_named():
     jaxroute.linen.init_router_state({"params": {}}, RULE)
 
 
+@pytest.mark.parametrize(
+  "variables, rule, words",
+  [
+    (
+      RULE,
+      4,
+      r"`variables`.*GradientTransformation.*jaxroute.init_router_state\(",
+    ),
+    ({"expert_bias": {}, "load": {}}, "sign", "`rule` must be.*got 'sign'"),
+    (
+      {"expert_bias": {"a": jnp.zeros(E), "b": jnp.zeros(E)}, "load": {}},
+      RULE,
+      r"`load` must hold an array for each.*\(8,\), \(8,\)\], got \[\]",
+    ),
+  ],
+)
+def test_a_mistake_in_making_the_state_is_named(variables, rule, words):
+  with pytest.raises(ValueError, match=words):
+    jaxroute.linen.init_router_state(variables, rule)
+
+
+def test_a_model_applied_without_its_bias_is_named():
+  model = jaxroute.linen.Router(CONFIG)
+  params = _init(model)["params"]
+  with pytest.raises(ValueError, match="collection 'expert_bias'.*Pass {'par"):
+    model.apply({"params": params}, _x(), mutable=jaxroute.linen.COUNTED)
+
+
+def test_a_scan_without_the_collections_of_the_router_is_named():
+  class Layer(nn.Module):
+    @nn.compact
+    def __call__(self, x, _):
+      jaxroute.linen.Router(CONFIG)(x)
+      return x, None
+
+  axes, rngs = {"params": 0}, {"params": True}
+  model = nn.scan(Layer, variable_axes=axes, split_rngs=rngs, length=2)()
+  with pytest.raises(ValueError, match="'expert_bias'.*`variable_axes`"):
+    model.init(jax.random.key(0), _x(), None)
+
+
 def test_a_mask_of_another_shape_is_named():
   model = jaxroute.linen.MoE(CONFIG, hidden_size=F)
   with pytest.raises(

@@ -99,3 +99,108 @@ def test_histograms_of_micro_batches_add_up(micro_batches):
       optimizer=optimizer,
       rule=rule,
     )
+
+
+def _take_step(loss, params, batch, **kwargs):
+  """A step of size 1 down the gradient of a loss, and its report."""
+  rule, optimizer = dual.sign(1.0), optax.sgd(1.0)
+  counts = jaxroute.Counts(load=jnp.array([[3, 1]], jnp.int32))
+
+  def loss_fn(params, expert_bias, batch):
+    value, metrics = loss(params, batch)
+    return value, (counts, metrics)
+
+  state = jaxroute.init_train_state(
+    params, jaxroute.init_router_state(rule, 2), optimizer
+  )
+  step = functools.partial(
+    jaxroute.train_step, loss_fn=loss_fn, optimizer=optimizer, rule=rule
+  )
+  return jax.jit(functools.partial(step, **kwargs))(state, batch)
+
+
+@pytest.mark.parametrize(
+  "dtype, slope",
+  [(jnp.float16, 300), (jnp.float32, 1e20), (jnp.float32, 1e-30)],
+)
+def test_a_finite_gradient_is_taken_and_its_norm_is_right(dtype, slope):
+  def loss(w, x):
+    return slope * jnp.sum(w.astype(jnp.float32)) * jnp.mean(x), {}
+
+  for micro_batches in (1, 2):
+    state, report = _take_step(
+      loss, jnp.ones(4, dtype), jnp.ones(2), micro_batches=micro_batches
+    )
+    np.testing.assert_allclose(report["grad_norm"], 2 * slope, rtol=1e-6)
+    assert report["grad_norm"].dtype == jnp.float32
+    assert report["skipped"] == 0
+    np.testing.assert_array_equal(state.router.expert_bias, [[-1, 1]])
+    np.testing.assert_allclose(
+      np.asarray(state.params, np.float32), 1 - np.float32(slope), rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_one_gradient_that_is_not_finite_skips_the_step(bad):
+  @jax.custom_jvp
+  def ignore(b):
+    return jnp.zeros_like(b)
+
+  ignore.defjvp(lambda b, db: (jnp.zeros_like(b[0]), bad * db[0]))
+  params = {"a": jnp.ones(3), "b": jnp.zeros(())}
+  state, report = _take_step(
+    lambda p, x: (jnp.sum(p["a"]) + ignore(p["b"]), {}), params, jnp.ones(2)
+  )
+  assert report["loss"] == 3
+  assert report["skipped"] == 1
+  chex.assert_trees_all_equal(state.params, params)
+
+
+def test_sums_over_micro_batches_are_wider_than_the_parameters():
+  def loss(w, x):
+    value = (w * x.mean().astype(w.dtype)).astype(w.dtype)
+    return value, {"count": jnp.sum(x > 0, dtype=jnp.int32), "loss16": value}
+
+  state, report = _take_step(
+    loss, jnp.ones((), jnp.bfloat16), jnp.ones(512), micro_batches=512
+  )
+  # In bfloat16 the sum of ones ends at 256.
+  assert state.params == 0 and state.params.dtype == jnp.bfloat16
+  assert report["loss"] == report["loss16"] == report["count"] == 1
+  assert report["count"].dtype == report["loss16"].dtype == jnp.float32
+
+
+@pytest.mark.implicit_promotion  # of int32 by the sums of x64
+def test_with_x64_doubles_stay_doubles():
+  with jax.enable_x64(True):
+    third = jnp.ones(6, jnp.float64) / 3
+    state, report = _take_step(
+      lambda w, x: (w * x.mean(), {}),
+      jnp.ones((), jnp.float64),
+      third,
+      micro_batches=3,
+    )
+    np.testing.assert_allclose(state.params, 2 / 3, rtol=1e-15)
+    assert report["loss"].dtype == report["grad_norm"].dtype == jnp.float64
+    assert state.router.load.dtype == jnp.int32
+
+
+@pytest.mark.parametrize(
+  "batch, words",
+  [
+    (
+      {"x": jnp.ones(8), "key": jax.random.key(0)},
+      r"`micro_batches`=2 .*got shape \(\) at batch\['key'\].*`rng`",
+    ),
+    ({"x": jnp.ones(8), "scale": 1.0}, r"\(\) at batch\['scale'\]"),
+    ({"x": jnp.ones(7)}, r"got shape \(7,\) at batch\['x'\]"),
+  ],
+)
+def test_what_cannot_be_split_is_named(batch, words):
+  with pytest.raises(ValueError, match=words):
+    _take_step(
+      lambda w, b: (w * jnp.mean(b["x"]), {}),
+      jnp.ones(()),
+      batch,
+      micro_batches=2,
+    )

@@ -170,3 +170,80 @@ def test_sharded_tokens_give_the_same_bias_bit_for_bit():
     jax.device_get(one.router), jax.device_get(many.router)
   )
   assert many.router.expert_bias.sharding.is_equivalent_to(everywhere, 2)
+
+
+def _returning(out):
+  """The arguments of a step whose loss function returns this of its loss."""
+  return {
+    "loss_fn": lambda params, bias, batch: out(jnp.sum(params["scale"])),
+  }
+
+
+def _counts(dtype=jnp.int32):
+  return jaxroute.Counts(load=jnp.zeros((LAYERS, E), dtype))
+
+
+@pytest.mark.parametrize(
+  "kwargs, words",
+  [
+    (
+      _returning(lambda loss: (loss, _counts().load)),
+      r"return \(loss, \(counts, metrics\)\), got \(float32 \(\), int32",
+    ),
+    (_returning(lambda loss: (loss, (_counts(),))), "got .*an empty dict"),
+    (_returning(lambda loss: loss), r"got float32 \(\)"),
+    (
+      _returning(lambda loss: (loss[None], (_counts(), {}))),
+      r"scalar as the loss, got float32 \(1,\)",
+    ),
+    (_returning(lambda loss: (loss, (_counts(), None))), "a dict of metrics"),
+    (
+      _returning(lambda loss: (loss, (_counts(jnp.int16), {}))),
+      "`load` must hold int32 counts, got int16",
+    ),
+    ({"loss_fn": 1.0}, "`loss_fn` must be a function, got 1.0"),
+    ({"optimizer": "adam"}, "`optimizer` must be an optax.*got 'adam'"),
+    ({"rule": dual.pid(1.0)}, "`state.rule_state` must be like"),
+    ({"micro_batches": 0}, "`micro_batches` must be an int.*got 0"),
+    ({"micro_batches": 2.0}, "`micro_batches` must be an int.*got 2.0"),
+    ({"skip": jnp.zeros(2, bool)}, r"`skip` must be one bool.*\(2,\)"),
+    ({"rng": 0}, r"`rng` must be one random key, got 0.*jax.random.key\("),
+    (
+      {"weight_fn": lambda batch: batch["token_mask"]},
+      r"`weight_fn` must return a real scalar, got bool \(32,\)",
+    ),
+    ({"state": "state"}, "`state` must be a `TrainState`, got 'state'"),
+  ],
+)
+def test_a_mistake_is_named(kwargs, words):
+  rule, optimizer = dual.sign(1e-3), optax.sgd(0.1)
+  state = step_cases.make_state(rule, optimizer)
+  kwargs = {
+    "loss_fn": step_cases.loss_fn,
+    "optimizer": optimizer,
+    "rule": rule,
+  } | kwargs
+  with pytest.raises(ValueError, match=words):
+    jaxroute.train_step(
+      kwargs.pop("state", state), step_cases.make_batch(), **kwargs
+    )
+
+
+def test_integer_parameters_and_other_variables_are_named():
+  rule, optimizer = dual.sign(1e-3), optax.sgd(0.1)
+  params = {"scale": jnp.ones(()), "count": jnp.zeros((), jnp.int32)}
+  state = step_cases.make_state(rule, optimizer, params)
+  kwargs = {"optimizer": optimizer, "rule": rule}
+  with pytest.raises(ValueError, match=r"int32 \(\) at params\['count'\]"):
+    jaxroute.train_step(
+      state, jnp.ones(2), loss_fn=step_cases.loss_fn, **kwargs
+    )
+
+  def loss_fn(params, expert_bias, batch, variables):
+    return params["scale"], (_counts(), {}, {"mean": jnp.ones(3)})
+
+  del params["count"]
+  state = step_cases.make_state(rule, optimizer, params)
+  state = dataclasses.replace(state, variables={"mean": jnp.ones(2)})
+  with pytest.raises(ValueError, match=r"\(2,\)'}, got .*\(3,\)"):
+    jaxroute.train_step(state, jnp.ones(2), loss_fn=loss_fn, **kwargs)

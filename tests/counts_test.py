@@ -1,0 +1,147 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""One bias state: what counts it takes, and which mistakes it names."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jaxroute
+from jaxroute import dual
+
+CONFIG = jaxroute.RouterConfig(num_experts=4, top_k=2)
+RULE = dual.sign(1e-3)
+
+
+def _state(*layers):
+  """A state of one array of loads, or of a collection of named layers."""
+  if not layers:
+    return jaxroute.init_router_state(RULE, 4)
+  bias = {name: {"expert_bias": jnp.zeros(4)} for name in layers}
+  load = {name: {"load": jnp.zeros(4, jnp.int32)} for name in layers}
+  return jaxroute.RouterState(
+    expert_bias=bias,
+    counts=jaxroute.Counts(load=load),
+    rule_state=RULE.init(bias),
+  )
+
+
+def _routing():
+  return jaxroute.route(jnp.arange(12.0).reshape(3, 4), None, CONFIG)
+
+
+def _output(routing):
+  return jaxroute.MoEOutput(
+    routing=routing, logits=None, group_sizes=routing.load
+  )
+
+
+@pytest.mark.parametrize("layers", [(), ("router",)])
+@pytest.mark.parametrize("form", ["routing", "output", "counts", "list"])
+def test_a_state_of_one_layer_takes_whatever_a_layer_returns(layers, form):
+  routing = _routing()
+  given = {
+    "routing": routing,
+    "output": _output(routing),
+    "counts": routing.counts,
+    "list": [_output(routing)],
+  }[form]
+  state = jaxroute.accumulate(_state(*layers), given)
+  (load,) = jax.tree.leaves(state.load)
+  np.testing.assert_array_equal(load.reshape(-1), [0, 0, 3, 3])
+  assert jax.tree.structure(state) == jax.tree.structure(_state(*layers))
+  np.testing.assert_array_equal(jaxroute.max_vio(state), [1.0])
+
+
+def test_a_state_of_named_layers_takes_counts_of_its_structure():
+  state = _state("a", "b")
+  load = {
+    "a": {"load": jnp.array([4, 0, 0, 0], jnp.int32)},
+    "b": {"load": jnp.array([1, 2, 1, 0], jnp.int32)},
+  }
+  counts = jaxroute.Counts(load=load)
+  for _ in range(2):
+    state = jaxroute.accumulate(state, counts)
+  np.testing.assert_array_equal(state.load["b"]["load"], [2, 4, 2, 0])
+  # Loads of layers one after the other, wherever they lie.
+  for holder in (state, counts, load, list(load.values())):
+    np.testing.assert_array_equal(jaxroute.max_vio(holder), [3.0, 1.0])
+
+
+def test_max_vio_of_what_a_layer_returns_is_that_of_its_load():
+  routing = _routing()
+  for holder in (routing, _output(routing), routing.counts, routing.load):
+    assert jaxroute.max_vio(holder) == 1.0
+    assert jaxroute.max_vio(holder).shape == ()
+
+
+def _of_dtype(dtype):
+  return jaxroute.Counts(load=jnp.zeros((1, 4), dtype))
+
+
+@pytest.mark.parametrize(
+  "state, routing, words",
+  [
+    (_state(), {"router": {"load": 0}}, r"got a dict.*linen.counts\("),
+    (_state(), "load", "`routing` must be a `Routing`.*got a str"),
+    (_state(), _state(), "`routing` must be.*got a RouterState"),
+    (_state(), jnp.zeros((1, 4), jnp.int32), "`routing` must be a `Routing`"),
+    (_state(), [], "at least one layer, got none"),
+    (_state(), _of_dtype(jnp.int8), "int32 counts, got int8"),
+    (_state(), _of_dtype(jnp.uint32), "int32 counts, got uint32"),
+    (_state(), _of_dtype(jnp.float32), "int32 counts, got float32"),
+    (_state("a", "b"), [_routing()] * 2, r"structure of the state's.*counts\("),
+    (
+      _of_dtype(jnp.int32),
+      _routing(),
+      "`state` must be a `RouterState`.*Counts",
+    ),
+  ],
+)
+def test_accumulate_names_a_mistake(state, routing, words):
+  with pytest.raises(ValueError, match=words):
+    jaxroute.accumulate(state, routing)
+
+
+def _of_other_shape():
+  rule = optax.trace(0.9)
+  state = jaxroute.init_router_state(rule, 4)
+  return rule, dataclasses.replace(state, rule_state=rule.init(jnp.zeros(4)))
+
+
+@pytest.mark.parametrize(
+  "call, words",
+  [
+    (lambda: jaxroute.init_router_state("sign", 4), "`rule`.*got 'sign'.*dual"),
+    (lambda: jaxroute.init_router_state(4, RULE), "`rule` must be.*got 4"),
+    (
+      lambda: jaxroute.init_router_state({"params": {}}, RULE),
+      r"got a dict.*jaxroute.linen.init_router_state\(variables, rule\)",
+    ),
+    (lambda: jaxroute.init_router_state(RULE, 4.0), "`num_experts`.*int.*4.0"),
+    (
+      lambda: jaxroute.update(_state(), dual.pid(1e-3)),
+      r"`state.rule_state` must be.*PidState.*got \(EmptyState",
+    ),
+    (
+      lambda: jaxroute.update(*reversed(_of_other_shape())),
+      r"`state.rule_state`.*\(1, 4\).*got.*\(4,\)",
+    ),
+    (
+      lambda: jaxroute.update(RULE, _state()),
+      "`state` must be a `RouterState`",
+    ),
+    (lambda: jaxroute.max_vio("load"), "`load` must be.*got a str"),
+    (lambda: jaxroute.max_vio({}), "`load` must be.*got a dict of \\[\\]"),
+    (
+      lambda: jaxroute.max_vio({"load": {}, "histogram": _routing().load}),
+      r"loads only.*counted\[.load.\]",
+    ),
+  ],
+)
+def test_a_mistake_is_named(call, words):
+  with pytest.raises(ValueError, match=words):
+    call()
