@@ -12,7 +12,6 @@ forwards or backwards, nothing runs but one of them.
 
 import dataclasses
 import functools
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -79,32 +78,11 @@ def _call(
   batches: _Batches,
 ) -> jax.Array:
   call = functools.partial(form.maps[number], dtype=dtypes[number])
+  if form.is_looped:
+    call = jax.custom_batching.sequential_vmap(call)
   for has_axis in reversed(batches):
-    if form.is_looped:
-      call = _loop(call, has_axis)
-    else:
-      call = jax.vmap(call, [0 if has else None for has in has_axis])
+    call = jax.vmap(call, [0 if has else None for has in has_axis])
   return call(*operands)
-
-
-def _loop(
-  call: Callable[..., jax.Array], has_axis: tuple[bool, ...]
-) -> Callable[..., jax.Array]:
-  """As `jax.vmap`, one by one."""
-
-  def loop(*operands: jax.Array) -> jax.Array:
-    def call_one(batched: list[jax.Array]) -> jax.Array:
-      left = iter(batched)
-      return call(
-        *(
-          next(left) if has else x
-          for x, has in zip(operands, has_axis, strict=True)
-        )
-      )
-
-    return jax.lax.map(call_one, list(itertools.compress(operands, has_axis)))
-
-  return loop
 
 
 def _abstract_eval(*operands: Any, **params: Any) -> Any:

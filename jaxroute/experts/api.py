@@ -169,8 +169,12 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     "tiled": tiled.PRODUCTS,
     "batched": batched.products(how.expected_rows),
   }
+  # One by one in a batch: there the loops of all would go on until the longest
+  # is done, and copy what they carry.
   functions = {
-    name: functools.partial(getattr(products, product), **static)
+    name: jax.custom_batching.sequential_vmap(
+      functools.partial(getattr(products, product), **static)
+    )
     for name, products in all_products.items()
   }
 
