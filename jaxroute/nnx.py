@@ -54,6 +54,7 @@ class Router(nnx.Module):
     kernel_init: initializer of the projection.
     implementation: as in `jaxroute.route`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
+    partition: as in `jaxroute.layer.router`.
     rngs: source of the parameter key.
   """
 
@@ -65,12 +66,14 @@ class Router(nnx.Module):
     kernel_init: Initializer = nnx.initializers.lecun_normal(),
     implementation: routing.Implementation | None = None,
     fuse_projection: bool = False,
+    partition: types.Partition | None = None,
     rngs: nnx.Rngs,
   ):
     e = config.num_experts
     self.config = config
     self.implementation = implementation
     self.fuse_projection = fuse_projection
+    self.partition = partition
     # Set by model.train() and model.eval(), as for dropout.
     self.deterministic = False
     self.kernel = nnx.Param(
@@ -103,6 +106,7 @@ class Router(nnx.Module):
       token_mask,
       self.implementation,
       self.fuse_projection,
+      self.partition,
     )
     if not self.deterministic:
       self.load[...] += routes.counts.load
@@ -127,8 +131,7 @@ class MoE(nnx.Module):
     kernel_init: initializer of the router's projection.
     expert_init: initializer of the `[E, ...]` parameters.
     shared_init: initializer of the shared experts' parameters.
-    partition: how tokens and experts are laid out on the mesh; None for one
-      device, or to leave it to the compiler.
+    partition: as in `jaxroute.layer.moe`.
     implementation: as in `jaxroute.route`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
     rngs: source of the parameter keys.
@@ -162,6 +165,7 @@ class MoE(nnx.Module):
       kernel_init=kernel_init,
       implementation=implementation,
       fuse_projection=fuse_projection,
+      partition=partition,
       rngs=rngs,
     )
     e, d, f, s = (

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute import ladder, types
+from jaxroute.parallel import mesh
 from jaxroute.routing import pallas_tpu, projection, xla
 
 Implementation = Literal["xla", "pallas_tpu"]
@@ -71,6 +72,8 @@ def route(
     DeepSeek-V3, https://arxiv.org/abs/2412.19437, equations 12 to 16.
   """
   check_inputs(logits, expert_bias, config, token_mask)
+  # A token chooses among all experts.
+  logits = mesh.whole(logits, 1)
   operands = logits, expert_bias, config, token_mask
   by_name = implementation is not None
 
@@ -129,6 +132,7 @@ def project_and_route(
     (len(tokens), router_weight.shape[1]), jnp.float32
   )
   check_inputs(logits, expert_bias, config, token_mask)
+  tokens, router_weight = mesh.whole(tokens, 1), mesh.whole(router_weight)
 
   def by_xla():
     if implementation is not None:
