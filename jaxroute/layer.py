@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxroute import checks, dispatch, experts, ladder, types
 from jaxroute import routing as routing_lib
 from jaxroute.parallel import all_gather
+from jaxroute.parallel import mesh as mesh_lib
 
 
 def router(
@@ -23,6 +24,7 @@ def router(
   token_mask: jax.Array | None = None,
   implementation: routing_lib.Implementation | None = None,
   fuse_projection: bool = False,
+  partition: types.Partition | None = None,
 ) -> tuple[types.Routing, jax.Array | None]:
   """Projects tokens to float32 logits, whatever their dtype, and routes them.
 
@@ -35,12 +37,16 @@ def router(
     implementation: as in `jaxroute.route`.
     fuse_projection: whether to leave out the logits, so that one kernel can do
       both where there is one; see `jaxroute.routing.project_and_route`.
+    partition: how tokens lie on the mesh in force: every device routes its own,
+      by a kernel where there is one, and one all-reduce sums the counts. None
+      for one device, to leave it to the compiler, or where the axes of the mesh
+      are explicit, for tokens that lie as `x` does.
 
   Returns:
     The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
 
   Raises:
-    ValueError: if a shape or dtype does not fit.
+    ValueError: if a shape or dtype does not fit, or the mesh not `partition`.
   """
   _check_tokens(x)
   routing_lib.check_router_weight(router_weight, x.shape[-1], config)
@@ -52,8 +58,10 @@ def router(
         f"`token_mask` must have the leading shape of `x`, {x.shape[:-1]}, got"
         f" {token_mask.shape}. True marks real tokens."
       )
-    token_mask = token_mask.reshape(-1)
-  tokens = x.reshape(-1, x.shape[-1])
+  partition = mesh_lib.partition_of(x, partition, config.num_experts)
+  tokens = _flatten(x, partition)
+  if token_mask is not None:
+    token_mask = _flatten(token_mask[..., None], partition)[:, 0]
   # Whatever is wrong is said before anything is projected.
   logits = jax.ShapeDtypeStruct(
     (tokens.shape[0], config.num_experts), jnp.float32
@@ -63,16 +71,37 @@ def router(
   ladder.check_names("router", names, implementation)
   fix = "True leaves out the logits."
   fuse_projection = checks.as_bool("fuse_projection", fuse_projection, fix)
-  if fuse_projection:
-    routes = routing_lib.project_and_route(
-      tokens, router_weight, expert_bias, config, token_mask, implementation
+
+  def run(
+    tokens: jax.Array,
+    token_mask: jax.Array | None,
+    router_weight: jax.Array,
+    expert_bias: jax.Array | None,
+  ) -> tuple[types.Routing, jax.Array | None]:
+    if fuse_projection:
+      routes = routing_lib.project_and_route(
+        tokens, router_weight, expert_bias, config, token_mask, implementation
+      )
+      return routes, None
+    logits = routing_lib.project(tokens, router_weight, token_mask)
+    routes = routing_lib.route(
+      logits, expert_bias, config, token_mask, implementation
     )
-    return routes, None
-  logits = routing_lib.project(tokens, router_weight, token_mask)
-  routes = routing_lib.route(
-    logits, expert_bias, config, token_mask, implementation
+    return routes, logits
+
+  counts = types.Counts(
+    load=False, histogram=False if config.histogram else None
   )
-  return routes, logits
+  routes_per_token = types.Routing(
+    expert_idx=True, weights=True, counts=counts, cutoff=True, token_mask=True
+  )
+  return mesh_lib.map_over_tokens(
+    run,
+    [tokens, token_mask, router_weight, expert_bias],
+    are_per_token=[True, True, False, False],
+    outputs_per_token=(routes_per_token, None if fuse_projection else True),
+    partition=partition,
+  )
 
 
 def moe(
@@ -98,12 +127,13 @@ def moe(
     capacity_factor: see `jaxroute.dispatch.expert_capacity`; None drops
       nothing. Under a `partition` every token shard has its own capacity.
     dtype: of the expert computation; None for that of `x`.
-    partition: how tokens and experts lie on the mesh; None for one device.
-    experts_implementation: as in `jaxroute.experts.grouped_matmul`. With
-      "ragged_dot" the layer has forward-mode and second derivatives.
+    partition: how tokens and experts lie on the mesh in force. None for one
+      device, to leave it to the compiler, or where the axes of the mesh are
+      explicit, for tokens that lie as `x` does and experts that every device
+      has whole.
 
   Returns:
-    The output, shaped like `x`, 0 for padding and NaN for tokens with NaN
+    The output, shaped and sharded like `x`, 0 for padding and NaN for tokens with NaN
     weights, and `group_sizes` `[E]` int32: the rows each expert processed.
 
   Raises:
@@ -111,15 +141,13 @@ def moe(
       and `config` have different numbers of experts.
   """
   _check_tokens(x)
-  tokens = x.reshape(-1, x.shape[-1])
   routing_lib.check_config(config)
-  routing_lib.check_routing(routing, tokens.shape[0], config)
   experts.check_params("params", params, x.shape[-1], config.num_experts)
   if shared is not None:
     experts.check_params("shared", shared, x.shape[-1], is_dense=True)
-  if partition is not None:
-    fix = "None is for one device."
-    checks.check_instance("partition", partition, types.Partition, fix)
+  partition = mesh_lib.partition_of(x, partition, config.num_experts)
+  tokens = _flatten(x, partition)
+  routing_lib.check_routing(routing, tokens.shape[0], config)
   if dtype is not None:
     dtype = checks.as_float_dtype("dtype", dtype)
     tokens = tokens.astype(dtype)
@@ -128,8 +156,9 @@ def moe(
   )
   capacity = None
   if capacity_factor is not None:
+    shards = mesh_lib.token_shards(partition, x)
     capacity = dispatch.expert_capacity(
-      config, tokens.shape[0], capacity_factor, partition
+      config, tokens.shape[0] // shards, capacity_factor
     )
   run_experts = functools.partial(
     local_moe, capacity=capacity, implementation=experts_implementation
@@ -141,10 +170,18 @@ def moe(
       run_experts, tokens, routing, params, partition
     )
   if shared is not None:
-    kept = routing.token_mask[:, None]
+    kept = _flatten(routing.token_mask[:, None], partition)
     tokens = jnp.where(kept, tokens, jnp.zeros((), tokens.dtype))
+    shared = jax.tree.map(mesh_lib.whole, shared)
     out = out + experts.dense_swiglu(tokens, shared)
-  return out.reshape(x.shape), group_sizes
+  axes = jax.typeof(x).sharding.spec
+  return mesh_lib.reshape(out, x.shape, axes), group_sizes
+
+
+def _flatten(x: jax.Array, partition: types.Partition | None) -> jax.Array:
+  """`[..., D]` to `[T, D]`, sharded over the token axes where that is known."""
+  axes = partition.token_axes if partition else ()
+  return mesh_lib.reshape(x, (-1, x.shape[-1]), (axes, ()))
 
 
 def local_moe(

@@ -52,6 +52,7 @@ class Router(nn.Module):
     kernel_init: initializer of the projection.
     implementation: as in `jaxroute.route`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
+    partition: as in `jaxroute.layer.router`.
   """
 
   config: types.RouterConfig
@@ -59,6 +60,7 @@ class Router(nn.Module):
   kernel_init: Initializer = nn.initializers.lecun_normal()
   implementation: routing.Implementation | None = None
   fuse_projection: bool = False
+  partition: types.Partition | None = None
 
   @nn.compact
   def __call__(
@@ -85,6 +87,7 @@ class Router(nn.Module):
       token_mask,
       self.implementation,
       self.fuse_projection,
+      self.partition,
     )
     self._count("load", routes.counts.load)
     if routes.counts.histogram is not None:
@@ -131,8 +134,7 @@ class MoE(nn.Module):
     kernel_init: initializer of the router's projection.
     expert_init: initializer of the `[E, ...]` parameters.
     shared_init: initializer of the shared experts' parameters.
-    partition: how tokens and experts are laid out on the mesh; None for one
-      device, or to leave it to the compiler.
+    partition: as in `jaxroute.layer.moe`.
     implementation: as in `jaxroute.route`.
     experts_implementation: as in `jaxroute.layer.moe`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
@@ -172,6 +174,7 @@ class MoE(nn.Module):
       kernel_init=self.kernel_init,
       implementation=self.implementation,
       fuse_projection=self.fuse_projection,
+      partition=self.partition,
       name="router",
     )(x, token_mask)
     e, d, f = self.config.num_experts, x.shape[-1], self.hidden_size

@@ -61,6 +61,7 @@ class Router(nnx.Module):
     kernel_init: initializer of the projection.
     implementation: as in `jaxroute.route`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
+    partition: as in `jaxroute.layer.router`.
     rngs: source of the parameter key.
   """
 
@@ -72,12 +73,14 @@ class Router(nnx.Module):
     kernel_init: Initializer = nnx.initializers.lecun_normal(),
     implementation: routing.Implementation | None = None,
     fuse_projection: bool = False,
+    partition: types.Partition | None = None,
     rngs: nnx.Rngs,
   ):
     e = config.num_experts
     self.config = config
     self.implementation = implementation
     self.fuse_projection = fuse_projection
+    self.partition = partition
     # Set by model.train() and model.eval(), as for dropout.
     self.deterministic = False
     self.kernel = nnx.Param(
@@ -110,6 +113,7 @@ class Router(nnx.Module):
       token_mask,
       self.implementation,
       self.fuse_projection,
+      self.partition,
     )
     if not self.deterministic:
       self.load[...] += routes.counts.load
@@ -144,8 +148,7 @@ class MoE(nnx.Module):
     kernel_init: initializer of the router's projection.
     expert_init: initializer of the `[E, ...]` parameters.
     shared_init: initializer of the shared experts' parameters.
-    partition: how tokens and experts are laid out on the mesh; None for one
-      device, or to leave it to the compiler.
+    partition: as in `jaxroute.layer.moe`.
     implementation: as in `jaxroute.route`.
     experts_implementation: as in `jaxroute.layer.moe`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
@@ -182,6 +185,7 @@ class MoE(nnx.Module):
       kernel_init=kernel_init,
       implementation=implementation,
       fuse_projection=fuse_projection,
+      partition=partition,
       rngs=rngs,
     )
     e, d, f, s = (

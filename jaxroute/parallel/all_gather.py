@@ -43,19 +43,20 @@ def map_experts(
     run_experts: what a device does with the tokens it sees and the experts it
       holds: an index one past its own experts stands for an expert of another
       device.
-    x: `[T, D]`, sharded over `partition.token_axes`.
+    x: `[T, D]`, to be sharded over `partition.token_axes`.
     routing: of those tokens.
-    params: pytree of `[E, ...]`, sharded over `partition.expert_axis`.
+    params: pytree of `[E, ...]`, to be sharded over `partition.expert_axis`.
     partition: layout on the mesh of `jax.set_mesh`.
 
   Returns:
-    `[T, D]`, sharded like `x`, and the global `group_sizes`, `[E]` int32.
+    `[T, D]`, sharded over `partition.token_axes`, and the global `group_sizes`,
+    `[E]` int32.
 
   Raises:
     ValueError: if no mesh is in force, it lacks an axis, or T or E does not
       divide.
   """
-  mesh = mesh_lib.mesh_of(partition)
+  mesh = mesh_lib.mesh_of(partition, x)
   tokens, expert = partition.token_axes, partition.expert_axis
   num_experts = jax.tree.leaves(params)[0].shape[0]
   expert_axes = (expert,) if expert else ()
@@ -74,12 +75,13 @@ def map_experts(
   routing = dataclasses.replace(routing, counts=types.Counts(load=routing.load))
   routes = jax.tree.map(lambda _: over_tokens, routing)
   routes = dataclasses.replace(routes, counts=types.Counts(load=jax.P()))
-  return jax.shard_map(
+  return mesh_lib.map_shards(
     run_shard,
+    (x, routing, params),
     mesh=mesh,
     in_specs=(over_tokens, routes, over_experts),
     out_specs=(over_tokens, over_experts),
-  )(x, routing, params)
+  )
 
 
 def _is_gathered(partition: types.Partition) -> bool:

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute import checks, ladder, types
+from jaxroute.parallel import mesh
 from jaxroute.routing import pallas_tpu, projection, xla
 
 Implementation = Literal["xla", "pallas_tpu"]
@@ -74,6 +75,8 @@ def route(
   ladder.check_names(
     "route", get_args(Implementation), implementation, interpret
   )
+  # A token chooses among all experts.
+  logits = mesh.whole(logits, 1)
   operands = logits, expert_bias, config, token_mask
   by_name = implementation is not None
 
@@ -136,6 +139,7 @@ def project_and_route(
   ladder.check_names(
     "project_and_route", get_args(Implementation), implementation, interpret
   )
+  tokens, router_weight = mesh.whole(tokens, 1), mesh.whole(router_weight)
 
   def by_xla():
     if implementation is not None:

@@ -89,8 +89,6 @@ def project_and_route(
   unsupported = unsupported or kernel.unsupported_projection(
     config, tokens.shape[1], tokens.dtype
   )
-  if axes := mesh.explicit_axes(tokens, 1) + mesh.explicit_axes(router_weight):
-    unsupported = f"D and `router_weight` must not be sharded, got {axes}"
   _check_can_run(unsupported, by_name=by_name, interpret=interpret)
   call = functools.partial(_project_and_route, config, interpret)
   inputs = [tokens, router_weight]
