@@ -77,8 +77,8 @@ def expert_capacity(
     fix = "None is for one device."
     checks.check_instance("partition", partition, types.Partition, fix)
   shard_tokens = num_tokens // mesh.token_shards(partition)
-  # The float 1.1 is a little more than 1.1, and its product with 50 above 55.
-  factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**9)
+  # A float of 1.1 is a little more than 1.1, one of 32 bits even by 2e-8.
+  factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**5)
   wanted = factor.numerator * shard_tokens * config.top_k
   return max(-(-wanted // (factor.denominator * config.num_experts)), 1)
 
