@@ -105,13 +105,16 @@ def max_vio(load: types.PyTree) -> jax.Array:
   References:
     Wang et al., 2024, https://arxiv.org/abs/2408.15664, section 4.1.
   """
-  holders = (types.Routing, types.MoEOutput, types.Counts, types.RouterState)
+  holders = (types.Routing, types.Counts, types.RouterState)
 
   def load_of(x: Any) -> types.PyTree:
-    x = x.routing if isinstance(x, types.MoEOutput) else x
+    if isinstance(x, types.MoEOutput):
+      return x.routing.load
     return x.load if isinstance(x, holders) else x
 
-  loads = jax.tree.map(load_of, load, is_leaf=lambda x: isinstance(x, holders))
+  loads = jax.tree.map(
+    load_of, load, is_leaf=lambda x: isinstance(x, (types.MoEOutput, *holders))
+  )
   arrays = jax.tree.leaves(loads)
   if not arrays or not all(hasattr(x, "dtype") for x in arrays):
     raise ValueError(

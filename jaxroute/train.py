@@ -90,9 +90,10 @@ def train_step(
   counts in, is skipped: the state stays as it was but for its number.
 
   With `optax.MultiSteps` in the optimizer the bias moves when the parameters
-  do, by what was counted since they last did. Other wrappers that hold an update
-  back, such as `optax.apply_if_finite`, are not looked into: the bias moves with
-  every step that is not skipped.
+  do, by what was counted since they last did; a gradient that it refuses
+  (`should_skip_update_fn`) makes a skipped step, and counts nothing. Other
+  wrappers that hold an update back, such as `optax.apply_if_finite`, are not
+  looked into: the bias moves with every step that is not skipped.
 
   Args:
     state: from `init_train_state`; may be donated.
@@ -112,7 +113,7 @@ def train_step(
     weight_fn: (static) `batch -> []`, what a micro-batch weighs in the means of
       losses, gradients and metrics: the number of its tokens that count, if the
       loss is a mean over those. One of weight 0 adds nothing to them. None weighs
-      all alike.
+      all alike, as `optax.MultiSteps` does its steps.
     rng: a random key, for the whole run: each step folds its number into it, and
       each micro-batch its own.
     freeze_bias: `[]` bool. True trains the parameters and leaves the bias.
@@ -128,25 +129,23 @@ def train_step(
       fit the router state, or what is passed or returned is not as above.
 
   Example:
-    >>> import functools
-    >>> from jaxroute import dual, route
-    >>> config = types.RouterConfig(num_experts=4, top_k=2)
+    >>> import functools, jaxroute
+    >>> config = jaxroute.RouterConfig(num_experts=4, top_k=2)
     >>> def loss_fn(params, expert_bias, x):
-    ...   routing = route(x @ params, expert_bias[0], config)
+    ...   routing = jaxroute.route(x @ params, expert_bias[0], config)
     ...   counts = jax.tree.map(lambda c: c[None], routing.counts)
     ...   return jnp.mean(routing.weights ** 2), (counts, {})
-    >>> rule, optimizer = dual.sign(1e-3), optax.sgd(0.1)
-    >>> step = jax.jit(
-    ...   functools.partial(
-    ...     train_step, loss_fn=loss_fn, optimizer=optimizer, rule=rule),
-    ...   donate_argnums=0)
-    >>> router = step_lib.init_router_state(rule, num_experts=4)
-    >>> state = init_train_state(jnp.eye(4), router, optimizer)
+    >>> rule, optimizer = jaxroute.dual.sign(1e-3), optax.sgd(0.1)
+    >>> step = functools.partial(
+    ...   jaxroute.train_step, loss_fn=loss_fn, optimizer=optimizer, rule=rule)
+    >>> step = jax.jit(step, donate_argnums=0)
+    >>> router = jaxroute.init_router_state(rule, num_experts=4)
+    >>> state = jaxroute.init_train_state(jnp.eye(4), router, optimizer)
     >>> state, metrics = step(state, jnp.eye(4)[:1])
     >>> state.router.expert_bias
     Array([[-0.001, -0.001,  0.001,  0.001]], dtype=float32)
   """
-  functions = {"loss_fn": loss_fn}
+  functions: dict[str, Any] = {"loss_fn": loss_fn}
   if weight_fn is not None:
     functions["weight_fn"] = weight_fn
   flags = {"freeze_bias": freeze_bias, "skip": skip}
@@ -181,6 +180,7 @@ def train_step(
   counted = dataclasses.replace(
     state.router, counts=jax.tree.map(jnp.add, state.router.counts, counts)
   )
+  # What MultiSteps holds back stays counted; what a skipped step counted is lost.
   router = optax.tree.where(ok & is_taken, counted, state.router)
   moved = step_lib.update(counted, rule, apply=jnp.logical_not(freeze_bias))
   router = optax.tree.where(ok & is_moved, moved, router)
