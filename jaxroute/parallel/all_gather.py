@@ -49,7 +49,8 @@ def map_experts(
     partition: layout on the mesh of `jax.set_mesh`.
 
   Returns:
-    `[T, D]`, sharded over `partition.token_axes`, and the global `group_sizes`, `[E]` int32.
+    `[T, D]`, sharded over `partition.token_axes`, and the global `group_sizes`,
+    `[E]` int32.
 
   Raises:
     ValueError: if no mesh is in force, it lacks an axis, or T or E does not
