@@ -163,7 +163,8 @@ def call_kernel(
     What `kernel` returns.
 
   Raises:
-    NotImplementedError: when the program is lowered for another platform.
+    NotImplementedError: when the program is lowered for another platform, or for
+      several devices over which XLA would have to partition the kernel.
   """
 
   def call(*operands):
@@ -175,15 +176,19 @@ def call_kernel(
   if interpret:
     return call(*operands)
   outputs = jax.eval_shape(call, *operands)
+  names = dict(operation=operation, platform=platform)
+
+  def run(*operands):
+    arrays, tree = jax.tree.flatten(operands)
+    arrays[0] = _partition_refused.bind(arrays[0], **names)
+    return call(*jax.tree.unflatten(tree, arrays))
 
   def refuse(*operands):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
     zeros, _ = mesh.vary_alike((zeros, operands))
-    return jax.tree.map(
-      lambda x: _refuse.bind(x, operation=operation, platform=platform), zeros
-    )
+    return jax.tree.map(lambda x: _refuse.bind(x, **names), zeros)
 
-  return lax.platform_dependent(*operands, **{platform: call}, default=refuse)
+  return lax.platform_dependent(*operands, **{platform: run}, default=refuse)
 
 
 def _raise_refusal(*args: Any, operation: str, platform: str) -> Any:
@@ -195,9 +200,32 @@ def _raise_refusal(*args: Any, operation: str, platform: str) -> Any:
   )
 
 
-# An identity whose lowering raises: it marks the branch of other platforms.
-_refuse = core.Primitive("jaxroute_refuse")
-_refuse.def_impl(_raise_refusal)
-_refuse.def_abstract_eval(lambda x, **_: x)
-batching.defvectorized(_refuse)
-mlir.register_lowering(_refuse, _raise_refusal)
+def _lower_on_one_device(
+  ctx: Any, x: Any, *, operation: str, platform: str
+) -> Any:
+  # Inside `jax.shard_map` the context is of another kind, and has no number.
+  devices = getattr(ctx.module_context.axis_context, "num_devices", 1)
+  if devices > 1:
+    raise NotImplementedError(
+      f"the {platform.upper()} kernel of `{operation}` was traced where no mesh is in"
+      f" force, and its program is for {devices} devices, over which XLA does not"
+      " partition a kernel; put the call under `jax.set_mesh` and give the layer a"
+      " `partition`, or call it inside `jax.shard_map`"
+    )
+  return [x]
+
+
+def _identity(name: str, impl: Callable[..., Any], lowering: Any) -> Any:
+  """A primitive whose lowering may raise; it marks a branch of one platform."""
+  primitive = core.Primitive(name)
+  primitive.def_impl(impl)
+  primitive.def_abstract_eval(lambda x, **_: x)
+  batching.defvectorized(primitive)
+  mlir.register_lowering(primitive, lowering)
+  return primitive
+
+
+_refuse = _identity("jaxroute_refuse", _raise_refusal, _raise_refusal)
+_partition_refused = _identity(
+  "jaxroute_partition_refused", lambda x, **_: x, _lower_on_one_device
+)
