@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from jaxroute import experts, layer, routing, step, types
+from jaxroute import checks, experts, layer, routing, step, types
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -67,6 +67,10 @@ class Router(nnx.Module):
     fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
+    layer.check_layer(
+      config, {"kernel_init": kernel_init}, {"in_features": in_features}
+    )
+    checks.check_instance("rngs", rngs, nnx.Rngs, "Pass nnx.Rngs(seed).")
     e = config.num_experts
     self.config = config
     self.implementation = implementation
@@ -152,6 +156,13 @@ class MoE(nnx.Module):
     fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
+    sizes = dict(
+      in_features=in_features,
+      hidden_size=hidden_size,
+      shared_hidden_size=shared_hidden_size,
+    )
+    inits = dict(expert_init=expert_init, shared_init=shared_init)
+    layer.check_layer(config, inits, sizes, param_dtype)
     self.config = config
     self.capacity_factor = capacity_factor
     self.dtype = dtype
