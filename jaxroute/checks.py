@@ -21,6 +21,7 @@ _DTYPES = {
   "bool": (np.bool_,),
   "floating point": (jnp.floating,),
   "integer": (jnp.integer,),
+  "real": (jnp.integer, jnp.floating),
   # Counts: sums in fewer bits wrap, and so do differences without a sign.
   "int32 or int64": (np.int32, np.int64),
 }

@@ -5,6 +5,7 @@
 """
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import Any, get_args
 
 import jax
@@ -48,7 +49,7 @@ def router(
   Raises:
     ValueError: if a shape or dtype does not fit, or the mesh not `partition`.
   """
-  _check_tokens(x)
+  check_tokens(x)
   routing_lib.check_router_weight(router_weight, x.shape[-1], config)
   if token_mask is not None:
     fix = f"Shape it like the leading axes of `x`, {x.shape[:-1]}."
@@ -140,7 +141,7 @@ def moe(
     ValueError: if a shape or dtype does not fit, as where `routing`, `params`
       and `config` have different numbers of experts.
   """
-  _check_tokens(x)
+  check_tokens(x)
   routing_lib.check_config(config)
   experts.check_params("params", params, x.shape[-1], config.num_experts)
   if shared is not None:
@@ -257,6 +258,35 @@ def _local_moe(
   return dispatch.combine(rows, routing.weights, order), order.group_sizes
 
 
-def _check_tokens(x: jax.Array) -> None:
+def check_tokens(x: jax.Array) -> None:
+  """Raises ValueError unless `x` is `[..., D]` floating point.
+
+  Args:
+    x: what was passed.
+  """
   fix = "Embed integer tokens first, and pass D last."
   checks.check_array("x", x, "[..., D]", "floating point", fix)
+
+
+def check_layer(
+  config: types.RouterConfig,
+  initializers: Mapping[str, Any],
+  sizes: Mapping[str, int],
+  param_dtype: Any = jnp.float32,
+) -> None:
+  """Raises ValueError unless a Flax layer can be made of its arguments.
+
+  Args:
+    config: what the router computes.
+    initializers: functions, by the names of the arguments.
+    sizes: at least 1, that of shared experts at least 0; by name.
+    param_dtype: of the expert parameters.
+  """
+  routing_lib.check_config(config)
+  for name, init in initializers.items():
+    fix = "Pass one of jax.nn.initializers."
+    checks.check_instance(name, init, Callable, fix)
+  for name, size in sizes.items():
+    low = 0 if name == "shared_hidden_size" else 1
+    checks.as_int(name, size, "Pass that of the model.", low=low)
+  checks.as_float_dtype("param_dtype", param_dtype)

@@ -75,6 +75,8 @@ class Router(nn.Module):
     Returns:
       The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
     """
+    layer.check_tokens(x)
+    layer.check_layer(self.config, {"kernel_init": self.kernel_init}, {})
     e = self.config.num_experts
     kernel = self.param(
       "kernel", self.kernel_init, (x.shape[-1], e), jnp.float32
@@ -169,6 +171,11 @@ class MoE(nn.Module):
     Returns:
       `[..., D]`, the dtype of the computation, and what the router did.
     """
+    sizes = dict(
+      hidden_size=self.hidden_size, shared_hidden_size=self.shared_hidden_size
+    )
+    inits = dict(expert_init=self.expert_init, shared_init=self.shared_init)
+    layer.check_layer(self.config, inits, sizes, self.param_dtype)
     routes, logits = Router(
       self.config,
       kernel_init=self.kernel_init,

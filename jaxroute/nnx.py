@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jaxroute import experts, layer, routing, types
+from jaxroute import checks, experts, layer, routing, types
 from jaxroute.nnx_step import (
   ExpertBias,
   Histogram,
@@ -76,6 +76,10 @@ class Router(nnx.Module):
     partition: types.Partition | None = None,
     rngs: nnx.Rngs,
   ):
+    layer.check_layer(
+      config, {"kernel_init": kernel_init}, {"in_features": in_features}
+    )
+    checks.check_instance("rngs", rngs, nnx.Rngs, "Pass nnx.Rngs(seed).")
     e = config.num_experts
     self.config = config
     self.implementation = implementation
@@ -174,6 +178,13 @@ class MoE(nnx.Module):
     fuse_projection: bool = False,
     rngs: nnx.Rngs,
   ):
+    sizes = dict(
+      in_features=in_features,
+      hidden_size=hidden_size,
+      shared_hidden_size=shared_hidden_size,
+    )
+    inits = dict(expert_init=expert_init, shared_init=shared_init)
+    layer.check_layer(config, inits, sizes, param_dtype)
     self.config = config
     self.capacity_factor = capacity_factor
     self.dtype = dtype

@@ -9,6 +9,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from jaxroute import checks
+
 try:
   from matplotlib import axes, colormaps, colors, figure
 except ImportError as error:
@@ -133,25 +135,26 @@ def curves(
     ylabel: what the values are, with the unit.
     log_scale: whether the axis of the values is logarithmic.
     window: steps to average over, centred; what is averaged is drawn faintly.
+      A line of fewer steps is not averaged.
 
   Returns:
     A figure.
 
   Raises:
-    ValueError: if steps and values differ in length.
+    ValueError: if steps and values differ in length, or an argument is of
+      another type.
   """
+  lines = _vectors("series", series)
+  _check_labels(xlabel, ylabel)
+  log_scale = checks.as_bool("log_scale", log_scale, "False is linear.")
+  window = checks.as_int("window", window, "1 averages nothing.")
   fig = figure.Figure(figsize=(8, 4.2), layout="constrained")
   panel = fig.subplots()
   for (label, (x, y)), color in zip(
-    series.items(), _palette(len(series)), strict=True
+    lines.items(), _palette(len(lines)), strict=True
   ):
-    if np.shape(x) != np.shape(y) or np.ndim(x) != 1:
-      raise ValueError(
-        f"`series`[{label!r}] must be two vectors of one length, got"
-        f" {np.shape(x)} and {np.shape(y)}."
-      )
     marker = "o" if len(x) <= 20 else None
-    if window > 1:
+    if 1 < window <= len(x):
       panel.plot(x, y, color=color, linewidth=0.6, alpha=0.3)
       # Whole windows only: the ends would be means of fewer.
       y = np.convolve(y, np.full(window, 1 / window), mode="valid")
@@ -179,18 +182,16 @@ def trade_off(
     A figure.
 
   Raises:
-    ValueError: if imbalances and losses differ in length, or there is none.
+    ValueError: if imbalances and losses differ in length, or there is none, or
+      an argument is of another type.
   """
+  methods = _vectors("points", points, at_least=1)
+  _check_labels(xlabel, ylabel)
   fig = figure.Figure(figsize=(8, 4.8), layout="constrained")
   panel = fig.subplots()
   for i, ((label, (x, y)), color) in enumerate(
-    zip(points.items(), _palette(len(points)), strict=True)
+    zip(methods.items(), _palette(len(methods)), strict=True)
   ):
-    if np.shape(x) != np.shape(y) or np.ndim(x) != 1 or not len(x):
-      raise ValueError(
-        f"`points`[{label!r}] must be two vectors of one length, got"
-        f" {np.shape(x)} and {np.shape(y)}."
-      )
     marker = "osD^vP*X<>"[i % 10]
     panel.plot(x, y, marker, color=color, markersize=4, alpha=0.5)
     panel.plot(
@@ -224,11 +225,40 @@ def _finish(panel: axes.Axes, xlabel: str, ylabel: str, log_scale: bool):
 
 
 def _check(name: str, steps: np.ndarray, values: np.ndarray) -> None:
-  if values.ndim != 3 or np.shape(steps) != values.shape[:1] or not len(steps):
-    raise ValueError(
-      f"`{name}` must be [S, Lyr, E] with one row for each of `steps`, got"
-      f" {values.shape} for {np.shape(steps)} steps."
-    )
+  fix = "Pass an array with one row for each of `steps`."
+  checks.check_array("steps", steps, "[S]", "real", fix)
+  s = steps.shape[0]
+  checks.check_array(name, values, "[S, Lyr, E]", "real", fix, S=s)
+
+
+def _check_labels(xlabel: str, ylabel: str) -> None:
+  for name, label in (("xlabel", xlabel), ("ylabel", ylabel)):
+    checks.check_instance(name, label, str, "Name what the axis shows.")
+
+
+def _vectors(
+  name: str,
+  pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+  at_least: int = 0,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+  """The pairs of vectors under every label, checked."""
+  checks.check_instance(name, pairs, Mapping, "Map labels to pairs of vectors.")
+  found = {}
+  for label, pair in pairs.items():
+    try:
+      x, y = (np.asarray(v, np.float64) for v in pair)
+    except (TypeError, ValueError):
+      raise ValueError(
+        f"`{name}`[{label!r}] must be two vectors of numbers, got"
+        f" {checks.describe(pair)}. Pass a tuple of two arrays."
+      ) from None
+    if x.shape != y.shape or x.ndim != 1 or len(x) < at_least:
+      raise ValueError(
+        f"`{name}`[{label!r}] must be two vectors of one length, got"
+        f" {x.shape} and {y.shape}. Pass a point of one for each of the other."
+      )
+    found[label] = x, y
+  return found
 
 
 def _edges(steps: np.ndarray) -> np.ndarray:

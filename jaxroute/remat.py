@@ -12,6 +12,8 @@ from typing import Any
 import jax
 from jax import ad_checkpoint
 
+from jaxroute import checks
+
 _PREFIX = "jaxroute."
 _KEPT = (
   "chosen_logits",
@@ -52,6 +54,9 @@ def checkpoint_name(kept: str, x: jax.Array) -> jax.Array:
 
   Returns:
     `x`, to be used in its place.
+
+  Raises:
+    ValueError: if `save_routing` keeps nothing of that name.
   """
-  assert kept in _KEPT
+  checks.check_choice("kept", kept, _KEPT, "Add it to those that are kept.")
   return ad_checkpoint.checkpoint_name(x, _PREFIX + kept)

@@ -144,7 +144,7 @@ def test_a_single_step_and_no_load_can_be_drawn(make, tmp_path):
   "make", [plot.load_heatmap, plot.max_vio_curves, plot.bias_curves]
 )
 def test_shapes_that_do_not_fit_are_named(make, shape):
-  with pytest.raises(ValueError, match=r"must be \[S, Lyr, E\].*got \(3"):
+  with pytest.raises(ValueError, match=r"must be \[S=30, Lyr, E\], got .*\(3"):
     make(STEPS, np.zeros(shape, int))
 
 

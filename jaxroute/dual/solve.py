@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxroute import assignment, checks, routing, types
 from jaxroute.dual import solvers
@@ -94,6 +95,8 @@ def solve(
     >>> bool(solution.converged), float(solution.dual_value)
     (True, 1.25)
   """
+  if expert_bias is None:
+    expert_bias = jnp.zeros(np.shape(scores)[-1:], jnp.float32)
   config = routing.check_scores(scores, expert_bias, top_k, token_mask)
   fix = "It is how often the tokens are routed. The default is 100."
   max_iterations = checks.as_int("max_iterations", max_iterations, fix)
@@ -105,8 +108,6 @@ def solve(
     solver = solvers.bundle()
   fix = "Pass what a function of `jaxroute.dual.solvers` returns."
   checks.check_instance("solver", solver, solvers.Solver, fix)
-  if expert_bias is None:
-    expert_bias = jnp.zeros(scores.shape[-1:], jnp.float32)
   return _solve_guarded(
     scores, expert_bias, token_mask, tolerance, config, solver, max_iterations
   )

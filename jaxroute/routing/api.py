@@ -195,16 +195,18 @@ def check_inputs(
     E=config.num_experts,
   )
   if expert_bias is not None:
-    checks.check_array(
-      "expert_bias",
-      expert_bias,
-      "[E]",
-      "float32",
-      "Pass the row of one layer, and leave it out of casts of the model: lower"
-      " precision changes which experts win.",
-      E=config.num_experts,
-    )
+    _check_bias(expert_bias, config.num_experts)
   checks.check_mask(token_mask, logits.shape[0])
+
+
+def _check_bias(expert_bias: jax.Array, num_experts: int) -> None:
+  fix = (
+    "Pass the row of one layer, and leave it out of casts of the model: lower"
+    " precision changes which experts win."
+  )
+  checks.check_array(
+    "expert_bias", expert_bias, "[E]", "float32", fix, E=num_experts
+  )
 
 
 def check_config(config: types.RouterConfig) -> None:
@@ -223,7 +225,7 @@ def check_config(config: types.RouterConfig) -> None:
 
 def check_scores(
   scores: jax.Array,
-  expert_bias: jax.Array | None,
+  expert_bias: jax.Array,
   top_k: int,
   token_mask: jax.Array | None,
 ) -> types.RouterConfig:
@@ -231,7 +233,7 @@ def check_scores(
 
   Args:
     scores: `[T, E]` floating point.
-    expert_bias: `[E]` float32, or None.
+    expert_bias: `[E]` float32.
     top_k: K, from 1 to E.
     token_mask: `[T]` bool, or None.
 
@@ -247,6 +249,7 @@ def check_scores(
   fix = "Pass the K of the router of these scores."
   top_k = checks.as_int("top_k", top_k, fix, E=num_experts)
   config = types.RouterConfig.on_scores(num_experts, top_k)
+  _check_bias(expert_bias, num_experts)
   check_inputs(scores, expert_bias, config, token_mask, "scores")
   return config
 
