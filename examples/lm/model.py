@@ -133,7 +133,9 @@ def rotate(x: jax.Array) -> jax.Array:
     Su et al., 2021, https://arxiv.org/abs/2104.09864.
   """
   _, s, _, width = x.shape
-  exponent = jnp.linspace(0.0, 1.0, width // 2, endpoint=False, dtype=jnp.float32)
+  exponent = jnp.linspace(
+    0.0, 1.0, width // 2, endpoint=False, dtype=jnp.float32
+  )
   frequency = 10_000.0**-exponent
   angle = jnp.outer(jnp.arange(s, dtype=jnp.float32), frequency)
   sin, cos = (f(angle)[None, :, None] for f in (jnp.sin, jnp.cos))
