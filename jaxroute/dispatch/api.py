@@ -71,8 +71,8 @@ def expert_capacity(
   num_tokens //= mesh.token_shards(partition)
   # The float 1.1 is a little more than 1.1, and its product with 50 above 55.
   factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**5)
-  wanted = factor.numerator * num_tokens * config.top_k
-  return max(1, -(-wanted // (factor.denominator * config.num_experts)))
+  assignments = factor.numerator * num_tokens * config.top_k
+  return max(-(-assignments // (factor.denominator * config.num_experts)), 1)
 
 
 @functools.partial(

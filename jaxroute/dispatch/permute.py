@@ -74,7 +74,7 @@ def combine(
 def _slots(permutation: Permutation, t: int) -> tuple[jax.Array, jax.Array]:
   """Row of every assignment `[T, K]`, and which are in a group."""
   slots = permutation.inverse_permutation.reshape(t, -1)
-  kept = slots < jnp.sum(permutation.group_sizes)
+  kept = slots < jnp.sum(permutation.group_sizes, dtype=jnp.int32)
   return jnp.where(kept, slots, 0), kept
 
 
@@ -145,7 +145,7 @@ def _combine_bwd(
   d_out = d_out.astype(jnp.float32)
   assignment = permutation.permutation
   row = jnp.arange(rows.shape[0], dtype=jnp.int32)
-  owned = row < jnp.sum(permutation.group_sizes)
+  owned = row < jnp.sum(permutation.group_sizes, dtype=jnp.int32)
   d_rows = _take(d_out, assignment // k)
   d_rows = d_rows * _take(weights.reshape(-1), assignment)[:, None]
   d_rows = jnp.where(owned[:, None], d_rows, 0.0).astype(rows.dtype)

@@ -344,6 +344,11 @@ def _named():
     yield from re.sub(r" \(.*", "", case).split(" + ")
 
 
+def _is_of(module, x):
+  """Whether `x` is a class or function of a module, or of one within it."""
+  return callable(x) and (x.__module__ or "").startswith(module.__name__)
+
+
 def test_every_public_function_has_a_case():
   modules = [jaxroute, assignment, dispatch, dual, experts, layer, losses]
   modules += [
@@ -356,14 +361,13 @@ def test_every_public_function_has_a_case():
   ]
   aliases = {}
   for module in modules:
-    listed = getattr(module, "__all__", vars(module))
-    for name, function in vars(module).items():
-      is_public = name in listed and not name.startswith(("_", "check_"))
-      if is_public and callable(function) and not inspect.isclass(function):
-        origin = getattr(function, "__module__", None) or ""
-        if origin.startswith("jaxroute"):
-          place = module.__name__.split(".")[-1]
-          aliases.setdefault(function, set()).add(f"{place}.{name}")
+    own = [n for n, x in vars(module).items() if _is_of(module, x)]
+    for name in getattr(module, "__all__", own):
+      function = getattr(module, name)
+      is_checked = _is_of(jaxroute, function) and not inspect.isclass(function)
+      if is_checked and not name.startswith(("_", "check_")):
+        place = module.__name__.split(".")[-1]
+        aliases.setdefault(function, set()).add(f"{place}.{name}")
   named = {*_named(), *_ON_HOST, *_NO_ARRAYS}
   assert not [names for names in aliases.values() if not names & named]
   assert named <= set().union(*aliases.values())
@@ -410,6 +414,14 @@ MODES = {
   "prng": (lambda: jax.default_prng_impl("rbg"), True),
 }
 _LONG = {"x64, eager", "promotion", "rank", "matmul", "prng"}
+# What takes long where loops run step by step.
+_LOOPS = {
+  "jaxroute.route (kernel)",
+  "jaxroute.train_step + jaxroute.init_train_state",
+  "dispatch.sort_by_expert (kernel)",
+  "dual.solve + solvers.bundle",
+  "losses.sequence_wise",
+}
 DTYPES = ("bfloat16", "float16")
 
 
@@ -475,10 +487,17 @@ def _check_dtype(case, name):
   _assert_same(found, expected, _NARROW.get(case, ()), dtype)
 
 
-@pytest.mark.parametrize("case", CASES)
+def _is_long(case, mode):
+  return mode in _LONG or (mode == "disable_jit" and case in _LOOPS)
+
+
 @pytest.mark.parametrize(
-  "mode",
-  [pytest.param(m, marks=[pytest.mark.long] * (m in _LONG)) for m in MODES],
+  ("case", "mode"),
+  [
+    pytest.param(case, mode, marks=[pytest.mark.long] * _is_long(case, mode))
+    for case in CASES
+    for mode in MODES
+  ],
 )
 def test_a_mode_changes_no_dtype_and_no_value(case, mode):
   _check_mode(case, mode)
