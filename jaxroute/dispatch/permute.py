@@ -112,7 +112,7 @@ def _indices(permutation: Permutation, t: int, k: int) -> tuple[jax.Array, ...]:
   return (
     permutation.permutation,
     permutation.inverse_permutation.reshape(t, k),
-    jnp.sum(permutation.group_sizes),
+    jnp.sum(permutation.group_sizes, dtype=jnp.int32),
   )
 
 

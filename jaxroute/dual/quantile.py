@@ -153,7 +153,8 @@ def target_bias(
   cutoff = jnp.maximum(routes.cutoff, lowest_cutoff)
   needed = jnp.where(can_choose, cutoff[:, None] - scores, jnp.inf)
   mean, _ = metrics.mean_load(routes.load)
-  rank = jnp.minimum(mean, jnp.sum(needed < jnp.inf, axis=0) - 1)
+  num_finite = jnp.sum(needed < jnp.inf, axis=0, dtype=jnp.int32)
+  rank = jnp.minimum(mean, num_finite - 1)
   target = order_statistic(needed, rank)
   # A token that needs -inf chooses the expert whatever the bias.
   return jnp.where(jnp.isfinite(target) & (rank >= 0), target, expert_bias)
@@ -174,7 +175,7 @@ def order_statistic(x: jax.Array, rank: jax.Array) -> jax.Array:
   def add_bit(i: jax.Array, low: jax.Array) -> jax.Array:
     # The search starts at the lowest int32: adding the sign bit wraps it to 0.
     candidate = low + jnp.left_shift(jnp.int32(1), 31 - i)
-    num_below = jnp.sum((keys < candidate[None]).astype(jnp.int32), axis=0)
+    num_below = jnp.sum(keys < candidate[None], axis=0, dtype=jnp.int32)
     return jnp.where(num_below <= rank, candidate, low)
 
   lowest = jnp.full(x.shape[1:], jnp.iinfo(jnp.int32).min)
@@ -196,7 +197,8 @@ def histogram_quantile(load: jax.Array, histogram: jax.Array) -> jax.Array:
   num_tokens = num_up_to[..., -1]
   mean, _ = metrics.mean_load(load)
   rank = jnp.minimum(mean, num_tokens - 1)
-  bin_of_rank = jnp.sum(num_up_to <= rank[..., None], axis=-1)
+  is_up_to = num_up_to <= rank[..., None]
+  bin_of_rank = jnp.sum(is_up_to, axis=-1, dtype=jnp.int32)
   bin_of_rank = jnp.minimum(bin_of_rank, bias_histogram.BINS - 1)
 
   def at_bin(x: jax.Array) -> jax.Array:

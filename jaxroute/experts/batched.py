@@ -79,7 +79,7 @@ class RowBatch(NamedTuple):
       jnp.where(is_same[:, :, None, None], value[None], 0), axis=1
     )
     chunk = jnp.arange(is_same.shape[0], dtype=jnp.int32)
-    is_first = jnp.argmax(is_same, axis=1) == chunk
+    is_first = jnp.argmax(is_same, axis=1).astype(jnp.int32) == chunk
     target = jnp.where(is_first, self.experts, w.shape[0] + chunk)
     return w.at[target].add(total, mode="drop", unique_indices=True)
 

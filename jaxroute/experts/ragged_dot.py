@@ -19,7 +19,7 @@ from jaxroute.experts.params import ExpertParams
 def _owned(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
   """Rows past the groups as 0: a NaN there must not meet a product's 0."""
   row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-  return jnp.where(row < jnp.sum(group_sizes), x, 0)
+  return jnp.where(row < jnp.sum(group_sizes, dtype=jnp.int32), x, 0)
 
 
 def _ragged_matmul(
