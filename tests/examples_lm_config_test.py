@@ -39,10 +39,11 @@ def test_an_impossible_setting_is_named(change, message):
 
 def test_a_run_is_known_by_what_its_steps_depend_on():
   identity = CONFIG.identity()
-  for name in ("out", "mesh", "eval_every", "save_every", "resume"):
+  for name in ("out", "steps", "mesh", "eval_every", "save_every", "resume"):
     assert name not in identity
-  for name in ("rule", "rate", "seed", "steps", "data", "num_experts"):
+  for name in ("rule", "rate", "seed", "data", "num_experts"):
     assert identity[name] == getattr(CONFIG, name)
+  assert identity["decay_steps"] == CONFIG.steps
 
 
 def test_more_devices_than_there_are_is_named(tmp_path):

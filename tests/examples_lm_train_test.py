@@ -116,9 +116,8 @@ def test_the_summary_is_what_the_rows_say(unbroken):
   assert summary["validation_bits_per_byte"] == last["bits_per_byte"]
   assert summary["dead_experts"] == (load == 0).sum()
   assert summary["steps"] == STEPS and summary["skipped_steps"] == 0
-  table = report_lib.table(summary)
+  table = report_lib.table({"sign": summary})
   assert f"{summary['max_vio_global']:.3f}" in table
-  assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_the_rule_balances(unbroken):

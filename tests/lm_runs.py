@@ -10,6 +10,7 @@ import shutil
 from typing import Any
 
 import config as config_lib
+import figures as figures_lib
 import jax
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ def share_programs(patch: pytest.MonkeyPatch, *, figures: bool = False) -> None:
   """Has runs share their programs and, unless told to, draw no figures."""
   patch.setattr(train_lib, "Trainer", trainer)
   if not figures:
-    patch.setattr(report_lib, "write_figures", lambda rows, out: None)
+    patch.setattr(figures_lib, "write_figures", lambda rows, out: None)
 
 
 def unbalanced_rows(config: config_lib.Config, corpus: Any) -> list[dict]:

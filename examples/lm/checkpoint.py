@@ -8,6 +8,7 @@ structure.
 
 import contextlib
 import errno
+import json
 import logging
 import os
 import pathlib
@@ -140,6 +141,20 @@ class Checkpoints:
         settings=ocp.args.JsonSave({"format": FORMAT} | self._identity),
       ),
     )
+
+
+def saved_settings(out: pathlib.Path) -> dict[str, Any]:
+  """The settings in the newest checkpoint of a folder that shows any, else {}.
+
+  Args:
+    out: the folder of a run.
+  """
+  found = (out / "checkpoints").glob("*/settings/metadata")
+  of_step = {int(p.parts[-3]): p for p in found if p.parts[-3].isdecimal()}
+  for step in sorted(of_step, reverse=True):
+    with contextlib.suppress(OSError, ValueError):
+      return json.loads(of_step[step].read_text())
+  return {}
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ import checkpoint as checkpoint_lib
 import config as config_lib
 import jax
 import numpy as np
+import report as report_lib
 import train as train_lib
 from absl import app, flags, logging
 
@@ -101,6 +102,7 @@ def config_of(arm: str, seed: int) -> config_lib.Config:
     **settings,
     **ARMS[arm],
     seed=seed,
+    decay_steps=steps,
     eval_every=steps,
     out=str(pathlib.Path(_OUT.value) / f"{folder}_{seed}"),
   )
@@ -113,9 +115,7 @@ def run(config: config_lib.Config) -> dict[str, Any]:
   if not done.exists() or json.loads(done.read_text()) != identity:
     train_lib.train(config)
     done.write_text(json.dumps(identity))
-  with (out / "metrics.jsonl").open() as file:
-    rows = [json.loads(line) for line in file]
-  rows = [r for r in rows if r["kind"] == "train"]
+  rows = [r for r in report_lib.read_rows(config.out) if r["kind"] == "train"]
   # The first step of a process compiles, and has no time.
   seconds = sum(r["seconds"] or 0.0 for r in rows)
   summary = json.loads((out / "summary.json").read_text())

@@ -8,6 +8,7 @@ import pathlib
 import time
 from typing import Any
 
+import board as board_lib
 import config as config_lib
 import jax
 import report as report_lib
@@ -20,6 +21,10 @@ class MetricsLog:
   Args:
     config: the settings.
     last_step: rows of later steps, and half-written rows, are cut off first.
+
+  Attributes:
+    rows: all rows, those of earlier processes too.
+    progress: the bar, which the caller tells what is done beside training.
   """
 
   def __init__(self, config: config_lib.Config, last_step: int):
@@ -31,7 +36,7 @@ class MetricsLog:
     self._board = tensorboardX.SummaryWriter(
       str(out / "tensorboard"), purge_step=last_step + 1
     )
-    self._progress = report_lib.Progress(config, last_step)
+    self.progress = report_lib.Progress(config, last_step)
     self._pending = None
     self._clock = None
 
@@ -53,7 +58,7 @@ class MetricsLog:
     before, self._clock = self._clock, time.perf_counter()
     row = report_lib.train_row(step, report, before and self._clock - before)
     self._write(row)
-    self._progress.show(row)
+    self.progress.show(row)
 
   def add(self, row: dict[str, Any]) -> None:
     """Adds a row; `kind` and `step` of it are required."""
@@ -74,7 +79,7 @@ class MetricsLog:
 
   def close(self) -> None:
     """Closes the files; a full disk was reported by an earlier write."""
-    self._progress.close()
+    self.progress.close()
     for part in (self._file, self._board):
       with contextlib.suppress(OSError):
         part.close()
@@ -82,9 +87,7 @@ class MetricsLog:
   def _write(self, row: dict[str, Any]) -> None:
     self.rows.append(row)
     self._file.write(json.dumps(row) + "\n")
-    for name, value in row.items():
-      if isinstance(value, (int, float)) and name != "step":
-        self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+    board_lib.add_row(self._board, row)
 
 
 def _read_rows(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
