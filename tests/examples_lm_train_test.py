@@ -9,6 +9,7 @@ import errno
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -25,6 +26,7 @@ import orbax.checkpoint as ocp
 import pytest
 import report as report_lib
 import train as train_lib
+from absl import flags
 from lm_runs import STEPS, TINY
 
 from jaxroute import assignment
@@ -55,7 +57,7 @@ def config(unbroken, tmp_path):
   return dataclasses.replace(unbroken, out=str(tmp_path / "run"), save_every=5)
 
 
-def _assert_same_run(config, other):
+def _assert_same_run(config, other, steps=STEPS):
   """Parameters, optimizer, bias, rule and metrics, bit for bit."""
   rows, expected = (
     lm_runs.timeless(lm_runs.rows(c.out)) for c in (config, other)
@@ -63,8 +65,8 @@ def _assert_same_run(config, other):
   assert rows == expected
   states = []
   for out in (config.out, other.out):
-    assert lm_runs.kept(out)[-1] == str(STEPS)
-    path = pathlib.Path(out) / "checkpoints" / str(STEPS) / "state"
+    assert lm_runs.kept(out)[-1] == str(steps)
+    path = pathlib.Path(out) / "checkpoints" / str(steps) / "state"
     with ocp.StandardCheckpointer() as saver:
       states.append(saver.restore(path.absolute()))
   state, expected = states
@@ -100,6 +102,9 @@ def test_a_run_leaves_metrics_checkpoints_and_figures(unbroken):
   assert train[-1]["loss"] < train[0]["loss"]
   assert lm_runs.kept(out) == ["50", "60"]
   assert list((out / "tensorboard").glob("events*"))
+  held_out = bytes(data_lib.load(unbroken).validation[: unbroken.seq_len])
+  sample = (out / "sample.txt").read_text()
+  assert held_out.decode() in sample and "256 that the model" in sample
   for name in ("loads", "max_vio", "bias", "loss"):
     png = (out / f"{name}.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
@@ -137,6 +142,49 @@ def test_a_finished_run_is_only_reported_again(unbroken):
   assert summary == json.loads((out / "summary.json").read_text())
 
 
+def test_an_extended_run_is_one_that_was_to_be_longer(
+  config, unbroken, tmp_path
+):
+  shutil.copytree(unbroken.out, tmp_path / "finished")
+  finished = dataclasses.replace(
+    unbroken, out=str(tmp_path / "finished"), steps=STEPS + 5
+  )
+  lm_runs.train(finished)
+  longer = dataclasses.replace(config, steps=STEPS + 5, decay_steps=STEPS)
+  lm_runs.train(longer)
+  _assert_same_run(finished, longer, steps=STEPS + 5)
+  with pytest.raises(
+    config_lib.SetupError,
+    match=r"--steps=60, but --out=.* holds a run of 65 steps. Give at least as",
+  ):
+    lm_runs.train(dataclasses.replace(finished, steps=STEPS))
+
+
+@pytest.mark.any_jax
+def test_rules_are_trained_in_turn_and_compared(
+  unbroken, tmp_path, monkeypatch, capsys
+):
+  def train(config):
+    """Takes the run that is there for the rule's."""
+    lm_runs.copy_at(STEPS, pathlib.Path(unbroken.out), pathlib.Path(config.out))
+    return json.loads((tmp_path / config.rule / "summary.json").read_text())
+
+  values = flags.FlagValues()
+  config_lib.define_flags(values)
+  values(["train.py", "--rule=none,sign", f"--out={tmp_path}"])
+  configs = config_lib.from_flags(values)
+  monkeypatch.setattr(config_lib, "from_flags", lambda: configs)
+  monkeypatch.setattr(train_lib, "train", train)
+  train_lib.main(["train.py"])
+  printed = capsys.readouterr().out
+  table = (tmp_path / "compared.txt").read_text()
+  assert table.split()[:3] == ["none", "sign", "yardstick"]
+  for text in (table, "=== none", "=== sign", f"checkpoints: {tmp_path}\n"):
+    assert text in printed
+  for name in ("compared", "compared_loads"):
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.any_jax
 def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(unbroken):
   summary = lm_runs.train(dataclasses.replace(unbroken, save_scores=True))
@@ -145,11 +193,16 @@ def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(unbroken):
     assert file["top_k"] == unbroken.top_k
   assert scores.shape == (2, 4 * 8 * 32, 8) and bias.shape == (2, 8)
   first = scores[:, : 8 * 32]
-  gaps = []
+  gaps, without = [], []
   for layer, b in zip(first, bias, strict=True):
     best = assignment.solve(layer, unbroken.top_k).value
     gaps.append(oracle.dual_value(layer, b, unbroken.top_k) / best - 1)
+    zero = oracle.dual_value(layer, np.zeros_like(b), unbroken.top_k)
+    without.append(zero / best - 1)
   assert summary["gap"] == pytest.approx(np.mean(gaps), abs=2e-4)
+  yardstick = summary["yardsticks"]["gap"]
+  assert yardstick == pytest.approx(np.mean(without), abs=2e-4)
+  assert yardstick > summary["gap"]
   rows = lm_runs.rows(unbroken.out, "train")
   np.testing.assert_array_equal(rows[-1]["expert_bias"], bias)
 

@@ -233,8 +233,12 @@ class Config:
     return dataclasses.replace(self, decay_steps=decay_steps)
 
 
-def define_flags() -> None:
-  """Defines the flag of every field of `Config`."""
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flag of every field of `Config`.
+
+  Args:
+    flag_values: where they are defined.
+  """
   define: dict[type, Any] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -243,11 +247,18 @@ def define_flags() -> None:
   }
   for field in dataclasses.fields(Config):
     default: Any = field.default
-    define[type(default)](field.name, default, field.metadata["help"])
+    define[type(default)](
+      field.name, default, field.metadata["help"], flag_values=flag_values
+    )
 
 
-def from_flags() -> tuple[Config, ...]:
+def from_flags(
+  flag_values: flags.FlagValues = flags.FLAGS,
+) -> tuple[Config, ...]:
   """The runs of the command line: one for every rule that --rule lists.
+
+  Args:
+    flag_values: the flags of `define_flags`, parsed.
 
   Returns:
     A `Config` for each. Each run has a folder named by its rule, in --out; one
@@ -257,13 +268,13 @@ def from_flags() -> tuple[Config, ...]:
     SetupError: if a setting is impossible.
   """
   names = [field.name for field in dataclasses.fields(Config)]
-  values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
+  values: dict[str, Any] = {name: flag_values[name].value for name in names}
   rules = values["rule"].split(",")
   if len(set(rules)) < len(rules):
     raise SetupError(f"--rule={values['rule']} lists a rule twice.")
   configs = tuple(Config(**values | {"rule": rule}) for rule in rules)
   folder = pathlib.Path(values["out"])
-  if not flags.FLAGS["out"].present:
+  if not flag_values["out"].present:
     folder = folder.with_name(folder.name + _differences(configs[0]))
   elif len(rules) == 1:
     return configs
