@@ -1,10 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Text that a model writes: from which windows, and how it is shown."""
 
-import config as config_lib
 import jax
 import jax.numpy as jnp
-import lm_runs
 import numpy as np
 import pytest
 import sample as sample_lib
@@ -42,18 +40,3 @@ def test_any_bytes_can_be_shown():
   assert written == "é"
   assert "11 bytes that were held out" in shown
   assert "2 that the model writes" in heading
-
-
-@pytest.mark.implicit_promotion
-def test_sampling_leaves_the_state_as_it_is(tmp_path):
-  config = config_lib.Config(out=str(tmp_path), **lm_runs.TINY)
-  trainer = lm_runs.trainer(config, None)
-  state = trainer.init(jax.random.key(0))
-  before = jax.device_get(state)
-  prompt = np.arange(config.seq_len, dtype=np.uint8)
-  texts = [trainer.sample(state, prompt) for _ in range(2)]
-  np.testing.assert_array_equal(*texts)
-  assert len(np.unique(texts[0])) > 20  # of an untrained model
-  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
-  (load,) = jax.tree.leaves(state.router.counts.load)
-  assert not np.any(load)

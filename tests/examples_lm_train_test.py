@@ -57,27 +57,6 @@ def config(unbroken, tmp_path):
   return dataclasses.replace(unbroken, out=str(tmp_path / "run"), save_every=5)
 
 
-def _assert_same_run(config, other, steps=STEPS):
-  """Parameters, optimizer, bias, rule and metrics, bit for bit."""
-  rows, expected = (
-    lm_runs.timeless(lm_runs.rows(c.out)) for c in (config, other)
-  )
-  assert rows == expected
-  states = []
-  for out in (config.out, other.out):
-    assert lm_runs.kept(out)[-1] == str(steps)
-    path = pathlib.Path(out) / "checkpoints" / str(steps) / "state"
-    with ocp.StandardCheckpointer() as saver:
-      states.append(saver.restore(path.absolute()))
-  state, expected = states
-  leaves, treedef = jax.tree.flatten(state)
-  assert treedef == jax.tree.structure(expected)
-  assert len(leaves) > 40
-  for a, b in zip(leaves, jax.tree.leaves(expected), strict=True):
-    np.testing.assert_array_equal(a, b)
-  assert np.any(jax.tree.leaves(state["router"]["expert_bias"])[0])
-
-
 def _at_step(monkeypatch, step, action):
   """Has `action` happen when a step is under way."""
   add_step = metrics_log_lib.MetricsLog.add_step
@@ -152,7 +131,7 @@ def test_an_extended_run_is_one_that_was_to_be_longer(
   lm_runs.train(finished)
   longer = dataclasses.replace(config, steps=STEPS + 5, decay_steps=STEPS)
   lm_runs.train(longer)
-  _assert_same_run(finished, longer, steps=STEPS + 5)
+  lm_runs.assert_same_run(finished, longer, steps=STEPS + 5)
   with pytest.raises(
     config_lib.SetupError,
     match=r"--steps=60, but --out=.* holds a run of 65 steps. Give at least as",
@@ -220,43 +199,6 @@ def test_the_complementary_slackness_is_of_the_bias_that_routed(unbroken):
   assert found > 0
 
 
-# Runs the main job twice on the same folder: the first time it waits in step 52
-# for a signal, the second time it kills itself in step 58, of which 55 is
-# saved, with half a row on the disk.
-_STOPPED_THEN_KILLED = """
-import os, signal, sys, time
-from absl import app
-import config as config_lib, lm_runs, metrics_log as metrics_log_lib
-import train as train_lib
-add_step = metrics_log_lib.MetricsLog.add_step
-signaled = []
-def note(number, frame):
-  signaled.append(number)
-  handler(number, frame)
-def patched(self, step, report):
-  global handler
-  add_step(self, step, report)
-  if step == 52:
-    handler = signal.signal(signal.SIGTERM, note)
-    print("waiting", flush=True)
-    while not signaled:
-      time.sleep(0.01)
-  if step == 58:
-    self.sync()
-    self._file.write('{"kind": "tr')
-    self.sync()
-    os.kill(os.getpid(), signal.SIGKILL)
-metrics_log_lib.MetricsLog.add_step = patched
-train_lib.Trainer = lm_runs.trainer
-config_lib.define_flags()
-for _ in range(2):
-  try:
-    app.run(train_lib.main)
-  except SystemExit as end:
-    print("code", end.code, flush=True)
-"""
-
-
 def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
   config, unbroken
 ):
@@ -265,7 +207,7 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
     for field in dataclasses.fields(config)
   ]
   with subprocess.Popen(
-    [sys.executable, "-c", _STOPPED_THEN_KILLED, *arguments],
+    [sys.executable, "-c", lm_runs.STOPPED_THEN_KILLED, *arguments],
     env=lm_runs.environment(),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -283,7 +225,7 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
   assert lm_runs.kept(config.out) == ["52", "55"]
   assert (pathlib.Path(config.out) / "metrics.jsonl").read_text().endswith("tr")
   lm_runs.train(config)
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -302,7 +244,7 @@ def test_a_signal_finishes_the_step_and_saves(
     signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)
   ]
   lm_runs.train(config)
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 @pytest.mark.any_jax
@@ -351,13 +293,13 @@ def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   config = dataclasses.replace(unbroken, out=str(out))
   with pytest.raises(
     config_lib.SetupError,
-    match="--out=.*old holds checkpoints without a format, expected format 2:"
+    match="--out=.*old holds checkpoints without a format, expected format 3:"
     " another version .* Choose another --out, or --resume=false",
   ):
     lm_runs.train(config)
   assert lm_runs.kept(out) == ["9"]
   lm_runs.train(dataclasses.replace(config, resume=False))
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 @pytest.mark.parametrize(
@@ -377,9 +319,9 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 ):
   write = checkpoint_lib.Checkpoints._write
 
-  def full(self, step, state):
+  def full(self, step, *args):
     if step < 60:
-      return write(self, step, state)
+      return write(self, step, *args)
     part = pathlib.Path(config.out, "checkpoints", "60.orbax-checkpoint-tmp")
     part.mkdir()
     (part / "half").write_text("")
@@ -394,7 +336,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
       lm_runs.train(config)
   assert lm_runs.kept(config.out) == ["50", "55"]
   lm_runs.train(config)
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 def test_a_run_may_move_to_a_mesh_which_changes_nothing(config, unbroken):
@@ -437,3 +379,17 @@ def test_micro_batches_change_no_load(unbroken):
   expected = lm_runs.rows(unbroken.out)[0]
   assert row["load"] == expected["load"]
   assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.any_jax
+def test_sampling_leaves_the_state_as_it_is(unbroken):
+  trainer = lm_runs.trainer(unbroken, None)
+  state = trainer.init(jax.random.key(0))
+  before = jax.device_get(state)
+  prompt = np.arange(unbroken.seq_len, dtype=np.uint8)
+  texts = [trainer.sample(state, prompt) for _ in range(2)]
+  np.testing.assert_array_equal(*texts)
+  assert len(np.unique(texts[0])) > 20  # of an untrained model
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+  (load,) = jax.tree.leaves(state.router.counts.load)
+  assert not np.any(load)

@@ -3,26 +3,33 @@
 
 Beside the state lie the settings of the run and the number of this format, so
 that a run is never continued with other settings, nor from arrays of another
-structure.
+structure; and checksums of all of it, so that it is never continued from arrays
+that the disk has changed.
 """
 
 import contextlib
 import errno
+import gc
+import hashlib
 import json
 import logging
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Iterator
-from typing import Any
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
 
+import checksum
 import jax
 import orbax.checkpoint as ocp
 from config import SetupError
 
 # To be raised whenever the structure of what is saved changes.
-FORMAT = 2
+FORMAT = 3
+
+_T = TypeVar("_T")
 
 
 class SaveError(OSError):
@@ -35,44 +42,158 @@ class Checkpoints:
   Args:
     out: the folder of the run.
     identity: the settings, JSON-like, that a run can only be resumed with.
+
+  Attributes:
+    log_end: what was saved with the state that was restored, None if none was.
   """
 
   def __init__(self, out: pathlib.Path, identity: dict[str, Any]):
     self._out = out
     self._folder = out.absolute() / "checkpoints"
+    self._set_aside = out.absolute() / "damaged_checkpoints"
     self._identity = identity
-    with saving("preparing the folder of checkpoints", out), _quiet():
-      self._manager = ocp.CheckpointManager(
-        self._folder,
-        options=ocp.CheckpointManagerOptions(
-          max_to_keep=2,
-          # A killed process may have left a checkpoint half written.
-          cleanup_tmp_directories=True,
-          enable_async_checkpointing=False,
-        ),
-      )
+    # Step to what is wrong with its checkpoint.
+    self._damage: dict[int, str] = {}
+    self.log_end = None
+    self._manager = self._open()
 
   @property
   def last_step(self) -> int:
-    """The step of the newest checkpoint, 0 if there is none."""
-    return self._manager.latest_step() or 0
+    """The step of the newest checkpoint not found damaged, 0 if there is none."""
+    steps = set(self._manager.all_steps()) - self._damage.keys()
+    return max(steps, default=0)
 
   def clear(self) -> None:
     """Deletes all checkpoints."""
-    for step in self._manager.all_steps():
-      self._manager.delete(step)
+    with saving("deleting checkpoints", self._out), _quiet():
+      for step in self._manager.all_steps():
+        self._manager.delete(step)
+    shutil.rmtree(self._set_aside, ignore_errors=True)
 
   def check(self) -> None:
     """Raises SetupError if the newest checkpoint cannot be continued from."""
-    if not self.last_step:
+    if self.last_step:
+      self._newest_whole(self._settings)
+
+  def restore(self, shapes: Any) -> Any:
+    """The state of the newest checkpoint that is whole; there must be one.
+
+    Damaged ones are moved out of the way, which a message says.
+
+    Args:
+      shapes: the `jaxroute.TrainState` to expect, `jax.ShapeDtypeStruct`s for
+        its arrays; their shardings say where the arrays are put.
+
+    Returns:
+      A `jaxroute.TrainState`.
+
+    Raises:
+      SetupError: if none is whole, or the settings are others.
+    """
+
+    def read(step: int) -> tuple[Any, dict[str, Any]]:
+      settings = self._settings(step)
+      state = self._read(step, state=ocp.args.StandardRestore(shapes))
+      found = checksum.checksums(state)
+      wrong = [k for k, v in settings["arrays"].items() if found.get(k) != v]
+      if wrong:
+        raise _DamagedError(f"not as they were saved: {', '.join(wrong[:3])}")
+      return state, settings["log"]
+
+    state, self.log_end = self._newest_whole(read)
+    self._move_damaged()
+    return state
+
+  def save(self, step: int, state: Any, log_end: Any = None) -> None:
+    """Saves, and deletes all but the last two.
+
+    Args:
+      step: the step that the state is of.
+      state: a `jaxroute.TrainState`.
+      log_end: JSON-like, where the log of the run ends.
+
+    Raises:
+      SaveError: if it cannot be written. Earlier checkpoints are as they were.
+    """
+    if step == self.last_step:
       return
-    with _quiet():
-      restored = self._manager.restore(
-        self.last_step,
-        args=ocp.args.Composite(settings=ocp.args.JsonRestore()),
-      )
-    saved = restored["settings"]
-    found = saved.pop("format", None)
+    try:
+      with saving(f"saving step {step}", self._out), _quiet():
+        self._write(step, state, log_end)
+    except BaseException:
+      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+        shutil.rmtree(part, ignore_errors=True)
+      raise
+
+  def _write(self, step: int, state: Any, log_end: Any) -> None:
+    # The array store prints at length if the disk turns out full halfway.
+    needed = sum(x.nbytes for x in jax.tree.leaves(state)) + 2**16
+    if shutil.disk_usage(self._folder).free < needed:
+      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    settings = {
+      "format": FORMAT,
+      "identity": self._identity,
+      "log": log_end,
+      "arrays": checksum.checksums(state),
+    }
+    settings["sha256"] = _digest(settings)
+    self._manager.save(
+      step,
+      args=ocp.args.Composite(
+        state=ocp.args.StandardSave(state),
+        settings=ocp.args.JsonSave(settings),
+      ),
+    )
+
+  def _open(self) -> ocp.CheckpointManager:
+    options = ocp.CheckpointManagerOptions(
+      max_to_keep=2,
+      # A killed process may have left a checkpoint half written.
+      cleanup_tmp_directories=True,
+      enable_async_checkpointing=False,
+      # Nothing is read here that could be damaged.
+      lightweight_initialize=True,
+    )
+    with saving("preparing the folder of checkpoints", self._out), _quiet():
+      return ocp.CheckpointManager(self._folder, options=options)
+
+  def _newest_whole(self, read: Callable[[int], _T]) -> _T:
+    """What `read` makes of the newest step that it does not find damaged."""
+    while step := self.last_step:
+      with _quiet():
+        try:
+          return read(step)
+        except _DamagedError as damage:
+          self._damage[step] = str(damage)
+        # Reads that failed side by side are reported when they are deleted.
+        gc.collect()
+    found = "; ".join(f"step {s}: {why}" for s, why in self._damage.items())
+    raise SetupError(
+      f"--out={self._out} holds no checkpoint that is whole ({found}). Put one"
+      " back from a copy, or --resume=false to start the run anew."
+    )
+
+  def _read(self, step: int, **item: Any) -> Any:
+    """An item of a checkpoint, by its name and what Orbax is to do for it."""
+    (name,) = item
+    try:
+      return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+    # What Orbax and the array store raise for a damaged file has no common type.
+    except Exception as error:
+      reason = re.split(r" \[|\n", str(error).strip())[0][-100:]
+      raise _DamagedError(
+        f"its {name} cannot be read: {type(error).__name__}: {reason}"
+      ) from error
+
+  def _settings(self, step: int) -> dict[str, Any]:
+    """What lies beside the state, if the run can be continued from it."""
+    settings = self._read(step, settings=ocp.args.JsonRestore())
+    if not isinstance(settings, dict):
+      raise _DamagedError("its settings are not as they were saved")
+    found, digest = settings.get("format"), settings.pop("sha256", None)
+    # Formats before 3 had no digest.
+    if digest != _digest(settings) and (digest or found == FORMAT):
+      raise _DamagedError("its settings are not as they were saved")
     if found != FORMAT:
       raise SetupError(
         f"--out={self._out} holds checkpoints"
@@ -80,6 +201,7 @@ class Checkpoints:
         f" expected format {FORMAT}: another version of this program wrote them."
         " Choose another --out, or --resume=false to delete that run."
       )
+    saved = settings["identity"]
     differing = [
       f"--{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} here"
       for name in sorted(saved.keys() | self._identity.keys())
@@ -91,75 +213,55 @@ class Checkpoints:
         f" ({'; '.join(differing)}). Choose another --out, or --resume=false to"
         " delete that run."
       )
+    return settings
 
-  def restore(self, shapes: Any) -> Any:
-    """The state of the newest checkpoint; there must be one.
-
-    Args:
-      shapes: the `jaxroute.TrainState` to expect, `jax.ShapeDtypeStruct`s for
-        its arrays; their shardings say where the arrays are put.
-
-    Returns:
-      A `jaxroute.TrainState`.
-    """
-    with _quiet():
-      restored = self._manager.restore(
-        self.last_step,
-        args=ocp.args.Composite(state=ocp.args.StandardRestore(shapes)),
+  def _move_damaged(self) -> None:
+    """Moves damaged checkpoints aside, whose steps will be saved again."""
+    for step, why in self._damage.items():
+      with saving("moving a damaged checkpoint", self._out):
+        self._set_aside.mkdir(exist_ok=True)
+        shutil.rmtree(self._set_aside / str(step), ignore_errors=True)
+        (self._folder / str(step)).rename(self._set_aside / str(step))
+      print(
+        f"--out={self._out}: the checkpoint of step {step} is damaged ({why})."
+        f" It is now in {self._set_aside}; the run continues from step"
+        f" {self.last_step}.",
+        file=sys.stderr,
       )
-    return restored["state"]
-
-  def save(self, step: int, state: Any) -> None:
-    """Saves, and deletes all but the last two.
-
-    Args:
-      step: the step that the state is of.
-      state: a `jaxroute.TrainState`.
-
-    Raises:
-      SaveError: if it cannot be written. Earlier checkpoints are as they were.
-    """
-    if step == self.last_step:
-      return
-    try:
-      with saving(f"saving step {step}", self._out), _quiet():
-        self._write(step, state)
-    except BaseException:
-      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(part, ignore_errors=True)
-      raise
-
-  def _write(self, step: int, state: Any) -> None:
-    # The array store prints at length if the disk turns out full halfway.
-    needed = sum(x.nbytes for x in jax.tree.leaves(state)) + 2**16
-    if shutil.disk_usage(self._folder).free < needed:
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        settings=ocp.args.JsonSave({"format": FORMAT} | self._identity),
-      ),
-    )
+    if self._damage:
+      self._damage.clear()
+      self._manager = self._open()
 
 
-def saved_settings(out: pathlib.Path) -> dict[str, Any]:
-  """The settings in the newest checkpoint of a folder that shows any, else {}.
+class _DamagedError(Exception):
+  """A checkpoint is not what was saved; the text says in what way."""
+
+
+def _digest(settings: dict[str, Any]) -> str:
+  text = json.dumps(settings, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def saved_identity(out: pathlib.Path) -> dict[str, Any]:
+  """The settings that the run in a folder was begun with, {} if it has none.
 
   Args:
-    out: the folder of a run.
+    out: the folder of the run.
   """
   found = (out / "checkpoints").glob("*/settings/metadata")
   of_step = {int(p.parts[-3]): p for p in found if p.parts[-3].isdecimal()}
   for step in sorted(of_step, reverse=True):
-    with contextlib.suppress(OSError, ValueError):
-      return json.loads(of_step[step].read_text())
+    # A file may be damaged in any way.
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+      settings = json.loads(of_step[step].read_bytes())
+      if settings.pop("sha256") == _digest(settings):
+        return settings["identity"]
   return {}
 
 
 @contextlib.contextmanager
 def saving(doing: str, out: pathlib.Path) -> Iterator[None]:
-  """Turns what a full or read-only disk raises into a `SaveError`.
+  """Turns what a disk raises into a `SaveError` or, if not full, a `SetupError`.
 
   Args:
     doing: what fails then.
@@ -167,28 +269,37 @@ def saving(doing: str, out: pathlib.Path) -> Iterator[None]:
   """
   try:
     yield
-  except SaveError:
+  except (SaveError, SetupError):
     raise
   # The array store raises a ValueError that quotes the system's error.
   except (OSError, ValueError) as error:
-    found = re.search(r"([^:]+) \[os_error_code", str(error))
-    if not isinstance(error, OSError) and not found:
+    quoted = re.search(r"([^:]+) \[os_error_code='(\d+)'", str(error))
+    if not isinstance(error, OSError) and not quoted:
       raise
-    reason = found[1].strip() if found else getattr(error, "strerror", None)
-    raise SaveError(
-      f"{doing} in --out={out} failed: {reason or error}. Earlier checkpoints"
-      " are intact; put that right (free space, say) and run the same command"
-      " again."
+    code = int(quoted[2]) if quoted else getattr(error, "errno", None)
+    reason = quoted[1].strip() if quoted else getattr(error, "strerror", None)
+    failed = f"{doing} in --out={out} failed: {reason or error}."
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+      raise SaveError(
+        f"{failed} Earlier checkpoints are intact; put that right (free space,"
+        " say) and run the same command again."
+      ) from error
+    named = getattr(error, "filename", None)
+    raise SetupError(
+      f"{failed} Expected a folder that this process may write to"
+      f"{f', look at {named}' if named else ''}."
     ) from error
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Silences the log of the checkpointer, which repeats what it raises."""
-  logger = logging.getLogger("absl")
-  level = logger.level
-  logger.setLevel(logging.CRITICAL)
+  """Silences the logs of the checkpointer, which repeat what it raises."""
+  loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
+  levels = [logger.level for logger in loggers]
+  for logger in loggers:
+    logger.setLevel(logging.CRITICAL)
   try:
     yield
   finally:
-    logger.setLevel(level)
+    for logger, level in zip(loggers, levels, strict=True):
+      logger.setLevel(level)

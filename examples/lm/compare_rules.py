@@ -21,6 +21,7 @@ import config as config_lib
 import jax
 import numpy as np
 import report as report_lib
+import strict_json
 import train as train_lib
 from absl import app, flags, logging
 
@@ -112,14 +113,22 @@ def run(config: config_lib.Config) -> dict[str, Any]:
   """The summary of a run, with its rows; trains unless the run is there."""
   out = pathlib.Path(config.out)
   done, identity = out / "done.json", config.identity()
-  if not done.exists() or json.loads(done.read_text()) != identity:
+  if not _holds(done, identity):
     train_lib.train(config)
-    done.write_text(json.dumps(identity))
+    done.write_text(json.dumps(identity, allow_nan=False))
   rows = [r for r in report_lib.read_rows(config.out) if r["kind"] == "train"]
   # The first step of a process compiles, and has no time.
   seconds = sum(r["seconds"] or 0.0 for r in rows)
-  summary = json.loads((out / "summary.json").read_text())
+  summary = strict_json.loads((out / "summary.json").read_text())
   return summary | {"rows": rows, "seconds": seconds}
+
+
+def _holds(path: pathlib.Path, value: Any) -> bool:
+  """Whether a file holds a value; a killed process may have left half of it."""
+  try:
+    return json.loads(path.read_text()) == value
+  except (OSError, ValueError):
+    return False
 
 
 def table(results: dict[str, list[dict[str, Any]]]) -> str:
@@ -175,7 +184,7 @@ def write_figures(
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"expected flags only, got {argv[1:]}.")
+    raise app.UsageError(f"expected flags only, got {argv[1:]}.", exitcode=2)
   logging.set_verbosity(logging.WARNING)
   out = pathlib.Path(_OUT.value)
   # The seeds of an arm, and a run that continues, compile the same programs.
@@ -188,7 +197,8 @@ def main(argv: Sequence[str]) -> None:
         print(f"== {arm}, seed {seed}", flush=True)
         results.setdefault(arm, []).append(run(config_of(arm, seed)))
   except (config_lib.SetupError, checkpoint_lib.SaveError) as error:
-    sys.exit(f"compare_rules.py: {error}")
+    print(f"compare_rules.py: {error}", file=sys.stderr)
+    sys.exit(2 if isinstance(error, config_lib.SetupError) else 1)
   except train_lib.Interrupted as error:
     print(f"{error}; the same command continues from there.", file=sys.stderr)
     sys.exit(error.exit_code)
@@ -205,4 +215,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)

@@ -4,8 +4,11 @@
 import dataclasses
 import pathlib
 import re
+import sys
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import optax
 from absl import flags
 
@@ -24,6 +27,10 @@ RULES = {
   # Its rate is the share of the way to the quantile.
   "quantile": (0.5, lambda rate: dual.quantile(1 - rate)),
 }
+
+
+# Steps, sizes and loads are int32 on the device, and numbers float32.
+_HIGHEST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
 
 
 class SetupError(ValueError):
@@ -108,6 +115,8 @@ class Config:
 
   def __post_init__(self):
     self._check_ranges()
+    if not self.out or "://" in self.out:
+      raise SetupError(f"--out must be a local folder, got {self.out!r}.")
     if self.model_size % (2 * self.num_heads):
       raise SetupError(
         f"--num_heads={self.num_heads} must divide --model_size="
@@ -152,21 +161,34 @@ class Config:
     # The first layer is dense.
     lowest["num_layers"] = 2
     for name, low in lowest.items():
-      if not low <= getattr(self, name) < float("inf"):
+      value = getattr(self, name)
+      if not low <= value:
+        raise SetupError(f"--{name} must be at least {low}, got {value}.")
+    for field in dataclasses.fields(self):
+      kind: Any = type(field.default)
+      value, high = getattr(self, field.name), _HIGHEST.get(kind)
+      # NaN compares as false.
+      if high and field.name != "data_bytes" and not abs(value) <= high:
         raise SetupError(
-          f"--{name} must be at least {low}, got {getattr(self, name)}."
+          f"--{field.name} must be finite and at most {high:.9g}, got {value}."
         )
+    if self.batch_size * self.seq_len * self.top_k > _HIGHEST[int]:
+      raise SetupError(
+        f"--batch_size={self.batch_size} times --seq_len={self.seq_len} times"
+        f" --top_k={self.top_k} must be at most {_HIGHEST[int]}, since loads are"
+        " int32."
+      )
 
   @property
   def mesh_shape(self) -> tuple[int, int]:
     """Devices along "data" and "expert"."""
-    parts = self.mesh.split(",")
-    if len(parts) != 2 or not all(p.isdecimal() and int(p) for p in parts):
+    if not re.fullmatch("0*[1-9][0-9]{0,8},0*[1-9][0-9]{0,8}", self.mesh):
       raise SetupError(
         f"--mesh must be DATA,EXPERT, two positive integers, got {self.mesh!r}."
         " Use --mesh=1,1 for one device."
       )
-    return int(parts[0]), int(parts[1])
+    data, expert = self.mesh.split(",")
+    return int(data), int(expert)
 
   @property
   def router(self) -> jaxroute.RouterConfig:
@@ -250,6 +272,16 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     define[type(default)](
       field.name, default, field.metadata["help"], flag_values=flag_values
     )
+
+
+def parse_flags(argv: Sequence[str]) -> list[str]:
+  """What of the command line is no flag; exits with 2 if a flag is wrong."""
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    program = pathlib.Path(argv[0]).name
+    print(f"{program}: {error} See --help.", file=sys.stderr)
+    sys.exit(2)
 
 
 def from_flags(

@@ -12,6 +12,7 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
+import lock
 import numpy as np
 from config import Config, SetupError
 
@@ -79,7 +80,7 @@ def load(config: Config) -> Corpus:
     SetupError: if there is nothing to read, or too little.
   """
   root = pathlib.Path(config.data or sysconfig.get_paths()["stdlib"])
-  if root.is_dir():
+  if os.path.isdir(root):
     files, notes = _read_folder(root, config)
   else:
     files, notes = [_read_file(root, config.data_bytes)], ""
@@ -104,28 +105,44 @@ def load(config: Config) -> Corpus:
 
 def _read_folder(root: pathlib.Path, config: Config) -> tuple[list[bytes], str]:
   """Reads the text files below a folder, in order, and notes what it skipped."""
-  files, left, binary, unreadable = [], config.data_bytes, 0, 0
-  for path in _walk(root, library=not config.data):
+  files, left, binary, unreadable = [], config.data_bytes, 0, []
+  out = os.path.realpath(config.out)
+  if out == os.path.realpath(root):
+    raise SetupError(
+      f"--out={config.out} is --data={root}, to which a run would add files."
+      " Choose another --out."
+    )
+  for path in _walk(root, out, unreadable, library=not config.data):
     if left <= 0:
       break
     try:
-      text = path.read_bytes()[:left]
-    except OSError:
-      unreadable += 1
+      text = _head(path, left)
+    except OSError as error:
+      unreadable.append(error)
       continue
     if b"\0" in text:
       binary += 1
       continue
     files.append(text)
     left -= len(text)
-  skipped = {"binary": binary, "unreadable": unreadable}
+  skipped = {"binary": binary, "unreadable": len(unreadable)}
   parts = [f"{count} {kind}" for kind, count in skipped.items() if count]
   return files, f" Skipped {' and '.join(parts)} files." if parts else ""
 
 
-def _walk(root: pathlib.Path, *, library: bool) -> Iterator[pathlib.Path]:
-  """Yields the files below a folder that are not hidden; sources of a library."""
-  for folder, folders, names in os.walk(root):
+def _walk(
+  root: pathlib.Path, out: str, unreadable: list[OSError], *, library: bool
+) -> Iterator[pathlib.Path]:
+  """Yields the files below a folder that are not hidden; sources of a library.
+
+  The folders of runs are left out, `out` and others: they change. The errors of
+  folders that cannot be read are added to `unreadable`.
+  """
+  top = os.path.realpath(root)
+  for folder, folders, names in os.walk(top, onerror=unreadable.append):
+    if lock.NAME in names or folder == out:
+      folders[:] = []
+      continue
     folders[:] = sorted(
       f
       for f in folders
@@ -142,14 +159,25 @@ def _walk(root: pathlib.Path, *, library: bool) -> Iterator[pathlib.Path]:
 
 
 def _read_file(path: pathlib.Path, limit: int) -> bytes:
+  # A pipe is read only once, and a device may have no end.
+  if os.path.exists(path) and not os.path.isfile(path):
+    raise SetupError(
+      f"--data={path} is neither a file nor a folder. Give a file, or a folder"
+      " of text files."
+    )
   try:
-    with path.open("rb") as file:
-      return file.read(limit)
+    return _head(path, limit)
   except OSError as error:
     raise SetupError(
       f"--data={path} cannot be read: {error.strerror}. Give a file, or a"
       " folder of text files."
     ) from error
+
+
+def _head(path: pathlib.Path, limit: int) -> bytes:
+  with path.open("rb") as file:
+    # Python allocates what it is told to read.
+    return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
 def _split(files: list[bytes]) -> tuple[bytes, bytes]:

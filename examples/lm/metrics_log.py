@@ -1,10 +1,15 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The rows of a run on the disk: metrics.jsonl and TensorBoard."""
+"""The rows of a run on the disk: metrics.jsonl and TensorBoard.
+
+A checkpoint holds where metrics.jsonl ended when it was saved, and a checksum
+of the file up to there: a run is only continued with the rows it had.
+"""
 
 import contextlib
-import json
+import hashlib
 import os
 import pathlib
+import sys
 import time
 from typing import Any
 
@@ -12,6 +17,7 @@ import board as board_lib
 import config as config_lib
 import jax
 import report as report_lib
+import strict_json
 import tensorboardX
 
 
@@ -20,19 +26,30 @@ class MetricsLog:
 
   Args:
     config: the settings.
-    last_step: rows of later steps, and half-written rows, are cut off first.
+    last_step: the step that the run continues from.
+    end: what `sync` returned then; what was written since is cut off.
 
   Attributes:
     rows: all rows, those of earlier processes too.
     progress: the bar, which the caller tells what is done beside training.
+
+  Raises:
+    SetupError: if the rows up to there are not what they were.
   """
 
-  def __init__(self, config: config_lib.Config, last_step: int):
+  def __init__(
+    self,
+    config: config_lib.Config,
+    last_step: int,
+    end: dict[str, Any] | None = None,
+  ):
     out = pathlib.Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
     path = out / "metrics.jsonl"
-    self.rows = _read_rows(path, last_step)
-    self._file = path.open("a")
+    text = _read(path, config, last_step, end or {"bytes": 0})
+    self.rows = [report_lib.parse_row(line) for line in text.splitlines()]
+    self._written, self._sha256 = len(text), hashlib.sha256(text)
+    self._file = path.open("ab")
     self._board = tensorboardX.SummaryWriter(
       str(out / "tensorboard"), purge_step=last_step + 1
     )
@@ -66,12 +83,13 @@ class MetricsLog:
     self._write(row)
     self.restart_clock()
 
-  def sync(self) -> None:
-    """Returns when everything added is on the disk."""
+  def sync(self) -> dict[str, Any]:
+    """Returns when everything added is on the disk: where metrics.jsonl ends."""
     self.settle()
     self._file.flush()
     os.fsync(self._file.fileno())
     self._board.flush()
+    return {"bytes": self._written, "sha256": self._sha256.hexdigest()}
 
   def restart_clock(self) -> None:
     """Keeps the time since the last step out of the next step's."""
@@ -86,23 +104,53 @@ class MetricsLog:
 
   def _write(self, row: dict[str, Any]) -> None:
     self.rows.append(row)
-    self._file.write(json.dumps(row) + "\n")
+    line = strict_json.dumps(row).encode() + b"\n"
+    self._file.write(line)
+    self._written += len(line)
+    self._sha256.update(line)
     board_lib.add_row(self._board, row)
 
 
-def _read_rows(path: pathlib.Path, last_step: int) -> list[dict[str, Any]]:
-  """The rows up to a step; the file is cut after them."""
-  if not path.exists():
-    return []
-  rows, length = [], 0
-  with path.open("r+b") as file:
-    for line in file:
-      if not line.endswith(b"\n"):
-        break
-      row = json.loads(line)
-      if row["step"] > last_step:
-        break
-      rows.append(row)
-      length += len(line)
-    file.truncate(length)
-  return rows
+def _read(
+  path: pathlib.Path,
+  config: config_lib.Config,
+  last_step: int,
+  end: dict[str, Any],
+) -> bytes:
+  """The file as it was at the checkpoint; what follows is cut off."""
+  length, start_anew = end["bytes"], "--resume=false to start the run anew"
+  if length and not path.exists():
+    lost = f"{path} is missing, with the rows up to step {last_step}."
+    if last_step >= config.steps:
+      raise config_lib.SetupError(
+        f"{lost} That was all of the run: put it back from a copy, or"
+        f" {start_anew}."
+      )
+    print(f"{lost} Table and figures will be without them.", file=sys.stderr)
+    return b""
+  path.touch()
+  text = path.read_bytes()[:length]
+  if length and hashlib.sha256(text).hexdigest() != end["sha256"]:
+    raise config_lib.SetupError(
+      f"{path} is not as it was when step {last_step} was saved:"
+      f" {_difference(text, last_step)}. Put it back from a copy; or delete it"
+      f" to continue without the rows so far; or {start_anew}."
+    )
+  os.truncate(path, length)
+  return text
+
+
+def _difference(text: bytes, last_step: int) -> str:
+  """What is wrong with the rows of a file that should end at a step."""
+  steps = set()
+  for number, line in enumerate(text.splitlines(keepends=True), start=1):
+    try:
+      row = report_lib.parse_row(line)
+      if row["kind"] == "train":
+        steps.add(row["step"])
+    except (ValueError, TypeError, KeyError, AttributeError):
+      return f"line {number} is broken"
+  missing = sorted(set(range(1, last_step + 1)) - steps)
+  if missing:
+    return f"{len(missing)} steps are missing, the first is {missing[0]}"
+  return "it was changed"

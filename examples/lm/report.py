@@ -6,7 +6,7 @@ functions of the settings, whether the run was resumed or not.
 """
 
 import contextlib
-import json
+import math
 import pathlib
 import statistics
 import sys
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import strict_json
 import tqdm
 from config import Config
 
@@ -34,6 +35,17 @@ def train_row(
   }
   row |= {k: per_layer(report[k]).tolist() for k in _ARRAYS}
   return row | {"seconds": seconds}
+
+
+def parse_row(line: str | bytes) -> dict[str, Any]:
+  """A line of metrics.jsonl as the row that it was written from.
+
+  Only an infinite number comes back as another, NaN.
+  """
+  row = strict_json.loads(line)
+  if math.isnan(row.get("seconds", 0)):
+    row["seconds"] = None
+  return row
 
 
 def validation_row(step: int, reports: list[dict[str, Any]]) -> dict[str, Any]:
@@ -133,7 +145,7 @@ def read_rows(out: str) -> list[dict[str, Any]]:
     out: the folder of the run, which nothing writes to.
   """
   lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
-  return [json.loads(line) for line in lines]
+  return [parse_row(line) for line in lines]
 
 
 def last_quarter(rows: list[Any]) -> list[Any]:

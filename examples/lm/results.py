@@ -1,7 +1,6 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """What is written and shown when runs have ended."""
 
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import checkpoint as checkpoint_lib
 import data as data_lib
 import figures as figures_lib
 import report as report_lib
+import strict_json
 import yardsticks as yardsticks_lib
 from config import Config
 
@@ -42,7 +42,9 @@ def write(
     config, corpus, rows, active_parameters
   )
   with checkpoint_lib.saving("writing results", out):
-    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    (out / "summary.json").write_text(
+      strict_json.dumps(summary, indent=2) + "\n"
+    )
     (out / "sample.txt").write_text(sample, encoding="utf-8")
     figures_lib.write_figures(rows, out)
   return summary

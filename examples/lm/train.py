@@ -36,6 +36,7 @@ import data as data_lib
 import header as header_lib
 import jax
 import jax.numpy as jnp
+import lock as lock_lib
 import metrics_log as metrics_log_lib
 import model as model_lib
 import numpy as np
@@ -104,7 +105,7 @@ class Trainer:
     self._scores = jax.jit(
       functools.partial(model_lib.router_scores, self._model)
     )
-    # A single sequence, on a single device.
+    # Of a single sequence: all devices do the same.
     self._generate = jax.jit(
       functools.partial(sample_lib.generate, model_lib.Transformer(config))
     )
@@ -124,7 +125,7 @@ class Trainer:
   def sample(
     self, state: jaxroute.TrainState, prompt: np.ndarray
   ) -> np.ndarray:
-    """Bytes that the model writes after a prompt; call it outside the mesh.
+    """Bytes that the model writes after a prompt.
 
     Args:
       state: it is left as it is.
@@ -180,12 +181,22 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     SaveError: if a checkpoint or the metrics cannot be written.
     Interrupted: after SIGINT or SIGTERM.
   """
-  out = pathlib.Path(config.out)
   corpus = data_lib.load(config)
+  with _mesh(config) as mesh, lock_lib.claim(pathlib.Path(config.out)):
+    return _run(config, corpus, mesh)
+
+
+def _run(
+  config: config_lib.Config,
+  corpus: data_lib.Corpus,
+  mesh: jax.sharding.Mesh | None,
+) -> dict[str, Any]:
+  """`train` in a folder that no other run uses."""
+  out = pathlib.Path(config.out)
   if config.resume:
-    config = config.continuing(checkpoint_lib.saved_settings(out))
+    config = config.continuing(checkpoint_lib.saved_identity(out))
   identity = config.identity() | {"data": corpus.sha256}
-  with _mesh(config) as mesh, _stop_signal() as stop:
+  with _stop_signal() as stop:
     checkpoints = checkpoint_lib.Checkpoints(out, identity)
     if config.resume:
       checkpoints.check()
@@ -200,16 +211,22 @@ def train(config: config_lib.Config) -> dict[str, Any]:
       )
     trainer = Trainer(config, mesh)
     params = trainer.shapes.params
+    # It goes back to an earlier checkpoint if the last is damaged.
+    state = checkpoints.restore(trainer.shapes) if last_step else None
     text = header_lib.header(
-      config, params, corpus.description, last_step, jax.device_count()
+      config,
+      params,
+      corpus.description,
+      checkpoints.last_step,
+      jax.device_count(),
     )
     print(text, flush=True)
-    if last_step:
-      state = checkpoints.restore(trainer.shapes)
-    else:
+    if state is None:
       state = trainer.init(jax.random.key(config.seed))
     with checkpoint_lib.saving("opening metrics", out):
-      log = metrics_log_lib.MetricsLog(config, last_step)
+      log = metrics_log_lib.MetricsLog(
+        config, checkpoints.last_step, checkpoints.log_end
+      )
     with contextlib.closing(log):
       state = _loop(config, corpus, trainer, state, checkpoints, log, stop)
   prompt = corpus.validation[: config.seq_len]
@@ -249,9 +266,9 @@ def _loop(
           row |= report_lib.gaps(scores, bias, config.top_k)
         log.add(row)
       if is_last or step % config.save_every == 0 or stop.number:
-        log.sync()
+        log_end = log.sync()
         with log.progress.doing(step, "saving"):
-          checkpoints.save(step, state)
+          checkpoints.save(step, state, log_end)
         log.restart_clock()
     if stop.number and not is_last:
       raise Interrupted(stop.number, step, out)
@@ -325,12 +342,13 @@ def _stop_signal() -> Iterator[_Stop]:
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"expected flags only, got {argv[1:]}.")
+    raise app.UsageError(f"expected flags only, got {argv[1:]}.", exitcode=2)
+  # A path may have bytes that are no text, and a model writes what not every
+  # terminal can show.
+  if isinstance(sys.stdout, io.TextIOWrapper):
+    sys.stdout.reconfigure(errors="backslashreplace")
   # JAX and Orbax would log in the middle of the progress bar.
   logging.set_verbosity(logging.WARNING)
-  if isinstance(sys.stdout, io.TextIOWrapper):
-    # A model writes what not every terminal can show.
-    sys.stdout.reconfigure(errors="replace")
   try:
     configs = config_lib.from_flags()
     results_lib.show(configs, [train(config) for config in configs])
@@ -338,6 +356,15 @@ def main(argv: Sequence[str]) -> None:
     _exit(2, str(error))
   except checkpoint_lib.SaveError as error:
     _exit(1, str(error))
+  except (MemoryError, jax.errors.JaxRuntimeError) as error:
+    if not isinstance(error, MemoryError) and "EXHAUSTED" not in str(error):
+      raise
+    _exit(
+      2,
+      f"out of memory ({str(error).splitlines()[0] if str(error) else 'host'})."
+      " Make --batch_size, --seq_len or the model smaller, or --micro_batches"
+      " or --mesh larger.",
+    )
   except Interrupted as error:
     _exit(error.exit_code, f"{error}; the same command continues from there.")
   except KeyboardInterrupt:
@@ -352,4 +379,4 @@ def _exit(code: int, message: str) -> NoReturn:
 if __name__ == "__main__":
   config_lib.define_flags()
   flags.adopt_module_key_flags(config_lib)
-  app.run(main)
+  app.run(main, flags_parser=config_lib.parse_flags)
