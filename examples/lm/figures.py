@@ -11,7 +11,7 @@ from matplotlib import axes, colors, figure
 
 from jaxroute import plot
 
-_DPI = 110
+_DPI = 150
 
 
 def write_figures(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
@@ -67,7 +67,7 @@ def _curves(
   runs: Mapping[str, list[dict[str, Any]]], random_max_vio: float
 ) -> figure.Figure:
   """MaxVio above, the loss below, over the same steps."""
-  fig = figure.Figure(figsize=(8, 7), layout="constrained")
+  fig = figure.Figure(figsize=(10, 7), layout="constrained")
   balance, loss = fig.subplots(2, sharex=True)
   for i, (rule, rows) in enumerate(runs.items()):
     # What is drawn first is wider, so that it shows behind what covers it.
@@ -96,7 +96,8 @@ def _curves(
   loss.set(ylabel="bits per byte", xlabel="training step")
   for panel in (balance, loss):
     panel.grid(alpha=0.3, which="both")
-    panel.legend(frameon=False)
+    # Lines may be anywhere in the panel.
+    panel.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
   return fig
 
 

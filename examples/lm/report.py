@@ -179,7 +179,7 @@ _LINES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
     "MaxVio_batch, last quarter, worst",
     "max_vio_batch_worst",
     "{:.3f}".format,
-    "as many such batches",
+    "the worst of as many such batches",
   ),
   (
     "gap to the best balanced routes",
