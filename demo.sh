@@ -3,9 +3,9 @@
 #
 # Trains a balanced Mixture-of-Experts language model: from any machine with Python.
 #
-#   ./demo.sh                                   a few minutes on two CPU cores
-#   ./demo.sh --rule=none --out=runs/none       arguments go to train.py; --help
-#   PYTHON=python3.13 ./demo.sh                 another interpreter
+#   ./demo.sh                            a few minutes on two CPU cores
+#   ./demo.sh --rule=proportional,none   two rules side by side; --help has more
+#   PYTHON=python3.13 ./demo.sh          another interpreter
 set -euo pipefail
 
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)"
@@ -49,4 +49,4 @@ then
   touch "$installed"
 fi
 
-exec "$python" "$root/examples/lm/train.py" --out="$root/runs/lm" "$@"
+exec "$python" "$root/examples/lm/train.py" "$@"

@@ -58,10 +58,69 @@ def test_an_impossible_setting_is_named(change, message):
 
 def test_a_run_is_known_by_what_its_steps_depend_on():
   identity = CONFIG.identity()
-  for name in ("out", "mesh", "eval_every", "save_every", "resume"):
+  for name in ("out", "steps", "mesh", "eval_every", "save_every", "resume"):
     assert name not in identity
-  for name in ("rule", "rate", "seed", "steps", "data", "num_experts"):
+  for name in ("rule", "rate", "seed", "data", "num_experts"):
     assert identity[name] == getattr(CONFIG, name)
+  assert identity["decay_steps"] == CONFIG.steps
+
+
+def _parsed(*arguments):
+  """The runs of a command line."""
+  values = flags.FlagValues()
+  config_lib.define_flags(values)
+  values(["train.py", *arguments])
+  return config_lib.from_flags(values)
+
+
+@pytest.mark.parametrize(
+  "arguments, folders",
+  [
+    ([], ["runs/lm/proportional"]),
+    (["--rule=none"], ["runs/lm/none"]),
+    (["--rule=none,sign"], ["runs/lm/none", "runs/lm/sign"]),
+    (["--rule=none", "--out=a/b"], ["a/b"]),
+    (["--rule=none,sign", "--out=a"], ["a/none", "a/sign"]),
+    # What a run may be resumed with is not in its name.
+    (["--steps=700", "--mesh=2,2"], ["runs/lm/proportional"]),
+    (
+      ["--seed=1", "--data=/usr/share/a text"],
+      ["runs/lm,data=_usr_share_a_text,seed=1/proportional"],
+    ),
+  ],
+)
+def test_every_run_of_a_command_has_its_folder(arguments, folders):
+  configs = _parsed(*arguments)
+  assert [c.out for c in configs] == folders
+  rules = [a.split("=")[1].split(",") for a in arguments if "rule" in a]
+  assert [c.rule for c in configs] == (rules or [["proportional"]])[0]
+
+
+@pytest.mark.parametrize(
+  "rules, message",
+  [
+    ("none,none", "--rule=none,none lists a rule twice"),
+    ("none,", "--rule must be one of none, sign, .* got ''"),
+  ],
+)
+def test_a_list_of_rules_is_checked(rules, message):
+  with pytest.raises(config_lib.SetupError, match=message):
+    _parsed(f"--rule={rules}")
+
+
+def test_a_run_that_goes_on_keeps_its_schedule():
+  saved = CONFIG.identity()
+  longer = dataclasses.replace(CONFIG, steps=700)
+  assert longer.identity() != saved
+  extended = longer.continuing(saved)
+  assert extended.identity() == saved and extended.steps == 700
+  assert longer.continuing({}).schedule_steps == 700
+  explicit = dataclasses.replace(longer, decay_steps=50)
+  assert explicit.continuing(saved) == explicit
+  rate, rates = extended.make_schedule(), CONFIG.make_schedule()
+  for step in (0, 30, 300, 599):
+    assert rate(step) == rates(step)
+  assert rate(600) == rate(699) == pytest.approx(0.1 * CONFIG.learning_rate)
 
 
 def test_more_devices_than_there_are_is_named(tmp_path):

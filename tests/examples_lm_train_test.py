@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 import pytest
 import report as report_lib
 import train as train_lib
+from absl import flags
 from lm_runs import STEPS, TINY
 
 from jaxroute import assignment
@@ -57,27 +58,6 @@ def config(unbroken, tmp_path):
   return dataclasses.replace(unbroken, out=str(tmp_path / "run"), save_every=5)
 
 
-def _assert_same_run(config, other):
-  """Parameters, optimizer, bias, rule and metrics, bit for bit."""
-  rows, expected = (
-    lm_runs.timeless(lm_runs.rows(c.out)) for c in (config, other)
-  )
-  assert rows == expected
-  states = []
-  for out in (config.out, other.out):
-    assert lm_runs.kept(out)[-1] == str(STEPS)
-    path = pathlib.Path(out) / "checkpoints" / str(STEPS) / "state"
-    with ocp.StandardCheckpointer() as saver:
-      states.append(saver.restore(path.absolute()))
-  state, expected = states
-  leaves, treedef = jax.tree.flatten(state)
-  assert treedef == jax.tree.structure(expected)
-  assert len(leaves) > 40
-  for a, b in zip(leaves, jax.tree.leaves(expected), strict=True):
-    np.testing.assert_array_equal(a, b)
-  assert np.any(jax.tree.leaves(state["router"]["expert_bias"])[0])
-
-
 def _at_step(monkeypatch, step, action):
   """Has `action` happen when a step is under way."""
   add_step = metrics_log_lib.MetricsLog.add_step
@@ -102,6 +82,9 @@ def test_a_run_leaves_metrics_checkpoints_and_figures(unbroken):
   assert train[-1]["loss"] < train[0]["loss"]
   assert lm_runs.kept(out) == ["50", "60"]
   assert list((out / "tensorboard").glob("events*"))
+  held_out = bytes(data_lib.load(unbroken).validation[: unbroken.seq_len])
+  sample = (out / "sample.txt").read_text()
+  assert held_out.decode() in sample and "256 that the model" in sample
   for name in ("loads", "max_vio", "bias", "loss"):
     png = (out / f"{name}.png").read_bytes()
     assert png.startswith(b"\x89PNG") and len(png) > 10_000
@@ -118,9 +101,8 @@ def test_the_summary_is_what_the_rows_say(unbroken):
   assert summary["validation_bits_per_byte"] == last["bits_per_byte"]
   assert summary["dead_experts"] == (load == 0).sum()
   assert summary["steps"] == STEPS and summary["skipped_steps"] == 0
-  table = report_lib.table(summary)
+  table = report_lib.table({"sign": summary})
   assert f"{summary['max_vio_global']:.3f}" in table
-  assert len({len(line) for line in table.splitlines()}) == 1
 
 
 def test_the_rule_balances(unbroken):
@@ -140,6 +122,49 @@ def test_a_finished_run_is_only_reported_again(unbroken):
   assert summary == json.loads((out / "summary.json").read_text())
 
 
+def test_an_extended_run_is_one_that_was_to_be_longer(
+  config, unbroken, tmp_path
+):
+  shutil.copytree(unbroken.out, tmp_path / "finished")
+  finished = dataclasses.replace(
+    unbroken, out=str(tmp_path / "finished"), steps=STEPS + 5
+  )
+  lm_runs.train(finished)
+  longer = dataclasses.replace(config, steps=STEPS + 5, decay_steps=STEPS)
+  lm_runs.train(longer)
+  lm_runs.assert_same_run(finished, longer, steps=STEPS + 5)
+  with pytest.raises(
+    config_lib.SetupError,
+    match=r"--steps=60, but --out=.* holds a run of 65 steps. Give at least as",
+  ):
+    lm_runs.train(dataclasses.replace(finished, steps=STEPS))
+
+
+@pytest.mark.any_jax
+def test_rules_are_trained_in_turn_and_compared(
+  unbroken, tmp_path, monkeypatch, capsys
+):
+  def train(config):
+    """Takes the run that is there for the rule's."""
+    lm_runs.copy_at(STEPS, pathlib.Path(unbroken.out), pathlib.Path(config.out))
+    return json.loads((tmp_path / config.rule / "summary.json").read_text())
+
+  values = flags.FlagValues()
+  config_lib.define_flags(values)
+  values(["train.py", "--rule=none,sign", f"--out={tmp_path}"])
+  configs = config_lib.from_flags(values)
+  monkeypatch.setattr(config_lib, "from_flags", lambda: configs)
+  monkeypatch.setattr(train_lib, "train", train)
+  train_lib.main(["train.py"])
+  printed = capsys.readouterr().out
+  table = (tmp_path / "compared.txt").read_text()
+  assert table.split()[:3] == ["none", "sign", "yardstick"]
+  for text in (table, "=== none", "=== sign", f"checkpoints: {tmp_path}\n"):
+    assert text in printed
+  for name in ("compared", "compared_loads"):
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.any_jax
 def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(unbroken):
   summary = lm_runs.train(dataclasses.replace(unbroken, save_scores=True))
@@ -148,11 +173,16 @@ def test_the_gap_is_to_the_best_balanced_routes_of_its_scores(unbroken):
     assert file["top_k"] == unbroken.top_k
   assert scores.shape == (2, 4 * 8 * 32, 8) and bias.shape == (2, 8)
   first = scores[:, : 8 * 32]
-  gaps = []
+  gaps, without = [], []
   for layer, b in zip(first, bias, strict=True):
     best = assignment.solve(layer, unbroken.top_k).value
     gaps.append(oracle.dual_value(layer, b, unbroken.top_k) / best - 1)
+    zero = oracle.dual_value(layer, np.zeros_like(b), unbroken.top_k)
+    without.append(zero / best - 1)
   assert summary["gap"] == pytest.approx(np.mean(gaps), abs=2e-4)
+  yardstick = summary["yardsticks"]["gap"]
+  assert yardstick == pytest.approx(np.mean(without), abs=2e-4)
+  assert yardstick > summary["gap"]
   rows = lm_runs.rows(unbroken.out, "train")
   np.testing.assert_array_equal(rows[-1]["expert_bias"], bias)
 
@@ -170,43 +200,6 @@ def test_the_complementary_slackness_is_of_the_bias_that_routed(unbroken):
   assert found > 0
 
 
-# Runs the main job twice on the same folder: the first time it waits in step 52
-# for a signal, the second time it kills itself in step 58, of which 55 is
-# saved, with half a row on the disk.
-_STOPPED_THEN_KILLED = """
-import os, signal, sys, time
-from absl import app
-import config as config_lib, lm_runs, metrics_log as metrics_log_lib
-import train as train_lib
-add_step = metrics_log_lib.MetricsLog.add_step
-signaled = []
-def note(number, frame):
-  signaled.append(number)
-  handler(number, frame)
-def patched(self, step, report):
-  global handler
-  add_step(self, step, report)
-  if step == 52:
-    handler = signal.signal(signal.SIGTERM, note)
-    print("waiting", flush=True)
-    while not signaled:
-      time.sleep(0.01)
-  if step == 58:
-    self.sync()
-    self._file.write(b'{"kind": "tr')
-    self.sync()
-    os.kill(os.getpid(), signal.SIGKILL)
-metrics_log_lib.MetricsLog.add_step = patched
-train_lib.Trainer = lm_runs.trainer
-config_lib.define_flags()
-for _ in range(2):
-  try:
-    app.run(train_lib.main)
-  except SystemExit as end:
-    print("code", end.code, flush=True)
-"""
-
-
 def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
   config, unbroken
 ):
@@ -215,7 +208,7 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
     for field in dataclasses.fields(config)
   ]
   with subprocess.Popen(
-    [sys.executable, "-c", _STOPPED_THEN_KILLED, *arguments],
+    [sys.executable, "-c", lm_runs.STOPPED_THEN_KILLED, *arguments],
     env=lm_runs.environment(),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -233,7 +226,7 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
   assert lm_runs.kept(config.out) == ["52", "55"]
   assert (pathlib.Path(config.out) / "metrics.jsonl").read_text().endswith("tr")
   lm_runs.train(config)
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -252,7 +245,7 @@ def test_a_signal_finishes_the_step_and_saves(
     signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)
   ]
   lm_runs.train(config)
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 @pytest.mark.any_jax
@@ -307,7 +300,7 @@ def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
     lm_runs.train(config)
   assert lm_runs.kept(out) == ["9"]
   lm_runs.train(dataclasses.replace(config, resume=False))
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 @pytest.mark.parametrize(
@@ -344,7 +337,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
       lm_runs.train(config)
   assert lm_runs.kept(config.out) == ["50", "55"]
   lm_runs.train(config)
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 def test_a_damaged_checkpoint_continues_from_the_one_before(
@@ -411,3 +404,17 @@ def test_micro_batches_change_no_load(unbroken):
   expected = lm_runs.rows(unbroken.out)[0]
   assert row["load"] == expected["load"]
   assert row["loss"] == pytest.approx(expected["loss"], rel=1e-5)
+
+
+@pytest.mark.any_jax
+def test_sampling_leaves_the_state_as_it_is(unbroken):
+  trainer = lm_runs.trainer(unbroken, None)
+  state = trainer.init(jax.random.key(0))
+  before = jax.device_get(state)
+  prompt = np.arange(unbroken.seq_len, dtype=np.uint8)
+  texts = [trainer.sample(state, prompt) for _ in range(2)]
+  np.testing.assert_array_equal(*texts)
+  assert len(np.unique(texts[0])) > 20  # of an untrained model
+  jax.tree.map(np.testing.assert_array_equal, jax.device_get(state), before)
+  (load,) = jax.tree.leaves(state.router.counts.load)
+  assert not np.any(load)

@@ -10,8 +10,10 @@ import shutil
 from typing import Any
 
 import config as config_lib
+import figures as figures_lib
 import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import report as report_lib
 import train as train_lib
@@ -34,6 +36,42 @@ TINY = {
   "save_every": 25,
   "rule": "sign",
 }
+# Runs the main job twice on the same folder: the first time it waits in step 52
+# for a signal, the second time it kills itself in step 58, of which 55 is
+# saved, with half a row on the disk.
+STOPPED_THEN_KILLED = """
+import os, signal, sys, time
+from absl import app
+import config as config_lib, lm_runs, metrics_log as metrics_log_lib
+import train as train_lib
+add_step = metrics_log_lib.MetricsLog.add_step
+signaled = []
+def note(number, frame):
+  signaled.append(number)
+  handler(number, frame)
+def patched(self, step, report):
+  global handler
+  add_step(self, step, report)
+  if step == 52:
+    handler = signal.signal(signal.SIGTERM, note)
+    print("waiting", flush=True)
+    while not signaled:
+      time.sleep(0.01)
+  if step == 58:
+    self.sync()
+    self._file.write(b'{"kind": "tr')
+    self.sync()
+    os.kill(os.getpid(), signal.SIGKILL)
+metrics_log_lib.MetricsLog.add_step = patched
+train_lib.Trainer = lm_runs.trainer
+config_lib.define_flags()
+for _ in range(2):
+  try:
+    app.run(train_lib.main)
+  except SystemExit as end:
+    print("code", end.code, flush=True)
+"""
+
 # Settings that the compiled programs do not depend on.
 _NOT_COMPILED = ("data", "data_bytes", "seed")
 
@@ -80,7 +118,7 @@ def share_programs(patch: pytest.MonkeyPatch, *, figures: bool = False) -> None:
   """Has runs share their programs and, unless told to, draw no figures."""
   patch.setattr(train_lib, "Trainer", trainer)
   if not figures:
-    patch.setattr(report_lib, "write_figures", lambda rows, out: None)
+    patch.setattr(figures_lib, "write_figures", lambda rows, out: None)
 
 
 def unbalanced_rows(config: config_lib.Config, corpus: Any) -> list[dict]:
@@ -127,6 +165,27 @@ def timeless(rows: list[dict]) -> list[dict]:
 def kept(out: str | pathlib.Path) -> list[str]:
   """The steps of the checkpoints of a run."""
   return sorted(os.listdir(pathlib.Path(out) / "checkpoints"), key=int)
+
+
+def assert_same_run(
+  config: config_lib.Config, other: config_lib.Config, steps: int = STEPS
+) -> None:
+  """Parameters, optimizer, bias, rule and metrics, bit for bit."""
+  found, expected = (timeless(rows(c.out)) for c in (config, other))
+  assert found == expected
+  states = []
+  for out in (config.out, other.out):
+    assert kept(out)[-1] == str(steps)
+    path = pathlib.Path(out) / "checkpoints" / str(steps) / "state"
+    with ocp.StandardCheckpointer() as saver:
+      states.append(saver.restore(path.absolute()))
+  state, expected = states
+  leaves, treedef = jax.tree.flatten(state)
+  assert treedef == jax.tree.structure(expected)
+  assert len(leaves) > 40
+  for a, b in zip(leaves, jax.tree.leaves(expected), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert np.any(jax.tree.leaves(state["router"]["expert_bias"])[0])
 
 
 def environment() -> dict[str, str]:

@@ -246,6 +246,23 @@ def _digest(settings: dict[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
+def saved_identity(out: pathlib.Path) -> dict[str, Any]:
+  """The settings that the run in a folder was begun with, {} if it has none.
+
+  Args:
+    out: the folder of the run.
+  """
+  found = (out / "checkpoints").glob("*/settings/metadata")
+  of_step = {int(p.parts[-3]): p for p in found if p.parts[-3].isdecimal()}
+  for step in sorted(of_step, reverse=True):
+    # A file may be damaged in any way.
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+      settings = json.loads(of_step[step].read_bytes())
+      if settings.pop("sha256") == _digest(settings):
+        return settings["identity"]
+  return {}
+
+
 @contextlib.contextmanager
 def saving(doing: str, out: pathlib.Path) -> Iterator[None]:
   """Turns what a disk raises into a `SaveError` or, if not full, a `SetupError`.

@@ -103,6 +103,7 @@ def config_of(arm: str, seed: int) -> config_lib.Config:
     **settings,
     **ARMS[arm],
     seed=seed,
+    decay_steps=steps,
     eval_every=steps,
     out=str(pathlib.Path(_OUT.value) / f"{folder}_{seed}"),
   )
@@ -115,9 +116,7 @@ def run(config: config_lib.Config) -> dict[str, Any]:
   if not _holds(done, identity):
     train_lib.train(config)
     done.write_text(json.dumps(identity, allow_nan=False))
-  with (out / "metrics.jsonl").open() as file:
-    rows = [report_lib.parse_row(line) for line in file]
-  rows = [r for r in rows if r["kind"] == "train"]
+  rows = [r for r in report_lib.read_rows(config.out) if r["kind"] == "train"]
   # The first step of a process compiles, and has no time.
   seconds = sum(r["seconds"] or 0.0 for r in rows)
   summary = strict_json.loads((out / "summary.json").read_text())

@@ -60,9 +60,14 @@ class Config:
   )
   data_bytes: int = _flag(8_000_000, "Read at most so many bytes of --data.")
   out: str = _flag(
-    "runs/lm", "Folder of checkpoints, metrics and figures.", free=True
+    "runs/lm",
+    "Folder of checkpoints, metrics and figures; of a folder for each rule if"
+    " --rule lists several. By default it is named by rule and settings.",
+    free=True,
   )
-  steps: int = _flag(600, "Optimizer steps.")
+  steps: int = _flag(
+    600, "Optimizer steps; more of them extend a run.", free=True
+  )
   batch_size: int = _flag(16, "Sequences per step.")
   seq_len: int = _flag(128, "Bytes per sequence.")
   model_size: int = _flag(128, "D, width of the residual stream.")
@@ -75,13 +80,20 @@ class Config:
   score_fn: types.ScoreFn = _flag(
     "sigmoid", "sigmoid, softmax or sqrtsoftplus."
   )
-  rule: str = _flag("proportional", f"Balancing rule: {', '.join(RULES)}.")
+  rule: str = _flag(
+    "proportional",
+    f"Balancing rule: {', '.join(RULES)}. Several, between commas, are trained"
+    " in turn and compared.",
+  )
   rate: float = _flag(-1.0, "Rate of the rule; negative: the rule's default.")
   switch_weight: float = _flag(
     0.0, "Weight of the Switch loss, the mean over layers; 0: without it."
   )
   learning_rate: float = _flag(3e-3, "Peak of the cosine schedule.")
   warmup: int = _flag(30, "Steps of linear warm-up before that peak.")
+  decay_steps: int = _flag(
+    0, "Steps of the cosine schedule; 0: the --steps that the run began with."
+  )
   weight_decay: float = _flag(0.05, "Decoupled weight decay.")
   micro_batches: int = _flag(1, "Parts a batch is processed in, in turn.")
   seed: int = _flag(0, "Of the parameters and of the order of the data.")
@@ -142,7 +154,10 @@ class Config:
       "data_bytes steps batch_size seq_len model_size num_heads expert_size"
       " micro_batches eval_every eval_batches save_every"
     )
-    least_0 = "shared_size switch_weight warmup weight_decay learning_rate seed"
+    least_0 = (
+      "shared_size switch_weight warmup weight_decay learning_rate seed"
+      " decay_steps"
+    )
     lowest = dict.fromkeys(least_0.split(), 0) | dict.fromkeys(
       least_1.split(), 1
     )
@@ -189,36 +204,67 @@ class Config:
       histogram=self.rule == "quantile",
     )
 
+  @property
+  def rule_rate(self) -> float:
+    """The rate of the rule: that given, or its default."""
+    return RULES[self.rule][0] if self.rate < 0 else self.rate
+
   def make_rule(self) -> optax.GradientTransformation:
     """The balancing rule."""
-    default, make = RULES[self.rule]
-    return make(default if self.rate < 0 else self.rate)
+    return RULES[self.rule][1](self.rule_rate)
 
-  def make_optimizer(self) -> optax.GradientTransformation:
-    """AdamW under a cosine schedule with warm-up, gradients clipped to 1."""
-    schedule = optax.warmup_cosine_decay_schedule(
+  @property
+  def schedule_steps(self) -> int:
+    """Steps until the learning rate is at its end, where it stays."""
+    return self.decay_steps or self.steps
+
+  def make_schedule(self) -> optax.Schedule:
+    """The learning rate: warm-up, then a cosine down to a tenth."""
+    return optax.warmup_cosine_decay_schedule(
       init_value=0.0,
       peak_value=self.learning_rate,
-      warmup_steps=min(self.warmup, self.steps - 1),
-      decay_steps=self.steps,
+      warmup_steps=min(self.warmup, self.schedule_steps - 1),
+      decay_steps=self.schedule_steps,
       end_value=0.1 * self.learning_rate,
     )
+
+  def make_optimizer(self) -> optax.GradientTransformation:
+    """AdamW under that schedule, gradients clipped to 1."""
     return optax.chain(
       optax.clip_by_global_norm(1.0),
-      optax.adamw(schedule, b2=0.95, weight_decay=self.weight_decay),
+      optax.adamw(
+        self.make_schedule(), b2=0.95, weight_decay=self.weight_decay
+      ),
     )
 
   def identity(self) -> dict[str, Any]:
     """The settings that a run can only be resumed with."""
-    return {
+    settings = {
       f.name: getattr(self, f.name)
       for f in dataclasses.fields(self)
       if not f.metadata["free"]
     }
+    return settings | {"decay_steps": self.schedule_steps}
+
+  def continuing(self, saved: dict[str, Any]) -> "Config":
+    """The settings that a run goes on with: its schedule stays as it was.
+
+    Args:
+      saved: the `identity()` that the run began with, {} if it is new.
+
+    Returns:
+      A `Config`, which differs in `decay_steps` if that was left open.
+    """
+    decay_steps = self.decay_steps or saved.get("decay_steps", 0)
+    return dataclasses.replace(self, decay_steps=decay_steps)
 
 
-def define_flags() -> None:
-  """Defines the flag of every field of `Config`."""
+def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
+  """Defines the flag of every field of `Config`.
+
+  Args:
+    flag_values: where they are defined.
+  """
   define: dict[type, Any] = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
@@ -227,7 +273,9 @@ def define_flags() -> None:
   }
   for field in dataclasses.fields(Config):
     default: Any = field.default
-    define[type(default)](field.name, default, field.metadata["help"])
+    define[type(default)](
+      field.name, default, field.metadata["help"], flag_values=flag_values
+    )
 
 
 def parse_flags(argv: Sequence[str]) -> list[str]:
@@ -240,8 +288,45 @@ def parse_flags(argv: Sequence[str]) -> list[str]:
     sys.exit(2)
 
 
-def from_flags() -> Config:
-  """The `Config` of the command line."""
+def from_flags(
+  flag_values: flags.FlagValues = flags.FLAGS,
+) -> tuple[Config, ...]:
+  """The runs of the command line: one for every rule that --rule lists.
+
+  Args:
+    flag_values: the flags of `define_flags`, parsed.
+
+  Returns:
+    A `Config` for each. Each run has a folder named by its rule, in --out; one
+    rule with an --out is in that folder itself.
+
+  Raises:
+    SetupError: if a setting is impossible.
+  """
   names = [field.name for field in dataclasses.fields(Config)]
-  values: dict[str, Any] = {name: flags.FLAGS[name].value for name in names}
-  return Config(**values)
+  values: dict[str, Any] = {name: flag_values[name].value for name in names}
+  rules = values["rule"].split(",")
+  if len(set(rules)) < len(rules):
+    raise SetupError(f"--rule={values['rule']} lists a rule twice.")
+  configs = tuple(Config(**values | {"rule": rule}) for rule in rules)
+  folder = pathlib.Path(values["out"])
+  if not flag_values["out"].present:
+    folder = folder.with_name(folder.name + _differences(configs[0]))
+  elif len(rules) == 1:
+    return configs
+  return tuple(
+    dataclasses.replace(c, out=str(folder / c.rule)) for c in configs
+  )
+
+
+def _differences(config: Config) -> str:
+  """Names the settings but the rule that make a run another than the default."""
+  parts = []
+  for field in dataclasses.fields(Config):
+    value = getattr(config, field.name)
+    fixed = not field.metadata["free"] and field.name != "rule"
+    if fixed and value != field.default:
+      # A path has slashes, and may be too long for a name.
+      text = re.sub(r"[^\w.-]", "_", str(value))[-40:]
+      parts.append(f",{field.name}={text}")
+  return "".join(parts)

@@ -13,6 +13,7 @@ import sys
 import time
 from typing import Any
 
+import board as board_lib
 import config as config_lib
 import jax
 import report as report_lib
@@ -27,6 +28,10 @@ class MetricsLog:
     config: the settings.
     last_step: the step that the run continues from.
     end: what `sync` returned then; what was written since is cut off.
+
+  Attributes:
+    rows: all rows, those of earlier processes too.
+    progress: the bar, which the caller tells what is done beside training.
 
   Raises:
     SetupError: if the rows up to there are not what they were.
@@ -55,7 +60,7 @@ class MetricsLog:
     self._board = tensorboardX.SummaryWriter(
       str(out / "tensorboard"), purge_step=last_step + 1
     )
-    self._progress = report_lib.Progress(config, last_step)
+    self.progress = report_lib.Progress(config, last_step)
     self._pending = None
     self._clock = None
 
@@ -77,7 +82,7 @@ class MetricsLog:
     before, self._clock = self._clock, time.perf_counter()
     row = report_lib.train_row(step, report, before and self._clock - before)
     self._write(row)
-    self._progress.show(row)
+    self.progress.show(row)
 
   def add(self, row: dict[str, Any]) -> None:
     """Adds a row; `kind` and `step` of it are required."""
@@ -99,7 +104,7 @@ class MetricsLog:
 
   def close(self) -> None:
     """Closes the files; a full disk was reported by an earlier write."""
-    self._progress.close()
+    self.progress.close()
     for part in (self._file, self._board):
       with contextlib.suppress(OSError):
         part.close()
@@ -110,9 +115,7 @@ class MetricsLog:
     self._file.write(line)
     self._written += len(line)
     self._sha256.update(line)
-    for name, value in row.items():
-      if isinstance(value, (int, float)) and name != "step":
-        self._board.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+    board_lib.add_row(self._board, row)
 
 
 def _read(

@@ -19,6 +19,8 @@ import jaxroute.linen
 from jaxroute import losses, scores
 
 _VOCABULARY = 256
+# Their first axis is E, after that of the scan over layers.
+EXPERT_PARAMETERS = ("w_gate", "w_up", "w_down")
 
 
 class Transformer(nn.Module):
@@ -206,7 +208,7 @@ def shardings(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
     return jax.tree.map(lambda _: device, state)
 
   def sharding(path: tuple[Any, ...], x: Any) -> jax.NamedSharding:
-    if getattr(path[-1], "key", None) in ("w_gate", "w_up", "w_down"):
+    if getattr(path[-1], "key", None) in EXPERT_PARAMETERS:
       # The axis of the scan over layers comes before [E, D, F].
       return jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 3), "expert"))
     return jax.NamedSharding(mesh, jax.P())

@@ -1,14 +1,16 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""What a run reports: rows of metrics, a table, figures, a progress bar.
+"""What a run reports: rows of metrics, a table, a progress bar.
 
 A row is a training step or a validation. All its fields but "seconds" are
 functions of the settings, whether the run was resumed or not.
 """
 
+import contextlib
 import math
 import pathlib
 import statistics
 import sys
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,7 +20,7 @@ import strict_json
 import tqdm
 from config import Config
 
-from jaxroute import assignment, dual, metrics, plot
+from jaxroute import assignment, dual, metrics
 
 _ARRAYS = ("load", "expert_bias")
 
@@ -82,8 +84,10 @@ def complementary_slackness(expert_bias: Any, load: Any) -> jax.Array:
   return jnp.mean(jnp.stack(residuals))
 
 
-def gap(scores: np.ndarray, expert_bias: np.ndarray, top_k: int) -> float:
-  """How far the dual value of the biases is above the least, relative to it.
+def gaps(
+  scores: np.ndarray, expert_bias: np.ndarray, top_k: int
+) -> dict[str, float]:
+  """How far dual values are above the least, relative to it.
 
   Args:
     scores: `[Lyr, T, E]`, of a batch.
@@ -91,15 +95,18 @@ def gap(scores: np.ndarray, expert_bias: np.ndarray, top_k: int) -> float:
     top_k: K.
 
   Returns:
-    The mean over layers, at least 0; it is 0 if no other biases have a lower
-    dual value.
+    Means over layers, at least 0: "gap" of the biases, which is 0 if no other
+    biases have a lower dual value, and "gap_without_bias" of zeros.
   """
-  gaps = []
+  found = []
   for layer, bias in zip(scores, expert_bias, strict=True):
     best = dual.solve(layer, top_k, expert_bias=bias)
+    zeros = assignment.dual_value(layer, jnp.zeros_like(bias), top_k)
     # The first iteration is at the bias itself.
-    gaps.append(float(best.dual_values[0] / best.dual_value) - 1)
-  return float(np.mean(gaps))
+    values = np.array([best.dual_values[0], zeros])
+    found.append(values / float(best.dual_value) - 1)
+  gap, without = np.maximum(np.mean(found, axis=0), 0)
+  return {"gap": float(gap), "gap_without_bias": float(without)}
 
 
 def summarize(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
@@ -114,7 +121,7 @@ def summarize(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
   """
   train = [r for r in rows if r["kind"] == "train"]
   last = [r for r in rows if r["kind"] == "validation"][-1]
-  late = [r["max_vio"] for r in train[-max(1, len(train) // 4) :]]
+  late = [r["max_vio"] for r in last_quarter(train)]
   times = [r["seconds"] for r in train if r["seconds"]]
   seconds = statistics.median(times) if times else float("nan")
   return {
@@ -131,51 +138,110 @@ def summarize(rows: list[dict[str, Any]], tokens: int) -> dict[str, Any]:
   }
 
 
-def table(summary: dict[str, Any]) -> str:
-  """The summary, for people."""
-  s = summary
-  lines = (
-    ("validation bits per byte", f"{s['validation_bits_per_byte']:.3f}"),
-    ("MaxVio_global, validation", f"{s['max_vio_global']:.3f}"),
-    ("MaxVio_batch, last quarter, mean", f"{s['max_vio_batch_mean']:.3f}"),
-    ("MaxVio_batch, last quarter, worst", f"{s['max_vio_batch_worst']:.3f}"),
-    ("gap to the best balanced routes", f"{100 * s['gap']:.2f} %"),
-    ("dead experts, validation", f"{s['dead_experts']}"),
-    ("skipped steps", f"{s['skipped_steps']} of {s['steps']}"),
-    ("step time, median", f"{s['step_seconds'] * 1e3:.0f} ms"),
-    ("training speed", f"{s['tokens_per_second']:,.0f} tokens/s"),
-  )
-  return "\n".join(f"  {name:36s}{value:>16s}" for name, value in lines)
+def read_rows(out: str) -> list[dict[str, Any]]:
+  """The rows of metrics.jsonl of a run.
+
+  Args:
+    out: the folder of the run, which nothing writes to.
+  """
+  lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
+  return [parse_row(line) for line in lines]
 
 
-def write_figures(rows: list[dict[str, Any]], out: pathlib.Path) -> None:
-  """Writes loads.png, max_vio.png, bias.png and loss.png."""
-  train = [r for r in rows if r["kind"] == "train"]
-  validation = [r for r in rows if r["kind"] == "validation"]
-  steps, load, bias, loss = (
-    np.array([r[k] for r in train])
-    for k in ("step", "load", "expert_bias", "bits_per_byte")
-  )
-  held_out = (
-    np.array([r["step"] for r in validation]),
-    np.array([r["bits_per_byte"] for r in validation]),
-  )
-  figures = {
-    "loads": plot.load_heatmap(steps, load),
-    "max_vio": plot.max_vio_curves(steps, load),
-    "bias": plot.bias_curves(steps, bias),
-    "loss": plot.curves(
-      {"training batch": (steps, loss), "validation": held_out},
-      xlabel="training step",
-      ylabel="bits per byte",
-    ),
-  }
-  for name, figure in figures.items():
-    figure.savefig(out / f"{name}.png", dpi=110)
+def last_quarter(rows: list[Any]) -> list[Any]:
+  """The last quarter of some rows, one at least."""
+  return rows[-max(1, len(rows) // 4) :]
+
+
+# Label, key of the summary and of the yardsticks, format, what the yardstick is.
+_LINES: tuple[tuple[str, str, Callable[[float], str], str], ...] = (
+  ("training steps", "steps", "{}".format, ""),
+  (
+    "validation bits per byte",
+    "validation_bits_per_byte",
+    "{:.3f}".format,
+    "byte frequencies of the training text",
+  ),
+  ("", "gzip", "{:.3f}".format, "gzip -9 of the held-out text"),
+  (
+    "MaxVio_global, validation",
+    "max_vio_global",
+    "{:.3f}".format,
+    "as many tokens, routed at random",
+  ),
+  (
+    "MaxVio_batch, last quarter, mean",
+    "max_vio_batch_mean",
+    "{:.3f}".format,
+    "batches routed at random",
+  ),
+  (
+    "MaxVio_batch, last quarter, worst",
+    "max_vio_batch_worst",
+    "{:.3f}".format,
+    "the worst of as many such batches",
+  ),
+  (
+    "gap to the best balanced routes",
+    "gap",
+    "{:.2%}".format,
+    "the same scores without a bias",
+  ),
+  (
+    "dead experts, validation",
+    "dead_experts",
+    "{:.0f}".format,
+    "as many tokens, routed at random",
+  ),
+  ("skipped steps", "skipped_steps", "{}".format, ""),
+  (
+    "step time, median",
+    "step_seconds",
+    lambda x: f"{x * 1e3:.0f} ms",
+    "the model's products as one large product",
+  ),
+  (
+    "training speed, tokens/s",
+    "tokens_per_second",
+    "{:,.0f}".format,
+    "the same",
+  ),
+)
+
+
+def table(summaries: Mapping[str, dict[str, Any]]) -> str:
+  """Summaries for people: a column for each, and what to compare them with.
+
+  Args:
+    summaries: the heading of a column to a summary with "yardsticks", which are
+      those of the first.
+
+  Returns:
+    Lines; the yardsticks are explained at their ends.
+  """
+  yardsticks = next(iter(summaries.values()))["yardsticks"]
+  columns = [*summaries.items(), ("yardstick", yardsticks)]
+  width = max(12, *(len(name) + 2 for name in summaries))
+  lines = [("", [name for name, _ in columns], "")]
+  for label, key, form, explanation in _LINES:
+    cells = [
+      form(values[key]) if key in values else "" for _, values in columns
+    ]
+    lines.append((label, cells, explanation))
+  if len(summaries) > 1:
+    lines.append(("The yardsticks are those of the first run.", [], ""))
+  texts = [
+    f"  {label:33s}{''.join(c.rjust(width) for c in cells)}  {explanation}"
+    for label, cells, explanation in lines
+  ]
+  return "\n".join(text.rstrip() for text in texts)
 
 
 class Progress:
-  """A bar on a terminal; elsewhere a line for every tenth of the steps."""
+  """A bar on a terminal; elsewhere a line for every tenth of the steps.
+
+  Both say what is done when it is not training.
+  """
 
   def __init__(self, config: Config, last_step: int):
     self._steps = config.steps
@@ -183,6 +249,8 @@ class Progress:
     self._bar = None
     if sys.stderr.isatty():
       self._bar = tqdm.tqdm(total=self._steps, initial=last_step, unit="step")
+    if last_step < self._steps:
+      self._say(last_step + 1, "compiling")
 
   def show(self, row: dict[str, Any]) -> None:
     """Shows a training row."""
@@ -192,11 +260,26 @@ class Progress:
       f" {speed:,.0f} tokens/s"
     )
     if self._bar is not None:
+      self._bar.set_description_str("training", refresh=False)
       self._bar.set_postfix_str(text, refresh=False)
       self._bar.update()
     elif row["step"] % max(1, self._steps // 10) == 0:
-      print(f"step {row['step']}/{self._steps}: {text}", flush=True)
+      self._say(row["step"], text)
+
+  @contextlib.contextmanager
+  def doing(self, step: int, text: str) -> Iterator[None]:
+    """Says what is done after a step, for as long as it takes."""
+    self._say(step, text)
+    yield
+    if self._bar is not None:
+      self._bar.set_description_str("training")
 
   def close(self) -> None:
     if self._bar is not None:
       self._bar.close()
+
+  def _say(self, step: int, text: str) -> None:
+    if self._bar is not None:
+      self._bar.set_description_str(text)
+    else:
+      print(f"step {step}/{self._steps}: {text}", flush=True)

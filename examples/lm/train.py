@@ -3,10 +3,12 @@
 
 By default it reads the source of Python's own library and runs on whatever
 device JAX finds; on two CPU cores it takes about three minutes. In --out it
-leaves checkpoints, from which the same command continues, bit for bit;
-metrics.jsonl and TensorBoard events; summary.json and figures.
+leaves checkpoints, from which the same command continues, bit for bit, and one
+with more --steps goes further; metrics.jsonl and TensorBoard events;
+summary.json, sample.txt and figures. Several rules are trained in turn, each in
+a folder of its own, and compared.
 
-  python examples/lm/train.py --rule=none --out=runs/unbalanced
+  python examples/lm/train.py --rule=proportional,none
 
 Ctrl-C and SIGTERM end it after the step in progress, with a checkpoint; the
 exit code is then 130 or 143. A second signal ends it at once. An impossible
@@ -31,6 +33,7 @@ from typing import Any, NoReturn
 import checkpoint as checkpoint_lib
 import config as config_lib
 import data as data_lib
+import header as header_lib
 import jax
 import jax.numpy as jnp
 import lock as lock_lib
@@ -38,7 +41,8 @@ import metrics_log as metrics_log_lib
 import model as model_lib
 import numpy as np
 import report as report_lib
-import strict_json
+import results as results_lib
+import sample as sample_lib
 from absl import app, flags, logging
 
 import jaxroute
@@ -101,6 +105,10 @@ class Trainer:
     self._scores = jax.jit(
       functools.partial(model_lib.router_scores, self._model)
     )
+    # Of a single sequence: all devices do the same.
+    self._generate = jax.jit(
+      functools.partial(sample_lib.generate, model_lib.Transformer(config))
+    )
 
   def place(self, batch: np.ndarray) -> jax.Array:
     """A batch on the devices."""
@@ -112,6 +120,27 @@ class Trainer:
     """`[Lyr, T, E]` float32: the routers' scores of a batch, without the bias."""
     return jax.device_get(
       self._scores(state.params, state.router.expert_bias, batch)
+    )
+
+  def sample(
+    self, state: jaxroute.TrainState, prompt: np.ndarray
+  ) -> np.ndarray:
+    """Bytes that the model writes after a prompt.
+
+    Args:
+      state: it is left as it is.
+      prompt: `[seq_len]` uint8.
+
+    Returns:
+      `[sample.LENGTH]` uint8.
+    """
+    variables = {
+      "params": state.params,
+      "expert_bias": state.router.expert_bias,
+    }
+    key = jax.random.key(self._config.seed)
+    return jax.device_get(
+      self._generate(jax.device_get(variables), prompt, key)
     )
 
   def _init(self, key: jax.Array) -> jaxroute.TrainState:
@@ -144,7 +173,8 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     config: the settings.
 
   Returns:
-    The summary, as written to summary.json.
+    The summary, as written to summary.json; beside it lie sample.txt and the
+    figures.
 
   Raises:
     SetupError: if a setting, the corpus or the checkpoint does not fit.
@@ -152,7 +182,6 @@ def train(config: config_lib.Config) -> dict[str, Any]:
     Interrupted: after SIGINT or SIGTERM.
   """
   corpus = data_lib.load(config)
-  print(corpus.description)
   with _mesh(config) as mesh, lock_lib.claim(pathlib.Path(config.out)):
     return _run(config, corpus, mesh)
 
@@ -164,6 +193,8 @@ def _run(
 ) -> dict[str, Any]:
   """`train` in a folder that no other run uses."""
   out = pathlib.Path(config.out)
+  if config.resume:
+    config = config.continuing(checkpoint_lib.saved_identity(out))
   identity = config.identity() | {"data": corpus.sha256}
   with _stop_signal() as stop:
     checkpoints = checkpoint_lib.Checkpoints(out, identity)
@@ -171,24 +202,37 @@ def _run(
       checkpoints.check()
     else:
       checkpoints.clear()
+    last_step = checkpoints.last_step
+    if last_step > config.steps:
+      raise config_lib.SetupError(
+        f"--steps={config.steps}, but --out={out} holds a run of {last_step}"
+        " steps. Give at least as many, choose another --out, or --resume=false"
+        " to delete that run."
+      )
     trainer = Trainer(config, mesh)
-    if checkpoints.last_step:
-      state = checkpoints.restore(trainer.shapes)
-    else:
+    params = trainer.shapes.params
+    # It goes back to an earlier checkpoint if the last is damaged.
+    state = checkpoints.restore(trainer.shapes) if last_step else None
+    text = header_lib.header(
+      config,
+      params,
+      corpus.description,
+      checkpoints.last_step,
+      jax.device_count(),
+    )
+    print(text, flush=True)
+    if state is None:
       state = trainer.init(jax.random.key(config.seed))
     with checkpoint_lib.saving("opening metrics", out):
       log = metrics_log_lib.MetricsLog(
         config, checkpoints.last_step, checkpoints.log_end
       )
     with contextlib.closing(log):
-      _loop(config, corpus, trainer, state, checkpoints, log, stop)
-  summary = report_lib.summarize(log.rows, config.batch_size * config.seq_len)
-  with checkpoint_lib.saving("writing figures", out):
-    (out / "summary.json").write_text(
-      strict_json.dumps(summary, indent=2) + "\n"
-    )
-    report_lib.write_figures(log.rows, out)
-  return summary
+      state = _loop(config, corpus, trainer, state, checkpoints, log, stop)
+  prompt = corpus.validation[: config.seq_len]
+  sample = sample_lib.describe(prompt, trainer.sample(state, prompt))
+  _, active = header_lib.parameter_counts(config, params)
+  return results_lib.write(config, corpus, log.rows, sample, active)
 
 
 def _loop(
@@ -199,8 +243,12 @@ def _loop(
   checkpoints: checkpoint_lib.Checkpoints,
   log: metrics_log_lib.MetricsLog,
   stop: "_Stop",
-) -> None:
-  """Steps, validates and saves, from the last checkpoint to the end."""
+) -> jaxroute.TrainState:
+  """Steps, validates and saves, from the last checkpoint to the end.
+
+  Returns:
+    The last state.
+  """
   out = pathlib.Path(config.out)
   place, validation = trainer.place, corpus.validation_batches(config)
   for step in range(checkpoints.last_step + 1, config.steps + 1):
@@ -210,14 +258,17 @@ def _loop(
       log.add_step(step, report)
       if is_last or step % config.eval_every == 0:
         log.settle()
-        reports = [trainer.evaluate(state, b) for b in map(place, validation)]
-        row = report_lib.validation_row(step, jax.device_get(reports))
-        scores = trainer.scores(state, place(validation[0]))
-        bias = report_lib.per_layer(jax.device_get(state.router.expert_bias))
-        row["gap"] = report_lib.gap(scores, bias, config.top_k)
+        with log.progress.doing(step, "validating"):
+          reports = [trainer.evaluate(state, b) for b in map(place, validation)]
+          row = report_lib.validation_row(step, jax.device_get(reports))
+          scores = trainer.scores(state, place(validation[0]))
+          bias = report_lib.per_layer(jax.device_get(state.router.expert_bias))
+          row |= report_lib.gaps(scores, bias, config.top_k)
         log.add(row)
       if is_last or step % config.save_every == 0 or stop.number:
-        checkpoints.save(step, state, log.sync())
+        log_end = log.sync()
+        with log.progress.doing(step, "saving"):
+          checkpoints.save(step, state, log_end)
         log.restart_clock()
     if stop.number and not is_last:
       raise Interrupted(stop.number, step, out)
@@ -230,6 +281,7 @@ def _loop(
         expert_bias=report_lib.per_layer(state.router.expert_bias),
         top_k=config.top_k,
       )
+  return state
 
 
 @contextlib.contextmanager
@@ -291,14 +343,15 @@ def _stop_signal() -> Iterator[_Stop]:
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"expected flags only, got {argv[1:]}.", exitcode=2)
-  # A path may have bytes that are no text.
+  # A path may have bytes that are no text, and a model writes what not every
+  # terminal can show.
   if isinstance(sys.stdout, io.TextIOWrapper):
     sys.stdout.reconfigure(errors="backslashreplace")
   # JAX and Orbax would log in the middle of the progress bar.
   logging.set_verbosity(logging.WARNING)
   try:
-    config = config_lib.from_flags()
-    summary = train(config)
+    configs = config_lib.from_flags()
+    results_lib.show(configs, [train(config) for config in configs])
   except config_lib.SetupError as error:
     _exit(2, str(error))
   except checkpoint_lib.SaveError as error:
@@ -316,8 +369,6 @@ def main(argv: Sequence[str]) -> None:
     _exit(error.exit_code, f"{error}; the same command continues from there.")
   except KeyboardInterrupt:
     _exit(128 + signal.SIGINT, "aborted; the last checkpoint is intact.")
-  print(report_lib.table(summary))
-  print(f"Figures, metrics and checkpoints: {config.out}")
 
 
 def _exit(code: int, message: str) -> NoReturn:

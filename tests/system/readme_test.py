@@ -1,11 +1,18 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The pages for readers: their snippets run, their links and tests exist."""
 
+import ast
+import os
 import pathlib
 import re
+import shlex
+import subprocess
+import sys
 
+import config as config_lib
 import jax
 import pytest
+from absl import flags
 
 import jaxroute
 
@@ -24,12 +31,46 @@ _SNIPPETS = [
 
 @pytest.mark.implicit_promotion  # a user's session is not strict
 @pytest.mark.parametrize("code", _SNIPPETS)
-def test_every_snippet_runs_as_pasted(code, capsys):
+def test_every_snippet_runs_as_pasted(code, capsys, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
   with jax.numpy_rank_promotion("allow"):
     exec(compile(code, "snippet", "exec"), {})
+  assert not list(tmp_path.iterdir())
   if "print(max_vio)" in code:  # of a rule that balances within five steps
     first, *_, last = map(float, capsys.readouterr().out.split())
     assert last < first / 5
+
+
+def test_the_readme_s_snippets_run_on_a_newcomer_s_machine(tmp_path):
+  """In a process of their own, on one device, with nothing of these tests set."""
+  environment = {
+    name: value
+    for name, value in os.environ.items()
+    if not name.startswith(("JAX_", "TPU_")) and name != "XLA_FLAGS"
+  }
+  environment["JAX_PLATFORMS"] = "cpu"
+  code = "\n".join(
+    f"exec(compile({p.values[0]!r}, {p.id!r}, 'exec'), {{}})"
+    for p in _SNIPPETS
+    if p.id.startswith("README")
+  )
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    capture_output=True,
+    cwd=tmp_path,
+    env=environment,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  assert 0 < float(done.stdout) < 2  # the first snippet prints a MaxVio
+
+
+@pytest.mark.parametrize("code", _SNIPPETS)
+def test_every_step_of_a_snippet_is_jitted(code):
+  for node in ast.parse(code).body:
+    if re.search(r"jaxroute\.(nnx\.)?(train_step|update)\(", ast.unparse(node)):
+      assert isinstance(node, ast.FunctionDef)
+      assert "jit" in " ".join(map(ast.unparse, node.decorator_list))
 
 
 def test_one_snippet_shows_a_rule_that_balances():
@@ -48,13 +89,45 @@ def test_every_link_to_a_file_leads_to_one(page):
   assert not missing
 
 
-@pytest.mark.parametrize("page", _PAGES, ids=lambda page: page.name)
-def test_every_script_of_a_command_exists(page):
-  scripts = re.findall(
-    r"python ((?:examples|benchmarks)/\S+\.py)", page.read_text()
-  )
-  missing = [script for script in scripts if not (_ROOT / script).exists()]
-  assert not missing
+def _commands():
+  """The commands of pages and docstrings that run a script of the project."""
+  texts = [page.read_text() for page in _PAGES]
+  for folder in ("examples", "benchmarks"):
+    texts += [
+      ast.get_docstring(ast.parse(p.read_text())) or ""
+      for p in sorted((_ROOT / folder).rglob("*.py"))
+    ]
+  script = r"(?:python |\./)((?:examples|benchmarks)/\S+\.py|\w+\.sh)"
+  for text in texts:
+    text = re.sub(r"\\\n", " ", text)
+    for found in re.finditer(script + r"([^\n`#]*)", text):
+      yield found[1], tuple(shlex.split(found[2]))
+
+
+def _flags(script):
+  """The names of the flags that a script defines."""
+  name = "tests/conftest.py" if script == "test.sh" else script
+  text = (_ROOT / name).read_text()
+  return set(re.findall(r"(?:DEFINE_\w+|addoption)\(\s*\"(?:--)?(\w+)", text))
+
+
+@pytest.mark.parametrize("script, arguments", sorted(set(_commands())))
+def test_every_command_names_a_script_and_its_flags(script, arguments):
+  assert (_ROOT / script).exists()
+  if script in ("demo.sh", "examples/lm/train.py"):
+    values = flags.FlagValues()
+    config_lib.define_flags(values)
+    assert values([script, *arguments]) == [script]
+    assert config_lib.from_flags(values)
+  else:
+    given = [re.match(r"--(\w+)", a) for a in arguments]
+    assert {g[1] for g in given if g} <= _flags(script)
+
+
+def test_commands_are_found():
+  scripts = {script for script, _ in _commands()}
+  assert {"demo.sh", "test.sh", "examples/lm/train.py"} < scripts
+  assert ("demo.sh", ("--rule=none,proportional",)) in set(_commands())
 
 
 def test_the_tests_that_pages_name_exist():
