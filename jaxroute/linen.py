@@ -272,12 +272,9 @@ def counts(collections: Mapping[str, Any]) -> types.Counts:
   Raises:
     ValueError: if nothing was counted.
   """
-  if not isinstance(collections, Mapping) or "load" not in collections:
-    found = (
-      sorted(collections)
-      if isinstance(collections, Mapping)
-      else step.shown(collections)
-    )
+  is_mapping = isinstance(collections, Mapping)
+  if not is_mapping or "load" not in collections:
+    found = sorted(collections) if is_mapping else step.shown(collections)
     raise ValueError(
       f"`collections` must hold 'load', got {found}. Pass what"
       " `model.apply(..., mutable=jaxroute.linen.COUNTED)` returned."
