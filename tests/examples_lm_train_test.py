@@ -354,7 +354,7 @@ def test_a_damaged_checkpoint_continues_from_the_one_before(
   lm_runs.train(config)
   assert "step 60 is damaged" in capsys.readouterr().err
   assert lm_runs.kept(out) == ["50", "60"]
-  _assert_same_run(config, unbroken)
+  lm_runs.assert_same_run(config, unbroken)
 
 
 @pytest.mark.any_jax

@@ -88,6 +88,18 @@ def test_it_is_traced_and_lowered_for_its_own_platform():
     traced.lower(lowering_platforms=("cuda",))
 
 
+def test_a_kernel_for_several_devices_is_refused_before_its_own_compiler_does():
+  auto = (jax.sharding.AxisType.Auto,)
+  mesh = jax.make_mesh((8,), ("data",), axis_types=auto)
+  sharding = jax.NamedSharding(mesh, jax.P("data"))
+  x = jax.ShapeDtypeStruct((8,), jnp.float32, sharding=sharding)
+  traced = jax.jit(_double_on_tpu).trace(x)
+  with pytest.raises(
+    NotImplementedError, match="no mesh is in force.*8 devices.*`partition`"
+  ):
+    traced.lower(lowering_platforms=("tpu",))
+
+
 def test_inside_shard_map_the_two_branches_vary_alike():
   auto = (jax.sharding.AxisType.Auto,)
   mesh = jax.make_mesh((8,), ("data",), axis_types=auto)

@@ -1,12 +1,15 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Which mesh is in force, and what a kernel may do under it."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxroute
+from jaxroute import layer
 from jaxroute.parallel import mesh as mesh_lib
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
@@ -150,3 +153,83 @@ def test_a_function_of_tokens_is_mapped_over_their_shards(
   if is_sharded:
     assert jax.typeof(actual["x"]).sharding.spec == jax.P("data", None)
     assert actual["count"].is_fully_replicated
+
+
+@pytest.mark.parametrize(
+  ("partition", "mesh", "x", "words"),
+  (
+    (("data",), None, (8, 4), "no mesh in force.*jax.set_mesh"),
+    (("rows",), (AUTO, AUTO), (8, 4), r"\['rows'\], got a mesh with \('data'"),
+    (("data",), (EXPLICIT, AUTO), (2, 3, 4), "shards 6 tokens.*4 dev.*Pad"),
+    (("data",), (AUTO, AUTO), (4,), "shards 1 tokens.*4 devices"),
+    ((), (AUTO, AUTO), (8, 4), "shards 7 experts.*2 devices"),
+  ),
+)
+def test_what_a_mesh_lacks_is_said_before_anything_is_traced(
+  partition, mesh, x, words
+):
+  partition = jaxroute.Partition(token_axes=partition, expert_axis="expert")
+  context = contextlib.nullcontext()
+  if mesh is not None:
+    context = jax.set_mesh(_mesh((4, 2), *mesh))
+  with context, pytest.raises(ValueError, match=words):
+    layer.router(
+      jnp.ones(x), jnp.ones((4, 7)), None, _config(7), partition=partition
+    )
+
+
+def _config(num_experts):
+  return jaxroute.RouterConfig(num_experts=num_experts, top_k=2)
+
+
+def test_a_partition_inside_shard_map_over_its_axes_is_refused():
+  partition = jaxroute.Partition(token_axes="data")
+
+  def local(x):
+    router, _ = layer.router(
+      x, jnp.ones((4, 8)), None, _config(8), partition=partition
+    )
+    return router.weights
+
+  with jax.set_mesh(_mesh((8,), AUTO)):
+    mapped = jax.shard_map(
+      local, in_specs=jax.P("data"), out_specs=jax.P("data")
+    )
+    with pytest.raises(
+      ValueError, match=r"shard_map` over \['data'\].*axis_name=\('data',\)"
+    ):
+      jax.eval_shape(mapped, jnp.ones((8, 4)))
+
+
+@pytest.mark.parametrize("spec", (jax.P(), jax.P("data", None, "expert")))
+def test_on_explicit_axes_tokens_are_routed_where_they_lie(spec):
+  x = jax.random.normal(jax.random.key(0), (8, 3, 4))
+  weight = jax.random.normal(jax.random.key(1), (4, 8))
+
+  def route(x, weight):
+    return layer.router(x, weight, None, _config(8))[0]
+
+  expected = jax.jit(route)(x, weight)
+  with jax.set_mesh(_mesh((4, 2), EXPLICIT, EXPLICIT)):
+    x = jax.device_put(x, spec)
+    weight = jax.device_put(weight, jax.P("expert"))
+    routing = jax.jit(route)(x, weight)
+  assert jax.typeof(routing.expert_idx).sharding.spec == jax.P(
+    spec[0] if spec else None, None
+  )
+  np.testing.assert_array_equal(routing.expert_idx, expected.expert_idx)
+  np.testing.assert_array_equal(routing.load, expected.load)
+
+
+def test_load_and_histogram_travel_in_one_all_reduce():
+  config = jaxroute.RouterConfig(num_experts=8, top_k=2, histogram=True)
+  partition = jaxroute.Partition(token_axes=("data", "expert"))
+
+  def counts(x):
+    weight = jnp.ones((4, 8))
+    return layer.router(x, weight, None, config, partition=partition)[0].counts
+
+  for kind in (AUTO, EXPLICIT):
+    with jax.set_mesh(_mesh((4, 2), kind, kind)):
+      text = jax.jit(counts).lower(jnp.ones((16, 4))).as_text()
+    assert text.count("stablehlo.all_reduce") == 1

@@ -141,3 +141,23 @@ def test_config_errors_name_field_value_and_fix(fields, words):
     jaxroute.RouterConfig(**{"num_experts": 8, "top_k": 2, **fields})
   for word in words:
     assert word in str(error.value)
+
+
+def test_a_partition_takes_one_name_or_several():
+  for axes in ("data", ["data"], ("data",)):
+    assert jaxroute.Partition(token_axes=axes).token_axes == ("data",)
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  (
+    (dict(token_axes=("data", "data")), "once, got .'data', 'data'"),
+    (dict(token_axes=3), "tuple of names of mesh axes, got 3"),
+    (dict(token_axes=None), "got None. Take ()"),
+    (dict(token_axes=("data", None)), "got .'data', None"),
+    (dict(expert_axis=("expert",)), "the name of one mesh axis.*got .'expert'"),
+  ),
+)
+def test_what_names_no_mesh_axis_is_refused(change, words):
+  with pytest.raises(ValueError, match=words):
+    jaxroute.Partition(**change)

@@ -43,7 +43,7 @@ class Transformer(nn.Module):
       c.model_size,
       embedding_init=nn.initializers.normal(c.model_size**-0.5),
     )
-    x = embed(tokens.astype(jnp.int32))
+    x = look_up(embed.embedding, tokens)
     x, _ = Block(c, dense=True, name="dense_layer")(x, None)
     layers = nn.scan(
       Block,
@@ -120,6 +120,25 @@ class SwiGLU(nn.Module):
     up = nn.Dense(self.width, use_bias=False, name="up")(x)
     hidden = nn.silu(gate) * up
     return nn.Dense(x.shape[-1], use_bias=False, name="down")(hidden)
+
+
+def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
+  """Rows of a table, sharded as the tokens are.
+
+  Args:
+    table: `[V, D]`.
+    tokens: `[B, S]` integers.
+
+  Returns:
+    `[B, S, D]`.
+  """
+  sharding = jax.typeof(tokens).sharding
+  # With explicit axes a lookup has to be told how its result is sharded.
+  if jax.sharding.AxisType.Explicit not in sharding.mesh.axis_types:
+    sharding = None
+  else:
+    sharding = sharding.update(spec=jax.P(*sharding.spec, None))
+  return table.at[tokens.astype(jnp.int32)].get(out_sharding=sharding)
 
 
 def rotate(x: jax.Array) -> jax.Array:
