@@ -175,10 +175,8 @@ def dual_value(
   """
   fix = "Flatten batch and sequence into T, and pass the row of one layer."
   checks.check_array("scores", scores, "[T, E]", "floating point", fix)
-  e = scores.shape[1]
-  checks.check_array(
-    "expert_bias", expert_bias, "[E]", "floating point", fix, E=e
-  )
+  dtype, e = "floating point", scores.shape[1]
+  checks.check_array("expert_bias", expert_bias, "[E]", dtype, fix, E=e)
   top_k = _checked_top_k(top_k, scores)
   checks.check_mask(token_mask, scores.shape[0])
   if token_mask is None:
@@ -317,12 +315,9 @@ def complementary_slackness(
     >>> complementary_slackness(jnp.array([-0.5, 0.5]), jnp.array([6, 2]))
     Array(-2., dtype=float32)
   """
-  fix, dtype = (
-    "Pass those of the same tokens.",
-    "int32 or int64",
-  )
-  checks.check_array("load", load, "[..., E]", dtype, fix)
-  e, dtype = load.shape[-1], "floating point"
+  fix = "Pass those of the same tokens."
+  checks.check_array("load", load, "[..., E]", "int32 or int64", fix)
+  dtype, e = "floating point", load.shape[-1]
   checks.check_array("expert_bias", expert_bias, "[..., E]", dtype, fix, E=e)
   load = load.astype(jnp.float32)
   violation = load - jnp.mean(load, axis=-1, keepdims=True)
@@ -371,11 +366,9 @@ def _on_host(name: str, x: np.typing.ArrayLike, shape: str) -> np.ndarray:
   try:
     found = np.asarray(x)
   except (TypeError, ValueError):  # it is ragged, or traced
-    found = np.asarray(checks.describe(x))
-  if jnp.issubdtype(found.dtype, jnp.integer):
-    found = found.astype(np.float64)
-  checks.check_array(name, found, shape, "floating point", fix)
-  return found.astype(np.float64)
+    found = type(x)
+  checks.check_array(name, found, shape, "real", fix)
+  return np.asarray(found, np.float64)
 
 
 def _checked_top_k(top_k: int, scores: jax.Array | np.ndarray) -> int:

@@ -81,7 +81,7 @@ def check_choice(name: str, x: Any, choices: Sequence[str], fix: str) -> None:
     )
 
 
-def check_instance(name: str, x: Any, kind: type, fix: str) -> None:
+def check_instance(name: str, x: Any, kind: Any, fix: str) -> None:
   """Checks that `x` is a `kind`."""
   if not isinstance(x, kind):
     raise ValueError(

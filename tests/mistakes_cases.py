@@ -1,9 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""A call that works of every public function, and how each argument is spoiled.
-
-What it is spoiled by: another type, rank, size or dtype, a number out of range,
-None where it is not optional.
-"""
+"""A call that works of every public function, and how each argument is spoiled."""
 
 import math
 
@@ -148,7 +144,6 @@ _grouped = dict(
   expected_rows=_int(4, low=0, optional=True),
 )
 _rate = _number(0.1, -1.0)
-_rule = _one_of(dual.sign(1.0), "sign", dual.sign)
 _steps = _array("S", "any", host=True)
 _history = _array("S Lyr E", "any", "S", host=True)
 _lines = dict(xlabel=_one_of("step"), ylabel=_one_of("loss"))
@@ -329,10 +324,10 @@ CALLS = {
     tolerance=_number(1e-4, 1.0, -1.0),
     max_iterations=_int(3),
   ),
-  solvers.subgradient: dict(rule=_rule),
+  solvers.subgradient: dict(rule=_one_of(dual.sign(1.0), "sign", dual.sign)),
   solvers.sinkhorn: dict(temperature=_number(0.1, 0.0, -1.0)),
   solvers.sparse_transport: dict(
-    rule=_rule, regularization=_number(0.1, 0.0, -1.0)
+    rule=_one_of(dual.sign(1.0), "sign"), regularization=_number(0.1, 0.0, -1.0)
   ),
   solvers.bundle: dict(size=_int(3, low=2)),
   remat.checkpoint_name: dict(
