@@ -107,7 +107,7 @@ _DAMAGES = {
   "gone": None,
 }
 # What lies in a checkpoint, by the part of the path that does not change.
-_SOME = ("settings/metadata", "state/_METADATA", "ocdbt.process_0/d/")
+_SOME = ("settings/metadata", "state/_METADATA", "state/d/")
 
 
 def _resume_damaged(saved, run, path, damage):
@@ -133,6 +133,13 @@ def _files(saved, parts):
   return [p for p in files if any(part in str(p) for part in parts)]
 
 
+# A read may fail after another of its checkpoint already has.
+_LATE_READS = pytest.mark.filterwarnings(
+  "ignore::pytest.PytestUnraisableExceptionWarning"
+)
+
+
+@_LATE_READS
 @pytest.mark.parametrize("name", ["cut", "zero", "flip"])
 def test_a_damaged_checkpoint_is_never_taken(saved, tmp_path, capfd, name):
   run, steps = tmp_path / "run", []
@@ -150,6 +157,7 @@ def test_a_damaged_checkpoint_is_never_taken(saved, tmp_path, capfd, name):
   assert steps.count(2) >= 3
 
 
+@_LATE_READS
 @pytest.mark.long
 def test_no_damage_of_any_file_is_taken_for_the_state(saved, tmp_path):
   steps = [
@@ -160,6 +168,7 @@ def test_no_damage_of_any_file_is_taken_for_the_state(saved, tmp_path):
   assert {2, 3} == set(steps) and len(steps) > 60
 
 
+@_LATE_READS
 def test_a_checkpoint_under_another_step_is_damaged(saved, capsys):
   shutil.copytree(saved / "checkpoints" / "3", saved / "checkpoints" / "4")
   checkpoints = checkpoint_lib.Checkpoints(saved, {"seed": 0})

@@ -300,10 +300,13 @@ def _quiet() -> Iterator[None]:
   """Silences the logs of the checkpointer, which repeat what it raises."""
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
+  hook = sys.unraisablehook
   for logger in loggers:
     logger.setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda unraisable: None
   try:
     yield
   finally:
+    sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)
