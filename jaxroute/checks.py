@@ -8,7 +8,7 @@ tracing; never at what an array holds. All raise ValueError; `fix` is a sentence
 import numbers
 import re
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -70,6 +70,8 @@ def describe(x: Any) -> str:
     return f"{x.dtype} {x.shape if value is x else value}"
   if isinstance(x, type | np.dtype):
     return str(x)
+  if isinstance(x, tuple | list) and len(x) <= 4:
+    return f"({', '.join(map(describe, x))})"
   return f"a {type(x).__name__}"
 
 
@@ -89,13 +91,20 @@ def check_instance(name: str, x: Any, kind: Any, fix: str) -> None:
     )
 
 
-def check_rule(name: str, rule: Any) -> None:
-  """Checks that `rule` has the two functions of an optax transformation."""
-  if not all(callable(getattr(rule, f, None)) for f in ("init", "update")):
-    raise ValueError(
-      f"`{name}` must be an optax transformation, got {describe(rule)}. Pass what"
-      " a rule of `jaxroute.dual` returns, as `dual.sign(1e-3)`."
+def check_transformation(name: str, x: Any) -> None:
+  """Checks that a rule or an optimizer has optax's two functions."""
+  if all(callable(getattr(x, f, None)) for f in ("init", "update")):
+    return
+  fix = "Pass what a rule of `jaxroute.dual` returns: `dual.sign(1e-3)`."
+  if name == "optimizer":
+    fix = "Pass what optax returns: `optax.adamw(1e-3)`."
+  elif isinstance(x, Mapping):
+    fix = (
+      "For a linen model: `jaxroute.linen.init_router_state(variables, rule)`."
     )
+  raise ValueError(
+    f"`{name}` must be an optax transformation, got {describe(x)}. {fix}"
+  )
 
 
 def as_float_dtype(name: str, dtype: Any) -> np.dtype:

@@ -31,8 +31,8 @@ import optax
 from flax import linen as nn
 from flax import serialization
 
+from jaxroute import checks, experts, layer, routing, train, types
 from jaxroute import counts as counts_lib
-from jaxroute import experts, layer, routing, step, train, types
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -239,10 +239,10 @@ def init_router_state(
   if not isinstance(variables, Mapping):
     raise ValueError(
       "`variables` must be what `model.init` returned, got"
-      f" {step.shown(variables)}. For a model without collections:"
+      f" {checks.describe(variables)}. For a model without collections:"
       " `jaxroute.init_router_state(rule, num_experts, num_layers)`."
     )
-  step.check_transformation("rule", rule)
+  checks.check_transformation("rule", rule)
   missing = {"expert_bias", "load"} - set(variables)
   if missing:
     raise ValueError(
@@ -274,7 +274,7 @@ def counts(collections: Mapping[str, Any]) -> types.Counts:
   """
   is_mapping = isinstance(collections, Mapping)
   if not is_mapping or "load" not in collections:
-    found = sorted(collections) if is_mapping else step.shown(collections)
+    found = sorted(collections) if is_mapping else checks.describe(collections)
     raise ValueError(
       f"`collections` must hold 'load', got {found}. Pass what"
       " `model.apply(..., mutable=jaxroute.linen.COUNTED)` returned."

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxroute import types
+from jaxroute import checks, types
 
 # (params, expert_bias, batch, **more) -> (loss, (counts, metrics, *more)); see
 # `train_step`.
@@ -140,24 +140,24 @@ def call_loss(
   names = ["counts", "metrics"] + ["variables"] * (variables is not None)
   if not (_is_tuple(out, 2) and _is_tuple(out[1], len(names))):
     raise ValueError(
-      f"`loss_fn` must return (loss, ({', '.join(names)})), got {_outline(out)}."
+      f"`loss_fn` must return (loss, ({', '.join(names)})), got {checks.describe(out)}."
       " Where there are no metrics, return an empty dict."
     )
   loss, (counts, metrics, *after) = out
   if jnp.shape(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
     raise ValueError(
       "`loss_fn` must return a floating-point scalar as the loss, got"
-      f" {_outline(loss)}. Take the mean over the batch."
+      f" {checks.describe(loss)}. Take the mean over the batch."
     )
   if not isinstance(counts, types.Counts):
     raise ValueError(
       f"`loss_fn` must return (loss, ({', '.join(names)})) with a"
-      f" `jaxroute.Counts`, got {_outline(counts)} for the counts. Wrap the loads:"
+      f" `jaxroute.Counts`, got {checks.describe(counts)} for the counts. Wrap the loads:"
       " `jaxroute.Counts(load=...)`, or `jaxroute.linen.counts(...)`."
     )
   if not isinstance(metrics, Mapping):
     raise ValueError(
-      f"`loss_fn` must return a dict of metrics, got {_outline(metrics)}."
+      f"`loss_fn` must return a dict of metrics, got {checks.describe(metrics)}."
     )
   if after:
     _check_is_alike(after[0], variables)
@@ -265,7 +265,7 @@ def _weight(weight_fn: WeightFn | None, part: types.PyTree) -> jax.Array:
   is_real = not jnp.issubdtype(jnp.result_type(weight), jnp.complexfloating)
   if jnp.shape(weight) or not is_real:
     raise ValueError(
-      f"`weight_fn` must return a real scalar, got {_outline(weight)}. Return the"
+      f"`weight_fn` must return a real scalar, got {checks.describe(weight)}. Return the"
       " number of tokens that count: `jnp.sum(batch['token_mask'])`."
     )
   return _widened(weight)
@@ -290,14 +290,16 @@ def _check_are_floats(params: types.PyTree) -> None:
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
       raise ValueError(
         "`params` must hold floating-point arrays, got"
-        f" {_outline(x)} at params{jax.tree_util.keystr(path)}. What is not trained"
+        f" {checks.describe(x)} at params{jax.tree_util.keystr(path)}. What is not trained"
         " goes into `variables`."
       )
 
 
 def _check_is_alike(after: types.PyTree, before: types.PyTree) -> None:
   """Variables keep their types, or the next step would be compiled anew."""
-  expected, found = [jax.tree.map(_outline, tree) for tree in (before, after)]
+  expected, found = [
+    jax.tree.map(checks.describe, tree) for tree in (before, after)
+  ]
   if jax.tree.flatten(expected) != jax.tree.flatten(found):
     raise ValueError(
       f"`loss_fn` must return variables like those it gets, {expected}, got"
@@ -307,12 +309,3 @@ def _check_is_alike(after: types.PyTree, before: types.PyTree) -> None:
 
 def _is_tuple(x: Any, size: int) -> bool:
   return isinstance(x, tuple | list) and len(x) == size
-
-
-def _outline(x: Any) -> str:
-  """What an object is, in a word or two, for messages."""
-  if isinstance(x, tuple | list):
-    return f"({', '.join(map(_outline, x))})"
-  if hasattr(x, "dtype"):
-    return f"{x.dtype} {x.shape}"
-  return f"a {type(x).__name__}"

@@ -8,7 +8,7 @@ import jax
 import optax
 from flax import nnx
 
-from jaxroute import step, train, types
+from jaxroute import checks, step, train, types
 
 
 class ExpertBias(nnx.Variable):
@@ -75,7 +75,7 @@ def init_rule_state(
   Raises:
     ValueError: if the model has no router.
   """
-  step.check_transformation("rule", rule)
+  checks.check_transformation("rule", rule)
   return rule.init(router_state(model, None).expert_bias)
 
 
@@ -152,7 +152,7 @@ def train_step(
   if not isinstance(optimizer, nnx.Optimizer):
     raise ValueError(
       "`optimizer` must be an `nnx.Optimizer(model, tx, wrt=nnx.Param)`, got"
-      f" {step.shown(optimizer)}."
+      f" {checks.describe(optimizer)}."
     )
   kinds = (optimizer.wrt, ExpertBias, (Load, Histogram), ...)
   graph, *parts = nnx.split(model, *kinds)
@@ -177,7 +177,7 @@ def train_step(
     out = loss_fn(copy, batch)
     if not isinstance(out, tuple) or len(out) != 2:
       raise ValueError(
-        f"`loss_fn` must return (loss, metrics), got {step.shown(out)}. Where there"
+        f"`loss_fn` must return (loss, metrics), got {checks.describe(out)}. Where there"
         " are no metrics, return an empty dict."
       )
     after: Any = nnx.as_pure(nnx.split(copy, *kinds)[-1])

@@ -9,7 +9,7 @@ other; under `jax.jit` over sharded tokens the loads are global already.
 
 import dataclasses
 import numbers
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -17,9 +17,9 @@ import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
+from jaxroute import checks, types
 from jaxroute import counts as counts_lib
 from jaxroute import metrics as metrics_lib
-from jaxroute import types
 
 Layer = types.Routing | types.MoEOutput | types.Counts
 
@@ -50,7 +50,7 @@ def init_router_state(
     >>> init_router_state(dual.sign(1e-3), num_experts=2).load
     Array([[0, 0]], dtype=int32)
   """
-  check_transformation("rule", rule)
+  checks.check_transformation("rule", rule)
   for name, size in (("num_experts", num_experts), ("num_layers", num_layers)):
     if not isinstance(size, numbers.Integral) or size < 1:
       raise ValueError(
@@ -131,7 +131,7 @@ def update(
     Array([[-0.5,  0.5]], dtype=float32)
   """
   check_state("state", state)
-  check_transformation("rule", rule)
+  checks.check_transformation("rule", rule)
   with jax.named_scope("jaxroute.update"):
     _check_rule_state(state, rule)
     counts = state.counts
@@ -162,33 +162,6 @@ def _psum(counts: types.Counts, axis_name: str | Sequence[str]) -> types.Counts:
   return unravel(jax.lax.psum(flat, axis_name))
 
 
-def check_transformation(name: str, transformation: Any) -> None:
-  """Checks that an argument has the two functions of an optax transformation.
-
-  Args:
-    name: of the argument.
-    transformation: a rule or an optimizer.
-
-  Raises:
-    ValueError: if it is something else.
-  """
-  functions = [getattr(transformation, f, None) for f in ("init", "update")]
-  if all(map(callable, functions)):
-    return
-  fix = {
-    "rule": "Pass what a rule of `jaxroute.dual` returns: `dual.sign(1e-3)`.",
-    "optimizer": "Pass what optax returns: `optax.adamw(1e-3)`.",
-  }[name]
-  if isinstance(transformation, Mapping):
-    fix = (
-      "For a linen model: `jaxroute.linen.init_router_state(variables, rule)`."
-    )
-  raise ValueError(
-    f"`{name}` must be an optax transformation, got"
-    f" {shown(transformation)}. {fix}"
-  )
-
-
 def check_state(name: str, state: Any) -> None:
   """Checks that an argument is a `RouterState`.
 
@@ -204,7 +177,7 @@ def check_state(name: str, state: Any) -> None:
     if hasattr(state, "router"):
       fix = "Pass `state.router`."
     raise ValueError(
-      f"`{name}` must be a `RouterState`, got {shown(state)}. {fix}"
+      f"`{name}` must be a `RouterState`, got {checks.describe(state)}. {fix}"
     )
 
 
@@ -223,16 +196,3 @@ def _check_rule_state(
       "`state.rule_state` must be like `rule.init(state.expert_bias)`, of the shapes"
       f" {expected}, got {found}. Update a state by the rule that it was made with."
     )
-
-
-def shown(x: Any) -> str:
-  """What was passed, in a few words.
-
-  Args:
-    x: anything.
-
-  Returns:
-    Strings and numbers as they are, the type of anything else.
-  """
-  is_short = x is None or isinstance(x, str | numbers.Number)
-  return repr(x) if is_short else f"a {type(x).__name__}"

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxroute import checks, types
 from jaxroute import counts as counts_lib
 from jaxroute import metrics as metrics_lib
 from jaxroute import micro_batches as micro_batches_lib
 from jaxroute import step as step_lib
-from jaxroute import types
 
 
 @jax.tree_util.register_dataclass
@@ -57,7 +57,7 @@ def init_train_state(
     ValueError: if `router` or `optimizer` is none.
   """
   step_lib.check_state("router", router)
-  step_lib.check_transformation("optimizer", optimizer)
+  checks.check_transformation("optimizer", optimizer)
   return TrainState(
     step=jnp.zeros((), jnp.int32),
     params=params,
@@ -150,7 +150,7 @@ def train_step(
     functions["weight_fn"] = weight_fn
   flags = {"freeze_bias": freeze_bias, "skip": skip}
   _check_arguments(state, rng, functions, flags)
-  step_lib.check_transformation("optimizer", optimizer)
+  checks.check_transformation("optimizer", optimizer)
   if rng is not None:
     rng = jax.random.fold_in(rng, state.step)
   found = micro_batches_lib.accumulated_grad(
@@ -241,13 +241,13 @@ def _check_arguments(
 ) -> None:
   if not isinstance(state, TrainState):
     raise ValueError(
-      f"`state` must be a `TrainState`, got {step_lib.shown(state)}. Pass what"
+      f"`state` must be a `TrainState`, got {checks.describe(state)}. Pass what"
       " `init_train_state` returned."
     )
   for name, function in functions.items():
     if not callable(function):
       raise ValueError(
-        f"`{name}` must be a function, got {step_lib.shown(function)}. Pass it"
+        f"`{name}` must be a function, got {checks.describe(function)}. Pass it"
         " uncalled."
       )
   for name, flag in flags.items():
@@ -258,7 +258,7 @@ def _check_arguments(
       )
   if rng is not None and not _is_key(rng):
     raise ValueError(
-      f"`rng` must be one random key, got {step_lib.shown(rng)}. Pass"
+      f"`rng` must be one random key, got {checks.describe(rng)}. Pass"
       " `jax.random.key(seed)`."
     )
 

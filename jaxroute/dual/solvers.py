@@ -111,7 +111,7 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
   Raises:
     ValueError: if `rule` is none.
   """
-  checks.check_rule("rule", rule)
+  checks.check_transformation("rule", rule)
   return _subgradient(rule)
 
 
@@ -202,7 +202,7 @@ def sparse_transport(
     Liu, Puigcerver, Blondel, 2023, Sparsity-constrained optimal transport,
     https://arxiv.org/abs/2209.15466, section 4.
   """
-  checks.check_rule("rule", rule)
+  checks.check_transformation("rule", rule)
   return _sparse_transport(rule, _positive("regularization", regularization))
 
 
