@@ -92,7 +92,7 @@ def _dot(a, b):
   )
 
 
-def _slope(function, at, direction, h=1e-2):
+def _slope(function, at, direction, h=2e-3):
   """The derivative along a direction, by differences of fourth order."""
 
   def moved(by):
