@@ -61,7 +61,7 @@ def _loss(f):
     lambda f: jax.grad(
       lambda x, y: jnp.sum(
         jax.vmap(jax.vmap(_loss(f), (None, 0)), (0, None))(
-          x * jnp.ones((2, 1)), y * jnp.arange(1.0, 4.0)[:, None]
+          jnp.stack([x, 2 * x]), jnp.stack([y, y + 1, 3 * y])
         )
       ),
       (0, 1),

@@ -45,7 +45,8 @@ def _normal(seed, *shape):
   return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
 
-X, LOGITS, KERNEL = _normal(0, T, D), _normal(1, T, E), _normal(2, D, E)
+# No token is near a tie: a derivative there is one of two.
+X, LOGITS, KERNEL = _normal(113, T, D), _normal(1, T, E), _normal(2, D, E)
 ROWS, BIAS = _normal(3, T, K, D), _normal(4, E) * 0.1
 WEIGHTS = jax.nn.softmax(_normal(5, T, K))
 PARAMS = experts.ExpertParams(

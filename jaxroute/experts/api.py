@@ -43,7 +43,8 @@ def grouped_matmul(
     implementation: "ragged_dot" (`jax.lax.ragged_dot`, for TPU), "tiled" (one
       expert's rows at a time, for CPU), "batched" (batches of all experts'
       rows, for NVIDIA GPU), or None for the fast one of the platform that the
-      program is lowered for.
+      program is lowered for. Only "ragged_dot" has forward-mode and second
+      derivatives; only "tiled" cannot take the symbolic N of `jax.export`.
     expected_rows: of all groups together when they are balanced, where that is
       far below N, as on one shard of the experts; None for N. It only sizes the
       batches of "batched"; it never changes the result.
