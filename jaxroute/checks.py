@@ -70,7 +70,7 @@ def describe(x: Any) -> str:
     return f"{x.dtype} {x.shape if value is x else value}"
   if isinstance(x, type | np.dtype):
     return str(x)
-  if isinstance(x, tuple | list) and len(x) <= 4:
+  if type(x) in (tuple, list) and len(x) <= 4:
     return f"({', '.join(map(describe, x))})"
   return f"a {type(x).__name__}"
 

@@ -298,7 +298,8 @@ def _check_are_floats(params: types.PyTree) -> None:
 def _check_is_alike(after: types.PyTree, before: types.PyTree) -> None:
   """Variables keep their types, or the next step would be compiled anew."""
   expected, found = [
-    jax.tree.map(checks.describe, tree) for tree in (before, after)
+    jax.tree.map(checks.describe, jax.eval_shape(lambda x: x, tree))
+    for tree in (before, after)
   ]
   if jax.tree.flatten(expected) != jax.tree.flatten(found):
     raise ValueError(

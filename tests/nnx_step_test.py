@@ -205,7 +205,7 @@ def test_update_sums_over_the_axes_that_it_is_told():
     ),
     (
       {"loss_fn": lambda model, batch: (jnp.sum(model(batch["x"])[1]), 0.0)},
-      "a dict of metrics, got a float",
+      "a dict of metrics, got 0.0",
     ),
     ({"rule": "sign"}, "`rule` must be an optax transformation, got 'sign'"),
     ({"rule": dual.pid(1e-3)}, "`state.rule_state` must be like.*Pid"),
