@@ -27,6 +27,24 @@ CONFIG = config_lib.Config(
     ({"score_fn": "relu"}, "--score_fn must be one of"),
     ({"top_k": 9}, "--top_k must be in"),
     ({"rate": float("inf")}, "--rate must be finite"),
+    ({"rate": 1e39}, "--rate must be finite"),
+    ({"rate": float("nan")}, "--rate must be finite"),
+    ({"rate": float("-inf")}, "--rate must be finite"),
+    ({"learning_rate": 1e39}, "--learning_rate must be finite"),
+    ({"learning_rate": float("nan")}, "--learning_rate must be at least 0"),
+    ({"weight_decay": 1e39}, "--weight_decay must be finite"),
+    ({"switch_weight": 1e39}, "--switch_weight must be finite"),
+    ({"steps": 2**31}, "--steps must be finite and at most 2147483647"),
+    ({"seed": 2**32}, "--seed must be finite and at most 4294967295"),
+    ({"seed": -1}, "--seed must be at least 0"),
+    ({"batch_size": 2**25, "seq_len": 64}, "--batch_size=.* since loads are"),
+    ({"out": ""}, "--out must be a local folder, got ''"),
+    ({"out": "gs://bucket/run"}, "--out must be a local folder, got 'gs://"),
+    ({"out": "caf\udce9"}, "--out must be a local folder"),
+    ({"mesh": ""}, "--mesh must be DATA,EXPERT"),
+    ({"mesh": "1,1,1"}, "--mesh must be DATA,EXPERT"),
+    ({"mesh": "0,1"}, "--mesh must be DATA,EXPERT"),
+    ({"mesh": "9" * 5000 + ",1"}, "--mesh must be DATA,EXPERT"),
     ({"mesh": "2"}, "--mesh must be DATA,EXPERT, two positive integers"),
     ({"mesh": "3,1"}, "--batch_size=4 must be divisible by"),
     ({"mesh": "1,3"}, "--num_experts=8 must be divisible by the 3"),
@@ -117,6 +135,25 @@ def test_more_devices_than_there_are_is_named(tmp_path):
   with pytest.raises(config_lib.SetupError, match="needs 16 devices, found 8"):
     train_lib.train(config)
   assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+  "argument, message",
+  [
+    ("--steps=abc", "flag --steps=abc: invalid literal"),
+    ("--stepz=3", "Unknown command line flag 'stepz'"),
+    ("--resume=maybe", "flag --resume=maybe"),
+  ],
+)
+def test_a_wrong_flag_is_named(capsys, monkeypatch, argument, message):
+  parsed = flags.FlagValues()
+  flags.DEFINE_integer("steps", 1, "", flag_values=parsed)
+  flags.DEFINE_bool("resume", True, "", flag_values=parsed)
+  monkeypatch.setattr(config_lib.flags, "FLAGS", parsed)
+  with pytest.raises(SystemExit) as error:
+    config_lib.parse_flags(["/path/train.py", argument])
+  assert error.value.code == 2
+  assert capsys.readouterr().err.startswith(f"train.py: {message}")
 
 
 def test_errors_come_without_a_traceback(tmp_path):

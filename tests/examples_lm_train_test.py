@@ -19,6 +19,7 @@ import config as config_lib
 import data as data_lib
 import jax
 import lm_runs
+import lock
 import metrics_log as metrics_log_lib
 import numpy as np
 import oracle
@@ -337,6 +338,30 @@ def test_a_full_disk_leaves_the_last_checkpoint(
   assert lm_runs.kept(config.out) == ["50", "55"]
   lm_runs.train(config)
   lm_runs.assert_same_run(config, unbroken)
+
+
+def test_a_damaged_checkpoint_continues_from_the_one_before(
+  unbroken, tmp_path, capsys
+):
+  out = tmp_path / "run"
+  shutil.copytree(unbroken.out, out)
+  arrays = out / "checkpoints" / "60" / "state" / "ocdbt.process_0" / "d"
+  largest = max(arrays.iterdir(), key=lambda path: path.stat().st_size)
+  data = bytearray(largest.read_bytes())
+  data[len(data) // 2] ^= 1
+  largest.write_bytes(data)
+  config = dataclasses.replace(unbroken, out=str(out))
+  lm_runs.train(config)
+  assert "step 60 is damaged" in capsys.readouterr().err
+  assert lm_runs.kept(out) == ["50", "60"]
+  _assert_same_run(config, unbroken)
+
+
+@pytest.mark.any_jax
+def test_no_other_run_may_use_the_folder(config):
+  with lock.claim(pathlib.Path(config.out)):
+    with pytest.raises(config_lib.SetupError, match="in use by another run"):
+      lm_runs.train(config)
 
 
 def test_a_run_may_move_to_a_mesh_which_changes_nothing(config, unbroken):

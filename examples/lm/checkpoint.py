@@ -132,6 +132,7 @@ class Checkpoints:
       raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     settings = {
       "format": FORMAT,
+      "step": step,
       "identity": self._identity,
       "log": log_end,
       "arrays": checksum.checksums(state),
@@ -155,6 +156,7 @@ class Checkpoints:
       lightweight_initialize=True,
     )
     with saving("preparing the folder of checkpoints", self._out), _quiet():
+      self._folder.mkdir(parents=True, exist_ok=True)
       return ocp.CheckpointManager(self._folder, options=options)
 
   def _newest_whole(self, read: Callable[[int], _T]) -> _T:
@@ -201,6 +203,8 @@ class Checkpoints:
         f" expected format {FORMAT}: another version of this program wrote them."
         " Choose another --out, or --resume=false to delete that run."
       )
+    if settings["step"] != step:
+      raise _DamagedError(f"it was saved as step {settings['step']}")
     saved = settings["identity"]
     differing = [
       f"--{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} here"
@@ -296,10 +300,13 @@ def _quiet() -> Iterator[None]:
   """Silences the logs of the checkpointer, which repeat what it raises."""
   loggers = [logging.getLogger(name) for name in ("absl", "asyncio")]
   levels = [logger.level for logger in loggers]
+  hook = sys.unraisablehook
   for logger in loggers:
     logger.setLevel(logging.CRITICAL)
+  sys.unraisablehook = lambda unraisable: None
   try:
     yield
   finally:
+    sys.unraisablehook = hook
     for logger, level in zip(loggers, levels, strict=True):
       logger.setLevel(level)

@@ -31,6 +31,7 @@ RULES = {
 
 # Steps, sizes and loads are int32 on the device, and numbers float32.
 _HIGHEST = {int: 2**31 - 1, float: float(np.finfo(np.float32).max)}
+_HOST_ONLY = {"data_bytes": float("inf"), "seed": 2**32 - 1}
 
 
 class SetupError(ValueError):
@@ -115,7 +116,9 @@ class Config:
 
   def __post_init__(self):
     self._check_ranges()
-    if not self.out or "://" in self.out:
+    # The array store takes no other names.
+    is_text = self.out == self.out.encode(errors="replace").decode()
+    if not self.out or "://" in self.out or not is_text:
       raise SetupError(f"--out must be a local folder, got {self.out!r}.")
     if self.model_size % (2 * self.num_heads):
       raise SetupError(
@@ -166,11 +169,12 @@ class Config:
         raise SetupError(f"--{name} must be at least {low}, got {value}.")
     for field in dataclasses.fields(self):
       kind: Any = type(field.default)
-      value, high = getattr(self, field.name), _HIGHEST.get(kind)
+      value = getattr(self, field.name)
+      high = _HOST_ONLY.get(field.name, _HIGHEST.get(kind))
       # NaN compares as false.
-      if high and field.name != "data_bytes" and not abs(value) <= high:
+      if high and not abs(value) <= high:
         raise SetupError(
-          f"--{field.name} must be finite and at most {high:.9g}, got {value}."
+          f"--{field.name} must be finite and at most {high}, got {value}."
         )
     if self.batch_size * self.seq_len * self.top_k > _HIGHEST[int]:
       raise SetupError(

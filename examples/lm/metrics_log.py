@@ -48,6 +48,13 @@ class MetricsLog:
     path = out / "metrics.jsonl"
     text = _read(path, config, last_step, end or {"bytes": 0})
     self.rows = [report_lib.parse_row(line) for line in text.splitlines()]
+    missing = _missing_steps(self.rows, last_step)
+    if missing:
+      print(
+        f"{path} lacks {len(missing)} of the {last_step} steps so far. Table and"
+        " figures are without them.",
+        file=sys.stderr,
+      )
     self._written, self._sha256 = len(text), hashlib.sha256(text)
     self._file = path.open("ab")
     self._board = tensorboardX.SummaryWriter(
@@ -120,37 +127,41 @@ def _read(
   """The file as it was at the checkpoint; what follows is cut off."""
   length, start_anew = end["bytes"], "--resume=false to start the run anew"
   if length and not path.exists():
-    lost = f"{path} is missing, with the rows up to step {last_step}."
     if last_step >= config.steps:
       raise config_lib.SetupError(
-        f"{lost} That was all of the run: put it back from a copy, or"
-        f" {start_anew}."
+        f"{path} is missing, with all rows of a run that is finished. Put it"
+        f" back from a copy, or {start_anew}."
       )
-    print(f"{lost} Table and figures will be without them.", file=sys.stderr)
     return b""
   path.touch()
-  text = path.read_bytes()[:length]
-  if length and hashlib.sha256(text).hexdigest() != end["sha256"]:
+  text = path.read_bytes()
+  if length and hashlib.sha256(text[:length]).hexdigest() != end["sha256"]:
     raise config_lib.SetupError(
       f"{path} is not as it was when step {last_step} was saved:"
       f" {_difference(text, last_step)}. Put it back from a copy; or delete it"
       f" to continue without the rows so far; or {start_anew}."
     )
   os.truncate(path, length)
-  return text
+  return text[:length]
 
 
 def _difference(text: bytes, last_step: int) -> str:
-  """What is wrong with the rows of a file that should end at a step."""
-  steps = set()
-  for number, line in enumerate(text.splitlines(keepends=True), start=1):
+  """What is wrong with the rows of a file up to a step."""
+  rows = []
+  for number, line in enumerate(text.splitlines(), start=1):
     try:
       row = report_lib.parse_row(line)
-      if row["kind"] == "train":
-        steps.add(row["step"])
+      if row["step"] > last_step:
+        break
+      rows.append({"kind": row["kind"], "step": row["step"]})
     except (ValueError, TypeError, KeyError, AttributeError):
       return f"line {number} is broken"
-  missing = sorted(set(range(1, last_step + 1)) - steps)
+  missing = _missing_steps(rows, last_step)
   if missing:
-    return f"{len(missing)} steps are missing, the first is {missing[0]}"
+    return f"it lacks {len(missing)} steps, the first is {missing[0]}"
   return "it was changed"
+
+
+def _missing_steps(rows: list[dict[str, Any]], last_step: int) -> list[int]:
+  steps = {row["step"] for row in rows if row["kind"] == "train"}
+  return sorted(set(range(1, last_step + 1)) - steps)
