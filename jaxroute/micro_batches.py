@@ -152,8 +152,8 @@ def call_loss(
   if not isinstance(counts, types.Counts):
     raise ValueError(
       f"`loss_fn` must return (loss, ({', '.join(names)})) with a"
-      f" `jaxroute.Counts`, got {checks.describe(counts)} for the counts. Wrap the loads:"
-      " `jaxroute.Counts(load=...)`, or `jaxroute.linen.counts(...)`."
+      f" `jaxroute.Counts`, got {checks.describe(counts)} for the counts. Wrap the"
+      " loads: `jaxroute.Counts(load=...)`, or `jaxroute.linen.counts(...)`."
     )
   if not isinstance(metrics, Mapping):
     raise ValueError(
@@ -265,8 +265,8 @@ def _weight(weight_fn: WeightFn | None, part: types.PyTree) -> jax.Array:
   is_real = not jnp.issubdtype(jnp.result_type(weight), jnp.complexfloating)
   if jnp.shape(weight) or not is_real:
     raise ValueError(
-      f"`weight_fn` must return a real scalar, got {checks.describe(weight)}. Return the"
-      " number of tokens that count: `jnp.sum(batch['token_mask'])`."
+      f"`weight_fn` must return a real scalar, got {checks.describe(weight)}. Return"
+      " the number of tokens that count: `jnp.sum(batch['token_mask'])`."
     )
   return _widened(weight)
 
@@ -290,8 +290,8 @@ def _check_are_floats(params: types.PyTree) -> None:
     if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
       raise ValueError(
         "`params` must hold floating-point arrays, got"
-        f" {checks.describe(x)} at params{jax.tree_util.keystr(path)}. What is not trained"
-        " goes into `variables`."
+        f" {checks.describe(x)} at params{jax.tree_util.keystr(path)}. What is not"
+        " trained goes into `variables`."
       )
 
 

@@ -177,8 +177,8 @@ def train_step(
     out = loss_fn(copy, batch)
     if not isinstance(out, tuple) or len(out) != 2:
       raise ValueError(
-        f"`loss_fn` must return (loss, metrics), got {checks.describe(out)}. Where there"
-        " are no metrics, return an empty dict."
+        f"`loss_fn` must return (loss, metrics), got {checks.describe(out)}. Where"
+        " there are no metrics, return an empty dict."
       )
     after: Any = nnx.as_pure(nnx.split(copy, *kinds)[-1])
     return out[0], (
