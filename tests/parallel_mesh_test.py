@@ -159,7 +159,7 @@ def test_a_function_of_tokens_is_mapped_over_their_shards(
   ("partition", "mesh", "x", "words"),
   (
     (("data",), None, (8, 4), "no mesh in force.*jax.set_mesh"),
-    (("rows",), (AUTO, AUTO), (8, 4), r"\['rows'\], got a mesh with \('data'"),
+    (("rows",), (AUTO, AUTO), (8, 4), r"'rows'\], got a mesh with \('data'"),
     (("data",), (EXPLICIT, AUTO), (2, 3, 4), "shards 6 tokens.*4 dev.*Pad"),
     (("data",), (AUTO, AUTO), (4,), "shards 1 tokens.*4 devices"),
     ((), (AUTO, AUTO), (8, 4), "shards 7 experts.*2 devices"),

@@ -41,11 +41,11 @@ def route(
     implementation: "pallas_tpu", "xla", or None for the first of them that can
       do this here. "pallas_tpu" is a kernel for v5e, v5p and newer, which XLA
       does not partition: call it on one device, under explicit sharding, by
-      `jaxroute.layer.router` with a partition, or inside `jax.shard_map`. Without a name the kernel is taken only if the
-      program is for such a TPU: that of the mesh in force
-      (`jax.sharding.use_abstract_mesh`), or else the default device, if it is
-      the only one. With a name it is traced anywhere, so that it can be
-      compiled for a TPU elsewhere.
+      `jaxroute.layer.router` with a partition, or inside `jax.shard_map`. Without
+      a name the kernel is taken only if the program is for such a TPU: that of
+      the mesh in force (`jax.sharding.use_abstract_mesh`), or else the default
+      device, if it is the only one. With a name it is traced anywhere, so that
+      it can be compiled for a TPU elsewhere.
     interpret: whether a kernel is interpreted, on any device: False, True, or
       `pltpu.InterpretParams` for the TPU simulator.
 
