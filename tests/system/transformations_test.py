@@ -104,18 +104,11 @@ def _slope(function, at, direction, h=2e-3):
   )
 
 
-def _one_of_each(f, varying):
-  """Whether each argument varies: ("tokens", "parameters" or "both")."""
-  is_tokens = [i < f.tokens for i in range(len(f.args))]
-  return {
-    "tokens": is_tokens,
-    "parameters": [not is_one for is_one in is_tokens],
-    "both": [True] * len(is_tokens),
-  }[varying]
-
-
 def _check_vmap(f, varying):
-  varies = _one_of_each(f, varying)
+  varies = [
+    varying in ("both", "tokens" if i < f.tokens else "parameters")
+    for i in range(len(f.args))
+  ]
   all_args = [
     [
       new if v else old
