@@ -16,8 +16,9 @@ def add_row(board: tensorboardX.SummaryWriter, row: dict[str, Any]) -> None:
   Args:
     board: the writer.
     row: its numbers become scalars. Of its `[Lyr, E]` load, if it has one, each
-      layer's MaxVio is one too. Of the loads, relative to their mean, and the biases of a
-      validation or a tenth step, the experts of a layer make a histogram.
+      layer's MaxVio is one too. The experts of a layer make a histogram of
+      loads, relative to their mean, and of biases: of a validation and of every
+      tenth step.
   """
   kind, step = row["kind"], row["step"]
   for name, value in row.items():
