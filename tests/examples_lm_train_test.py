@@ -27,7 +27,6 @@ import orbax.checkpoint as ocp
 import pytest
 import report as report_lib
 import train as train_lib
-from absl import flags
 from lm_runs import STEPS, TINY
 
 from jaxroute import assignment
@@ -138,31 +137,6 @@ def test_an_extended_run_is_one_that_was_to_be_longer(
     match=r"--steps=60, but --out=.* holds a run of 65 steps. Give at least as",
   ):
     lm_runs.train(dataclasses.replace(finished, steps=STEPS))
-
-
-@pytest.mark.any_jax
-def test_rules_are_trained_in_turn_and_compared(
-  unbroken, tmp_path, monkeypatch, capsys
-):
-  def train(config):
-    """Takes the run that is there for the rule's."""
-    lm_runs.copy_at(STEPS, pathlib.Path(unbroken.out), pathlib.Path(config.out))
-    return json.loads((tmp_path / config.rule / "summary.json").read_text())
-
-  values = flags.FlagValues()
-  config_lib.define_flags(values)
-  values(["train.py", "--rule=none,sign", f"--out={tmp_path}"])
-  configs = config_lib.from_flags(values)
-  monkeypatch.setattr(config_lib, "from_flags", lambda: configs)
-  monkeypatch.setattr(train_lib, "train", train)
-  train_lib.main(["train.py"])
-  printed = capsys.readouterr().out
-  table = (tmp_path / "compared.txt").read_text()
-  assert table.split()[:3] == ["none", "sign", "yardstick"]
-  for text in (table, "=== none", "=== sign", f"checkpoints: {tmp_path}\n"):
-    assert text in printed
-  for name in ("compared", "compared_loads"):
-    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.any_jax

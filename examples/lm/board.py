@@ -15,14 +15,17 @@ def add_row(board: tensorboardX.SummaryWriter, row: dict[str, Any]) -> None:
 
   Args:
     board: the writer.
-    row: its numbers become scalars. Of its `[Lyr, E]` load each layer's MaxVio
-      is one too. Of the loads, relative to their mean, and the biases of a
-      validation or a tenth step, the experts of a layer make a histogram.
+    row: its numbers become scalars. Of its `[Lyr, E]` load, if it has one, each
+      layer's MaxVio is one too. The experts of a layer make a histogram of
+      loads, relative to their mean, and of biases: of a validation and of every
+      tenth step.
   """
   kind, step = row["kind"], row["step"]
   for name, value in row.items():
     if isinstance(value, (int, float)) and name != "step":
       board.add_scalar(f"{kind}/{name}", value, step)
+  if "load" not in row:
+    return
   load = np.asarray(row["load"])
   mean = load.mean(axis=-1, keepdims=True)
   violation = (load - mean) / np.maximum(mean, 1e-9)
