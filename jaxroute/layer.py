@@ -90,11 +90,12 @@ def router(
     )
     return routes, logits
 
+  yes: Any = True
   counts = types.Counts(
     load=False, histogram=False if config.histogram else None
   )
   routes_per_token = types.Routing(
-    expert_idx=True, weights=True, counts=counts, cutoff=True, token_mask=True
+    expert_idx=yes, weights=yes, counts=counts, cutoff=yes, token_mask=yes
   )
   return mesh_lib.map_over_tokens(
     run,

@@ -77,7 +77,7 @@ def map_shards(
 
 def map_over_tokens(
   function: Callable[..., types.PyTree],
-  operands: Sequence[jax.Array | None],
+  operands: Sequence[Any],
   *,
   are_per_token: Sequence[bool],
   outputs_per_token: types.PyTree,
@@ -88,7 +88,7 @@ def map_over_tokens(
 
   Args:
     function: of the operands.
-    operands: arrays, the first `[T, D]`.
+    operands: arrays or None, the first `[T, D]`.
     are_per_token: for each, whether it is `[T, ...]`, or whole on every device.
     outputs_per_token: the same of the outputs, a tree of bools in their
       structure. Outputs that are whole are summed over the shards, in one
@@ -309,7 +309,9 @@ def mesh_of(
       inside a `jax.shard_map` over one.
   """
   mesh = jax.sharding.get_abstract_mesh() if x is None else mesh_in_force(x)
-  wanted = {*partition.token_axes, partition.expert_axis} - {None}
+  wanted = {*partition.token_axes}
+  if partition.expert_axis is not None:
+    wanted.add(partition.expert_axis)
   names = f"`partition` names the mesh axes {sorted(wanted)}"
   if mesh.empty and wanted:
     raise ValueError(
