@@ -90,10 +90,9 @@ def router(
     )
     return routes, logits
 
-  yes: Any = True
-  counts = types.Counts(
-    load=False, histogram=False if config.histogram else None
-  )
+  yes: Any = True  # in the place of an array
+  no: Any = False
+  counts = types.Counts(load=no, histogram=no if config.histogram else None)
   routes_per_token = types.Routing(
     expert_idx=yes, weights=yes, counts=counts, cutoff=yes, token_mask=yes
   )

@@ -103,7 +103,9 @@ def map_over_tokens(
   Raises:
     ValueError: if the mesh in force does not fit `partition`.
   """
-  partition = partition_of(operands[0], partition)
+  tokens = operands[0]
+  assert tokens is not None  # the others may be
+  partition = partition_of(tokens, partition)
   if partition is None:
     return function(*operands)
   axes = partition.token_axes
@@ -130,7 +132,7 @@ def map_over_tokens(
   return map_shards(
     call_shard,
     operands,
-    mesh=mesh_of(partition, operands[0]),
+    mesh=mesh_of(partition, tokens),
     in_specs=[spec(x) for x in are_per_token],
     out_specs=jax.tree.map(spec, outputs_per_token),
     check_vma=check_vma,
@@ -309,7 +311,7 @@ def mesh_of(
       inside a `jax.shard_map` over one.
   """
   mesh = jax.sharding.get_abstract_mesh() if x is None else mesh_in_force(x)
-  wanted = {*partition.token_axes}
+  wanted = set(partition.token_axes)
   if partition.expert_axis is not None:
     wanted.add(partition.expert_axis)
   names = f"`partition` names the mesh axes {sorted(wanted)}"
