@@ -159,7 +159,6 @@ def _check_remat(f):
 
 
 def _check_custom_vjp(f):
-  """A `custom_vjp` of the caller around the loss."""
   value, moving = _along(f, _loss(f)), _moving(f)
   ours = jax.custom_vjp(value)
   ours.defvjp(lambda *at: jax.vjp(value, *at), lambda pull, d_out: pull(d_out))
@@ -271,7 +270,6 @@ def _check_export(f):
 
 
 def _check_compile_time(f):
-  """On numbers, while something else is traced."""
 
   def trace(x):
     with jax.ensure_compile_time_eval():
