@@ -169,7 +169,9 @@ def _child(generation: str, case: str, candidate: str, folder: str) -> None:
     "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
     "same": [names for names in same.values() if len(names) > 1],
   }
-  (pathlib.Path(folder) / "result.json").write_text(json.dumps(result))
+  (pathlib.Path(folder) / "result.json").write_text(
+    json.dumps(result, allow_nan=False)
+  )
 
 
 def _valu_operations(folder: pathlib.Path) -> int:
@@ -302,7 +304,9 @@ def main(argv: list[str]) -> None:
     for name, row in rows.items():
       worked = {key: value for key, value in row.items() if value}
       recorded[name] = recorded.get(name, {}) | worked
-    TABLE.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
+    TABLE.write_text(
+      json.dumps(known, allow_nan=False, indent=1, sort_keys=True) + "\n"
+    )
 
 
 def _print_worst(rows: dict[str, dict[str, dict[str, float]]]) -> None:
