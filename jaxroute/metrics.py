@@ -6,6 +6,7 @@ MaxVio has two readings (Wang et al., 2024): "batch", of one training batch, and
 batch, or of the loads summed over the set.
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -61,8 +62,9 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
   """
   e = load.shape[-1]
   # Quotients are summed, because the sum of the counts may not fit an int32.
-  rest = jnp.sum(load % e, axis=-1, keepdims=True)
-  quotient = jnp.sum(load // e, axis=-1, keepdims=True) + rest // e
+  rest = jnp.sum(load % e, axis=-1, keepdims=True, dtype=jnp.int32)
+  quotient = jnp.sum(load // e, axis=-1, keepdims=True, dtype=jnp.int32)
+  quotient = quotient + rest // e
   return quotient, rest % e
 
 
@@ -135,9 +137,11 @@ def load_entropy(load: jax.Array) -> jax.Array:
     Array(0.5, dtype=float32)
   """
   e = load.shape[-1]
-  share = (violation(load) + 1.0) / e
+  share = load.astype(jnp.float32) / jnp.maximum(total(load), 1.0)[..., None]
   entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
-  relative = entropy / jnp.log(e) if e > 1 else jnp.ones_like(entropy)
+  relative = entropy / math.log(e) if e > 1 else jnp.ones_like(entropy)
+  # Rounding must not leave the range.
+  relative = jnp.clip(relative, 0.0, 1.0)
   return jnp.where(jnp.any(load > 0, axis=-1), relative, 0.0)
 
 
@@ -215,6 +219,6 @@ def summary(
     "max_vio": jnp.mean(per_layer(max_vio, load)),
     "load_cv": jnp.mean(per_layer(coefficient_of_variation, load)),
     "load_entropy": jnp.mean(per_layer(load_entropy, load)),
-    "dead_experts": jnp.sum(per_layer(dead_experts, load)),
+    "dead_experts": jnp.sum(per_layer(dead_experts, load), dtype=jnp.int32),
     "bias_spread": jnp.mean(per_layer(bias_spread, expert_bias)),
   }
