@@ -162,9 +162,9 @@ def z_loss(logits: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:
     token_mask = jnp.ones(logits.shape[:1], jnp.bool_)
   logits = jnp.where(token_mask[:, None], logits, 0.0)
   z = jax.nn.logsumexp(logits, axis=-1) ** 2
-  return jnp.sum(jnp.where(token_mask, z, 0.0)) / _at_least_one(
-    jnp.sum(token_mask)
-  )
+  # Divided first: the sum over the tokens may be too large for float32.
+  z = z / _at_least_one(jnp.sum(token_mask))
+  return jnp.sum(jnp.where(token_mask, z, 0.0))
 
 
 def _at_least_one(count: jax.Array) -> jax.Array:
@@ -181,7 +181,11 @@ def _mean_score(
   if token_mask is None:
     token_mask = jnp.ones(logits.shape[:1], jnp.bool_)
   logits = jnp.where(token_mask[:, None], logits, 0.0)
-  scores = scores_lib.scores(logits, config)
-  scores = scores / (jnp.sum(scores, axis=-1, keepdims=True) + config.norm_eps)
+  terms = scores_lib.terms(
+    scores_lib.prepare_logits(logits, config), config.score_fn
+  )
+  scores = scores_lib.weights(
+    terms, dataclasses.replace(config, normalize_weights=True)
+  )
   scores = jnp.where(token_mask[:, None], scores, 0.0)
   return jnp.sum(scores, axis=0) / _at_least_one(jnp.sum(token_mask))

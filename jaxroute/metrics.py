@@ -6,6 +6,7 @@ MaxVio has two readings (Wang et al., 2024): "batch", of one training batch, and
 batch, or of the loads summed over the set.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -165,9 +166,11 @@ def load_entropy(load: jax.Array) -> jax.Array:
   """
   _check_counts("load", load)
   e = load.shape[-1]
-  share = (violation(load) + 1.0) / e
+  share = load.astype(jnp.float32) / jnp.maximum(total(load), 1.0)[..., None]
   entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
-  relative = entropy / jnp.log(e) if e > 1 else jnp.ones_like(entropy)
+  relative = entropy / math.log(e) if e > 1 else jnp.ones_like(entropy)
+  # Rounding must not leave the range.
+  relative = jnp.clip(relative, 0.0, 1.0)
   return jnp.where(jnp.any(load > 0, axis=-1), relative, 0.0)
 
 

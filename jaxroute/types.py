@@ -15,6 +15,7 @@ int32 whatever the dtype of the model.
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
@@ -35,6 +36,8 @@ HISTOGRAM_OCTAVES = 3
 
 HISTOGRAM_FIRST_END = -16
 """The bins nearest to 0 end at 2 to this power."""
+
+_LARGEST_FLOAT32 = (2 - 2.0**-23) * 2.0**127
 
 
 _CHOICES = {
@@ -75,8 +78,11 @@ class RouterConfig:
     group_score: what a group is worth: its best selection score ("top1"), the
       sum of its best two ("top2"), or of its best `top_k / group_top_k`
       ("top_k").
-    normalize_weights: divide the K weights by their sum + `norm_eps`.
-    norm_eps: keeps that division finite when all K scores are zero.
+    normalize_weights: divide the K weights by their sum + `norm_eps`. With
+      `top_k` = 1 that makes every weight 1, whatever the logit: the router gets
+      no gradient through its weights, and learns from auxiliary losses alone.
+    norm_eps: draws weights to 0 where all K scores are as small as this. K
+      scores that are all 0 (masked experts) have weights of 0, also without it.
     scaling_factor: multiplies the weights at the end.
     logit_soft_cap: if given, logits become `cap * tanh(logits / cap)`.
     logit_multiplier: multiplies the logits before the cap; positive.
@@ -207,9 +213,26 @@ class RouterConfig:
     return self.score_fn == "softmax" and not self.score_after_top_k
 
   @property
-  def softmax_over_chosen(self) -> bool:
-    """Whether the K chosen logits have a softmax of their own."""
-    return self.score_fn == "softmax" and self.score_after_top_k
+  def split_norm_eps(self) -> tuple[float, float]:
+    """`norm_eps` as `(factor, exponent)` of `factor * exp(exponent)`.
+
+    The exponent is a whole number, of at most 0: float32 subtracts it from what
+    is below it without rounding. It is the lowest float32 if `norm_eps` is 0.
+    """
+    if not self.norm_eps:
+      return 0.0, -_LARGEST_FLOAT32
+    log = math.log(self.norm_eps)
+    exponent = min(math.floor(log), 0)
+    return math.exp(log - exponent), float(exponent)
+
+  @property
+  def weighs_all_logits(self) -> bool:
+    """Whether a weight depends on the logits of all experts.
+
+    Without `norm_eps`, the sum over all experts cancels out of normalized weights.
+    """
+    cancels = self.normalize_weights and not self.norm_eps
+    return self.needs_row_softmax and not cancels
 
 
 @jax.tree_util.register_dataclass

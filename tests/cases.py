@@ -70,3 +70,20 @@ def logits(kind: str, t: int, e: int, seed: int = 0) -> np.ndarray:
   elif kind != "random":
     raise ValueError(f"unknown kind of logits: {kind}")
   return x
+
+
+def extreme_logits(e: int) -> np.ndarray:
+  """[T, E] float32 logits of every size: scores that underflow, tails, 3e38."""
+  rng = np.random.default_rng(0)
+  rest = [0.0] * (e - 2)
+  rows = [
+    [-75.0, -76.0, *rest],
+    [3e38, -3e38, *rest],
+    np.linspace(-17.2, -16.8, e),
+    np.linspace(-15.2, -14.8, e),
+    *([x] * e for x in (0.0, -88.0, -1e18, 1e18, -3e38, 3e38)),
+  ]
+  for mean in (0, -10, -23, -46, -60, -80, -88, -100, -300, 88, 1e4, -1e4):
+    rows += [mean + spread * rng.normal(size=e) for spread in (0.1, 3, 30)]
+  rows += [size * rng.normal(size=e) for size in (1e6, 1e18, 1e37)]
+  return np.array(rows, np.float32)

@@ -74,3 +74,30 @@ def assert_is_oracle(
     jnp.float32,
     jnp.bool_,
   ]
+
+
+def assert_weights_are_exact(weigh, logits, config, atol=2e-38):
+  """Weights and their gradient within 1e-6 of a token's largest weight.
+
+  Args:
+    weigh: a function of logits, for `[T, K]` weights and experts.
+    logits: `[T, E]`, finite after the multiplier and the cap.
+    config: a `RouterConfig`.
+    atol: what a number may be off for being too small for float32.
+  """
+  weights, pull, expert_idx = jax.vjp(weigh, jnp.asarray(logits), has_aux=True)
+  rng = np.random.default_rng(2)
+  d_weights = rng.uniform(-1, 1, size=weights.shape).astype(np.float32)
+  (gradient,) = pull(jnp.asarray(d_weights))
+  rows = oracle.prepare_logits(logits, config)
+  chosen = zip(rows, np.asarray(expert_idx), strict=True)
+  for i, (row, ids) in enumerate(chosen):
+    expected = oracle.chosen_weights(row, ids, config)
+    error = 1e-6 * expected.max() + atol
+    np.testing.assert_allclose(
+      weights[i], expected, rtol=0, atol=error, err_msg=str(row[ids])
+    )
+    expected = oracle.weights_gradient(row, ids, config, d_weights[i])
+    np.testing.assert_allclose(
+      gradient[i], expected, rtol=0, atol=error, err_msg=str(row[ids])
+    )

@@ -81,29 +81,29 @@ def test_the_gradient_of_a_softmax_is_that_of_xla(shape, soft_cap):
 
   values, pull = jax.vjp(chosen, x)
   expected = pull(d_scores)[0]
-  actual = _softmax_gradient(x, idx, values, d_scores, 0.7, soft_cap)
+  d_log_scores = values * d_scores
+  actual = _softmax_gradient(x, idx, d_log_scores, 0.7, soft_cap)
   np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_the_gradient_of_a_softmax_is_zero_at_what_is_not_a_number():
-  idx, d_scores, _ = _example(9, 16, 2)
-  d_scores[3] = 0.0  # a token that is padding
-  x, values = cases.logits("random", 9, 16), np.full((9, 2), 0.1, np.float32)
+  idx, d_log_scores, _ = _example(9, 16, 2)
+  d_log_scores[3] = 0.0  # a token that is padding
+  x = cases.logits("random", 9, 16)
   x[3], x[4, (idx[4, 0] + 1) % 16] = np.nan, np.nan
   x[3, 0] = np.inf
   x = jnp.asarray(x, jnp.bfloat16)
-  actual = _softmax_gradient(x, idx, values, d_scores, 1.0, None)
+  actual = _softmax_gradient(x, idx, d_log_scores, 1.0, None)
   assert actual.dtype == jnp.bfloat16
   assert np.all(np.isfinite(actual.astype(jnp.float32)))
   np.testing.assert_array_equal(actual[3].astype(jnp.float32), 0)
 
 
-def _softmax_gradient(x, idx, values, d_scores, multiplier, soft_cap):
+def _softmax_gradient(x, idx, d_log_scores, multiplier, soft_cap):
   return scatter.softmax_gradient(
     x,
     idx,
-    values,
-    d_scores,
+    d_log_scores,
     multiplier=multiplier,
     soft_cap=soft_cap,
     interpret=True,

@@ -36,6 +36,63 @@ def score(logits, score_fn):
   return out.astype(F32)
 
 
+def log_score(logits, score_fn):
+  """Logarithms of the scores of one row of prepared logits, in float64."""
+  x = np.asarray(logits, np.float64)
+  if score_fn == "softmax":
+    finite = [v for v in x if v > -math.inf]
+    peak = max(finite, default=0.0)
+    return (x - peak) - math.log(sum(math.exp(v - peak) for v in finite) or 1.0)
+  out = np.full(x.shape, np.nan)
+  for e, v in enumerate(x):
+    if score_fn == "sigmoid":
+      out[e] = min(v, 0.0) - math.log1p(math.exp(-abs(v)))
+    elif v < -40:
+      out[e] = v / 2
+    elif not math.isnan(v):
+      out[e] = math.log(v if v > 700 else math.log1p(math.exp(v))) / 2
+  return out
+
+
+def chosen_weights(row, ids, config):
+  """Weights of the chosen experts of one row of prepared logits, in float64."""
+  if config.score_after_top_k:
+    log = log_score(row[ids], config.score_fn)
+  else:
+    log = log_score(row, config.score_fn)[ids]
+  shift = total = 0.0
+  if config.normalize_weights:
+    eps = math.log(config.norm_eps) if config.norm_eps else -math.inf
+    shift = max([*log, eps])
+    if shift == -math.inf:  # all masked
+      return np.zeros(len(ids))
+    total = sum(math.exp(v - shift) for v in [*log, eps])
+  share = np.array([math.exp(v - shift) for v in log])
+  return config.scaling_factor * share / (total or 1.0)
+
+
+def weights_gradient(row, ids, config, d_weights):
+  """The gradient of `chosen_weights` to a row of finite logits, in float64."""
+  weights = chosen_weights(row, ids, config)
+  d_log = weights * d_weights
+  if config.normalize_weights:
+    d_log = d_log - weights * np.sum(d_log) / config.scaling_factor
+  out = np.zeros(len(row))
+  out[ids] = d_log
+  if config.score_fn == "softmax":
+    among = ids if config.score_after_top_k else np.arange(len(row))
+    out[among] -= np.exp(log_score(row[among], "softmax")) * np.sum(d_log)
+    return out
+  for e in ids:
+    v = float(row[e])
+    if config.score_fn == "sigmoid":
+      out[e] *= math.exp(log_score([-v], "sigmoid")[0])
+    else:  # the slope of log(sqrt(log(1 + exp(v))))
+      log = log_score([v], "sqrtsoftplus")[0]
+      out[e] *= 0.5 * math.exp(log_score([v], "sigmoid")[0] - 2 * log)
+  return out
+
+
 def prepare_logits(logits, config):
   """Multiplier and soft cap; -inf stays -inf."""
   x = np.asarray(logits, F32) * F32(config.logit_multiplier)
@@ -136,19 +193,11 @@ def route(logits, expert_bias, config, token_mask=None, expert_idx=None):
   for i in range(t):
     if not mask[i]:
       continue
-    if config.score_after_top_k:
-      w = score(prepared[i][ids[i]], config.score_fn)
-    else:
-      w = score(prepared[i], config.score_fn)[ids[i]]
-    if config.normalize_weights:
-      with np.errstate(invalid="ignore"):
-        w = w / (w.sum() + F32(config.norm_eps))
-    w = w * F32(config.scaling_factor)
-    if np.isnan(w).any():
+    if np.isnan(prepared[i][ids[i]]).any():
       weights[i] = np.nan
       mask[i] = False
       continue
-    weights[i] = w
+    weights[i] = chosen_weights(prepared[i], ids[i], config)
     for e in ids[i]:
       load[e] += 1
   return ids, weights, load, cutoff, mask

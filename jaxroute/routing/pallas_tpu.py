@@ -136,8 +136,8 @@ class _Residuals:
   """What the backward pass needs.
 
   Attributes:
-    chosen: `[T, K]` float32. The chosen logits; or their scores, where those
-      depend on the logits of all experts.
+    chosen: `[T, K]` float32. The chosen logits; or their log scores, where
+      weights depend on the logits of all experts.
     expert_idx: `[T, K]` int32.
     expert_bias: `[E]` float32, or None.
     token_mask: `[T]` bool, or None.
@@ -215,7 +215,7 @@ def _route_fwd(
 ) -> tuple[kernel.Outputs, _Residuals]:
   operands = logits, expert_bias, token_mask
   out = _call_kernel(kernel.route, config, interpret, True, *operands)
-  kept = logits if config.needs_row_softmax else logits[:0]
+  kept = logits if config.weighs_all_logits else logits[:0]
   return _keep_chosen(out, expert_bias, token_mask, logits=kept)
 
 
@@ -291,15 +291,16 @@ def _gradient_to_logits(
   token_mask, logits = residuals.token_mask, residuals.logits
   chosen = weights.fill_padding(residuals.chosen, token_mask)
   weigh = (
-    weights.weigh_scores if config.needs_row_softmax else weights.weigh_chosen
+    weights.weigh_log_scores
+    if config.weighs_all_logits
+    else weights.weigh_chosen
   )
   _, pull = jax.vjp(lambda x: weigh(x, config, token_mask)[0], chosen)
   (d_chosen,) = pull(d_weights)
-  if config.needs_row_softmax:
+  if config.weighs_all_logits:
     return scatter.softmax_gradient(
       logits,
       residuals.expert_idx,
-      chosen,
       d_chosen,
       multiplier=config.logit_multiplier,
       soft_cap=config.logit_soft_cap,

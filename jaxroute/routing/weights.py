@@ -34,12 +34,13 @@ def weigh(
   def choose(x: jax.Array) -> jax.Array:
     return jnp.take_along_axis(x, expert_idx, axis=1, mode="promise_in_bounds")
 
-  if not config.needs_row_softmax:
+  if not config.weighs_all_logits:
     chosen = remat.checkpoint_name("chosen_logits", choose(logits))
     return weigh_chosen(fill_padding(chosen, token_mask), config, token_mask)
   logits = fill_padding(logits, token_mask)
-  scores = choose(scores_lib.scores(logits, config))
-  return weigh_scores(scores, config, token_mask)
+  logits = scores_lib.prepare_logits(logits, config)
+  terms = scores_lib.softmax_terms(choose(logits), logits)
+  return _weigh_terms(terms, config, token_mask)
 
 
 def weigh_chosen(
@@ -49,40 +50,50 @@ def weigh_chosen(
 
   Args:
     chosen: `[T, K]` floating point, after `fill_padding`.
-    config: static; its scores do not depend on the logits of all experts.
+    config: static; its weights do not depend on the logits of all experts.
     token_mask: `[T]` bool, or None.
 
   Returns:
     What `weigh` does.
   """
-  return weigh_scores(scores_lib.scores(chosen, config), config, token_mask)
+  chosen = scores_lib.prepare_logits(chosen, config)
+  terms = scores_lib.terms(chosen, config.score_fn)
+  return _weigh_terms(terms, config, token_mask)
 
 
-def weigh_scores(
-  scores: jax.Array, config: types.RouterConfig, token_mask: jax.Array | None
+def weigh_log_scores(
+  log_scores: jax.Array,
+  config: types.RouterConfig,
+  token_mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-  """As `weigh`, from the scores of the chosen experts.
+  """As `weigh`, from the logarithms of the chosen experts' scores.
 
   Args:
-    scores: `[T, K]` float32, of logits after `fill_padding`.
+    log_scores: `[T, K]` float32, of logits after `fill_padding`.
     config: static router description.
     token_mask: `[T]` bool, or None.
 
   Returns:
     What `weigh` does.
   """
-  weights = scores
-  if config.normalize_weights:
-    # The backward pass squares the divisor, and the square of a `norm_eps` of
-    # 1e-20 would be zero. A power of two scales it exactly.
-    weights = weights * 2.0**40
-    total = jnp.sum(weights, axis=1, keepdims=True)
-    weights = weights / (total + config.norm_eps * 2.0**40)
-  weights = weights * config.scaling_factor
+  ones = jnp.ones_like(log_scores)
+  terms = scores_lib.Terms(log_scores, factor=ones, divisor=ones[:, :1])
+  return _weigh_terms(terms, config, token_mask)
+
+
+def _weigh_terms(
+  terms: scores_lib.Terms,
+  config: types.RouterConfig,
+  token_mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+  """As `weigh`, from the scores of the chosen experts."""
+  weights = scores_lib.weights(terms, config) * config.scaling_factor
   is_nan = jnp.any(jnp.isnan(weights), axis=1)
   if token_mask is None:
     token_mask = jnp.ones_like(is_nan)
-  weights = jnp.where(is_nan[:, None], jnp.nan, weights)
+  # One NaN spreads to all weights of its token.
+  spread = jax.lax.stop_gradient(jnp.sum(weights, axis=1, keepdims=True))
+  weights = jnp.where(is_nan[:, None], spread, weights)
   weights = jnp.where(token_mask[:, None], weights, 0.0)
   return weights, token_mask & ~is_nan
 

@@ -81,24 +81,23 @@ def scatter(
 def softmax_gradient(
   logits: jax.Array,
   expert_idx: jax.Array,
-  scores: jax.Array,
-  d_scores: jax.Array,
+  d_log_scores: jax.Array,
   *,
   multiplier: float,
   soft_cap: float | None,
   interpret: Any = False,
 ) -> jax.Array:
-  """Computes the gradient to the logits of K scores out of their softmax.
+  """Computes the gradient to the logits of K log scores out of their softmax.
 
-  With s the softmax of all experts and d the gradient to s, which is 0 for
-  experts that were not chosen, it is `s * (d - sum(s * d))`, times the slope of
-  multiplier and cap.
+  With s the softmax of all experts and d the gradient to log(s), which is 0 for
+  experts that were not chosen, it is `d - s * sum(d)`, times the slope of
+  multiplier and cap. A chosen score may be too small for float32.
 
   Args:
     logits: `[T, E]` floating point. Those that are NaN or -inf get 0.
     expert_idx: `[T, K]` int32, distinct within a token.
-    scores: `[T, K]` float32. Softmax of the logits at `expert_idx`.
-    d_scores: `[T, K]` float32. The gradient to `scores`.
+    d_log_scores: `[T, K]` float32. The gradient to the logarithms of the softmax
+      at `expert_idx`.
     multiplier: what the logits are multiplied by before the softmax; static.
     soft_cap: as in `jaxroute.RouterConfig`; static.
     interpret: what `pallas_call` takes; static.
@@ -111,8 +110,8 @@ def softmax_gradient(
     return logits
   inputs = _Inputs(
     expert_idx=expert_idx.T,
-    values=d_scores.T,
-    mean=jnp.sum(scores * d_scores, axis=1)[None],
+    values=d_log_scores.T,
+    total=jnp.sum(d_log_scores, axis=1)[None],
     logits=logits,
   )
   kernel = functools.partial(_softmax_gradient_kernel, multiplier, soft_cap)
@@ -127,14 +126,14 @@ class _Inputs:
   Attributes:
     expert_idx: `[K, T]` int32. The chosen experts.
     values: `[K, T]` float32. What is scattered.
-    mean: `[1, T]` float32. `sum(s * d)`; None without a softmax.
+    total: `[1, T]` float32. The sum of `values`; None without a softmax.
     logits: `[T, E]`, or `[E, T]` if tiles are not transposed; None without a
       softmax.
   """
 
   expert_idx: Ref
   values: Ref
-  mean: Ref = None
+  total: Ref = None
   logits: Ref = None
 
 
@@ -187,7 +186,7 @@ def _call(
     logits = None if logits is None else logits.T
     logits_spec = pl.BlockSpec((e, block_tokens), lambda i: (0, i))
   choices_spec = pl.BlockSpec((k, block_tokens), lambda i: (0, i))
-  mean_spec = pl.BlockSpec((1, block_tokens), lambda i: (0, i))
+  total_spec = pl.BlockSpec((1, block_tokens), lambda i: (0, i))
   call = pl.pallas_call(
     functools.partial(kernel, transposes),
     grid=(pl.cdiv(t, block_tokens),),
@@ -195,7 +194,7 @@ def _call(
       _Inputs(
         expert_idx=choices_spec,
         values=choices_spec,
-        mean=None if inputs.mean is None else mean_spec,
+        total=None if inputs.total is None else total_spec,
         logits=None if logits is None else logits_spec,
       )
     ],
@@ -243,8 +242,8 @@ def _softmax_gradient_kernel(
     total = _reduce_experts(jnp.add, jnp.sum, scores)
     inverse = 1.0 / jnp.where(total == 0.0, 1.0, total)
     for tile, score, slope in zip(tiles, scores, slopes, strict=True):
-      d_score = _scatter_tile(tile, inputs) - inputs.mean[:, tile.tokens]
-      tile.store(out_ref, slope * (score * inverse) * d_score)
+      d_total = score * (inverse * inputs.total[:, tile.tokens])
+      tile.store(out_ref, slope * (_scatter_tile(tile, inputs) - d_total))
 
 
 def _prepare_logits(

@@ -74,9 +74,8 @@ Stage 9 and `flush` are there for `config.histogram`, `next` for
      are taken from the lowest index on. That leaves K bits per token, in index
      order, which are extracted one by one, from both ends at once. The bits of
      several sublanes are packed into one word for that where they fit.
-  6. The chosen experts are scored again, sorted by score, weighed and
-     normalized. Only their order depends on the scores having the same bits as
-     in stage 1.
+  6. The chosen experts are scored again, weighed and sorted by score. Only
+     their order depends on the scores having the same bits as in stage 1.
   8. Counters are bit-sliced, and hold what was counted in all blocks so far.
 
 No stage branches on the data: ties cost the same as none.

@@ -35,7 +35,7 @@ class Outputs(NamedTuple):
     cutoff: `[T]` float32.
     histogram: `[E, 16]` int32, if `config.histogram`.
     chosen: `[T, K]` float32, if asked for. The logits of the chosen experts, or
-      their scores if those depend on the logits of all experts.
+      their log scores if weights depend on the logits of all experts.
   """
 
   expert_idx: jax.Array

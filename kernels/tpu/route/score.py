@@ -26,6 +26,10 @@ _LARGE = np.float32(2.0**125)
 _MINUS_LOG2_E = np.float32(-np.log2(np.e))
 _NEG_INF = np.float32(-np.inf)
 
+TAILS = {"sigmoid": (-17.0, 1.0), "sqrtsoftplus": (-15.0, 0.5)}
+"""A start and a slope: below the start a score is `exp(slope * logit)`, to the
+last bit or so. As in `jaxroute.scores`."""
+
 
 def score_column(
   plan: Plan, column: int, logits_ref: Ref, scratch: Scratch
@@ -147,11 +151,12 @@ def apply_score_fn(
   elif plan.config.score_fn == "softmax":
     scores = jnp.exp(logits - row_max) * inverse_row_sum
   else:
-    # sqrt(softplus(x)); below -15 that is exp(x / 2) to the last bit or so.
+    # sqrt(softplus(x)).
     above = jnp.sqrt(
       jnp.maximum(logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
     )
-    scores = jnp.where(logits < -15.0, jnp.exp(logits / 2), above)
+    start = TAILS["sqrtsoftplus"][0]
+    scores = jnp.where(logits < start, jnp.exp(logits / 2), above)
   return layout.pin(plan, scores)
 
 

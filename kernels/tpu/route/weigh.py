@@ -17,8 +17,6 @@ from jaxroute.kernels.tpu.route.plan import Plan
 from jaxroute.kernels.tpu.route.refs import OutputRefs, Scratch
 
 _LANES, _SUBLANES = device.LANES, device.SUBLANES
-# Keeps a sum of tiny scores away from the floats that TPUs flush to zero.
-_SCALE = 2.0**40
 _NEG_INF = np.float32(-np.inf)
 _NAN = np.float32(np.nan)
 
@@ -56,13 +54,15 @@ class _Chosen:
   Attributes:
     selection: float32 selection scores.
     expert_idx: int32.
+    logits: float32, prepared.
     scores: float32; logits, where scores are a softmax of the chosen ones.
     weighed: float32, what the weights are made from for a gradient: logits as
-      they came, or scores if these depend on the logits of all experts.
+      they came, or log scores if weights depend on the logits of all experts.
   """
 
   selection: list[jax.Array]
   expert_idx: list[jax.Array]
+  logits: list[jax.Array]
   scores: list[jax.Array]
   weighed: list[jax.Array]
 
@@ -75,7 +75,7 @@ def weigh(
   mask_ref: Ref,
   scratch: Scratch,
 ) -> None:
-  """Sorts the chosen experts by score, weighs them, finds tokens that count.
+  """Weighs the chosen experts, sorts them by score, finds tokens that count.
 
   Reads `chosen_logits`, `bias_row`, `row_max`, `inverse_row_sum`. Writes
   `expert_idx`, `weights`, `chosen` and `valid`.
@@ -89,8 +89,8 @@ def weigh(
     scratch: buffers.
   """
   chosen = _score_chosen(plan, expert_idx, kept, scratch)
-  _sort_chosen(plan, chosen)
-  weights = _normalize(plan, chosen.scores)
+  weights = _weigh_chosen(plan, chosen, scratch)
+  _sort_chosen(plan, chosen, weights)
   weights = _mask_tokens(plan, block, weights, mask_ref, scratch)
   for k in range(plan.config.top_k):
     rows = layout.dense_slice(plan, k)
@@ -108,15 +108,16 @@ def _score_chosen(
 ) -> _Chosen:
   """Computes the scores of the chosen experts again, from their logits."""
   config = plan.config
-  chosen = _Chosen([], list(expert_idx), [], [])
+  chosen = _Chosen([], list(expert_idx), [], [], [])
   for k, expert in enumerate(expert_idx):
     raw = layout.load_dense(plan, scratch.chosen_logits, *divmod(k, _SUBLANES))
     logits = score.prepare(plan, raw)
+    statistics = ()
     if config.needs_row_softmax:
       statistics = scratch.row_max[...], scratch.inverse_row_sum[...]
       scores = score.apply_score_fn(plan, logits, *statistics)
-    elif config.softmax_over_chosen:
-      scores = logits  # `_normalize` takes the softmax of the chosen ones.
+    elif config.score_fn == "softmax":
+      scores = logits  # `_weigh_chosen` takes the softmax of the chosen ones.
     else:
       scores = score.apply_score_fn(plan, logits)
     bias = _look_up_bias(plan, expert, scratch) if plan.has_bias else None
@@ -125,9 +126,14 @@ def _score_chosen(
     if kept is not None:
       is_kept = _in_kept_group(plan, expert, kept)
       selection = jnp.where(is_kept, selection, _NEG_INF)
+    weighed = raw
+    if config.weighs_all_logits and plan.with_chosen:
+      row_max, inverse_row_sum = statistics
+      weighed = (logits - row_max) + jnp.log(inverse_row_sum)
     chosen.selection.append(selection)
+    chosen.logits.append(logits)
     chosen.scores.append(scores)
-    chosen.weighed.append(scores if config.needs_row_softmax else raw)
+    chosen.weighed.append(weighed)
   return chosen
 
 
@@ -164,9 +170,9 @@ def _in_kept_group(
   return lax.shift_right_logical(kept_bits, group) & 1 != 0
 
 
-def _sort_chosen(plan: Plan, chosen: _Chosen) -> None:
-  """Sorts the lists of `chosen`: best first, the lowest index on ties."""
-  lists = [chosen.selection, chosen.expert_idx, chosen.scores]
+def _sort_chosen(plan: Plan, chosen: _Chosen, weights: list[jax.Array]) -> None:
+  """Sorts what is known of the chosen: best first, the lowest index on ties."""
+  lists = [chosen.selection, chosen.expert_idx, weights]
   if plan.with_chosen:
     lists.append(chosen.weighed)
   selection, expert_idx = chosen.selection, chosen.expert_idx
@@ -179,22 +185,71 @@ def _sort_chosen(plan: Plan, chosen: _Chosen) -> None:
       x[i], x[j] = jnp.where(swap, x[j], x[i]), jnp.where(swap, x[i], x[j])
 
 
-def _normalize(plan: Plan, scores: list[jax.Array]) -> list[jax.Array]:
-  """Computes weights from scores; from logits, if of a softmax of these."""
+def _weigh_chosen(
+  plan: Plan, chosen: _Chosen, scratch: Scratch
+) -> list[jax.Array]:
+  """Computes weights of scores of any size, as `jaxroute.scores.weights` does."""
   config = plan.config
-  if config.softmax_over_chosen:
-    peak = functools.reduce(jnp.maximum, scores)
-    peak = jnp.where(peak == _NEG_INF, 0.0, peak)
-    scores = [jnp.exp(x - peak) for x in scores]
-    total = functools.reduce(jnp.add, scores)
-    total = jnp.where(total == 0.0, 1.0, total)
-    scores = [x / total for x in scores]
-  if not config.normalize_weights:
-    return [x * np.float32(config.scaling_factor) for x in scores]
-  total = functools.reduce(jnp.add, scores) * np.float32(_SCALE)
-  total += np.float32(config.norm_eps * _SCALE)
-  factor = np.float32(config.scaling_factor * _SCALE) / total
-  return [x * factor for x in scores]
+  if config.score_fn == "softmax" and not config.weighs_all_logits:
+    return _softmax_weights(plan, chosen.logits)
+  if config.weighs_all_logits:
+    row_max, inverse = scratch.row_max[...], scratch.inverse_row_sum[...]
+    exponents = [x - row_max for x in chosen.logits]
+  else:
+    start, slope = score.TAILS[config.score_fn]
+    far = [x < np.float32(start) for x in chosen.logits]
+    tails = [x * np.float32(slope) for x in chosen.logits]
+    exponents = [
+      jnp.where(is_far, x, 0.0) for is_far, x in zip(far, tails, strict=True)
+    ]
+  eps_factor, eps_exponent = map(np.float32, config.split_norm_eps)
+  shift = 0.0
+  if config.normalize_weights:
+    shift = functools.reduce(jnp.maximum, exponents, eps_exponent)
+  shares = [jnp.exp(x - shift) for x in exponents]
+  if config.weighs_all_logits:
+    shares = [
+      share * (1.0 + _rounded_off(x, row_max)) * inverse
+      for share, x in zip(shares, chosen.logits, strict=True)
+    ]
+  else:
+    # One that is not in the tail has the exponent 0, and so has the shift.
+    shares = [
+      jnp.where(is_far, share, x)
+      for is_far, share, x in zip(far, shares, chosen.scores, strict=True)
+    ]
+  scaling = np.float32(config.scaling_factor)
+  if config.normalize_weights:
+    total = functools.reduce(jnp.add, shares)
+    if config.norm_eps:
+      total += eps_factor * jnp.exp(eps_exponent - shift)
+    else:
+      total = jnp.where(total == 0.0, 1.0, total)
+    scaling = scaling / total
+  return [x * scaling for x in shares]
+
+
+def _softmax_weights(plan: Plan, logits: list[jax.Array]) -> list[jax.Array]:
+  """Computes weights that are a softmax of the chosen logits."""
+  config = plan.config
+  peak = functools.reduce(jnp.maximum, logits)
+  peak = jnp.where(peak == _NEG_INF, 0.0, peak)
+  shares = [jnp.exp(x - peak) for x in logits]
+  total = functools.reduce(jnp.add, shares)
+  total = jnp.where(total == 0.0, 1.0, total)
+  scaling = config.scaling_factor
+  if config.normalize_weights:
+    scaling = scaling / (1.0 + config.norm_eps)
+  factor = np.float32(scaling) / total
+  return [x * factor for x in shares]
+
+
+def _rounded_off(x: jax.Array, y: jax.Array) -> jax.Array:
+  """Computes what the rounding of `x - y` took off; 0 if that is -inf."""
+  difference = x - y
+  y_taken = difference - x
+  lost = (x - (difference - y_taken)) - (y + y_taken)
+  return jnp.where(difference > _NEG_INF, lost, 0.0)
 
 
 def _mask_tokens(
