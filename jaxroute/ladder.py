@@ -64,6 +64,8 @@ def check_names(
   names: Sequence[str],
   implementation: str | None,
   interpret: Any = False,
+  *,
+  argument: str = "implementation",
 ) -> None:
   """Raises ValueError unless there is an implementation of a name.
 
@@ -72,11 +74,12 @@ def check_names(
     names: of the implementations there are.
     implementation: a name, or None.
     interpret: what the user passed for it: a bool, or Pallas's parameters.
+    argument: what the operation calls the name.
   """
   is_name = isinstance(implementation, str) and implementation in names
   if implementation is not None and not is_name:
     raise ValueError(
-      f"`implementation` of `{operation}` must be None or one of"
+      f"`{argument}` of `{operation}` must be None or one of"
       f" {', '.join(map(repr, names))}, got {checks.describe(implementation)}. None"
       " takes the best one that can run here."
     )

@@ -146,6 +146,9 @@ def moe(
   experts.check_params("params", params, x.shape[-1], config.num_experts)
   if shared is not None:
     experts.check_params("shared", shared, x.shape[-1], is_dense=True)
+  argument = "experts_implementation"
+  names = get_args(experts.Implementation)
+  ladder.check_names("moe", names, experts_implementation, argument=argument)
   partition = mesh_lib.partition_of(x, partition, config.num_experts)
   tokens = _flatten(x, partition)
   routing_lib.check_routing(routing, tokens.shape[0], config)

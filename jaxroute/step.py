@@ -13,13 +13,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import optax
 
 from jaxroute import checks, types
 from jaxroute import counts as counts_lib
 from jaxroute import metrics as metrics_lib
+from jaxroute.parallel import mesh
 
 Layer = types.Routing | types.MoEOutput | types.Counts
 
@@ -136,7 +136,7 @@ def update(
     _check_rule_state(state, rule)
     counts = state.counts
     if axis_name is not None:
-      counts = _psum(counts, axis_name)
+      counts = mesh.sum_together(counts, axis_name)
     summed = counts_lib.like_bias(counts, state.expert_bias)
     updates, rule_state = optax.with_extra_args_support(rule).update(
       jax.tree.map(metrics_lib.violation, summed.load),
@@ -154,12 +154,6 @@ def update(
       counts=optax.tree.zeros_like(counts),
       rule_state=rule_state,
     )
-
-
-def _psum(counts: types.Counts, axis_name: str | Sequence[str]) -> types.Counts:
-  """Sums the arrays over devices, all of them in one all-reduce."""
-  flat, unravel = jax.flatten_util.ravel_pytree(counts)
-  return unravel(jax.lax.psum(flat, axis_name))
 
 
 def check_state(name: str, state: Any) -> None:

@@ -222,6 +222,7 @@ CALLS = {
     token_mask=Argument(None, [jnp.ones(3), jnp.ones(3, bool), "a", {}, 1], 1),
     implementation=_implementation,
     fuse_projection=_one_of(False, "yes", 1),
+    partition=_one_of(None, "data", optional=True),
   ),
   layer.moe: dict(
     x=_array("... T D", fixed="D"),
@@ -232,6 +233,7 @@ CALLS = {
     capacity_factor=_number(1.0, 0.0, -1.0, optional=True),
     dtype=_one_of("bfloat16", "no", jnp.int32, optional=True),
     partition=_one_of(None, "data", optional=True),
+    experts_implementation=_one_of("tiled", "tpu", optional=True),
   ),
   layer.local_moe: dict(
     x=_array("T D", fixed="D"),
@@ -355,6 +357,7 @@ _router = dict(
   kernel_init=_initializer,
   implementation=_implementation,
   fuse_projection=_one_of(False, "yes", 1),
+  partition=_one_of(None, "data", optional=True),
 )
 _moe = dict(
   _router,
@@ -365,7 +368,7 @@ _moe = dict(
   param_dtype=_one_of(jnp.float32, "no", jnp.int32, int),
   expert_init=_initializer,
   shared_init=_initializer,
-  partition=_one_of(None, "data", optional=True),
+  experts_implementation=_one_of("tiled", "tpu", optional=True),
 )
 _tokens = dict(
   x=_array("... T D"),

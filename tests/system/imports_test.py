@@ -39,7 +39,7 @@ _ALLOWED = {
   "metrics": {"types"},
   "counts": {"types"},
   "micro_batches": {"types"},
-  "step": {"types", "metrics", "counts"},
+  "step": {"types", "metrics", "counts", "parallel"},
   "train": {"types", "metrics", "counts", "micro_batches", "step"},
   "losses": {"types", "metrics", "routing", "scores"},
   "linear_program": set(),

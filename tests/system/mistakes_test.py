@@ -68,6 +68,8 @@ _EXCLUDED = {
   "check_scores": "is a check itself",
   "check_tokens": "is a check itself",
   "jaxroute.step": "tests/step_test.py",
+  "jaxroute.train": "tests/train_test.py",
+  "jaxroute.nnx_step": "tests/nnx_step_test.py",
   "jaxroute.linen": "tests/linen_test.py",
   "jaxroute.nnx": "tests/nnx_test.py",
   "jaxroute.parallel.all_gather": "tests/parallel_all_gather_test.py",
