@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute import routing
+from jaxroute.parallel import mesh
 
 # Loads within this share of the mean count as balanced.
 _TOLERANCE = 1e-6
@@ -131,6 +132,7 @@ def round_to_balanced(
     moved=jnp.bool_(True),
     rounds=jnp.int32(0),
   )
+  start, _ = mesh.vary_alike((start, scores))
   end = jax.lax.while_loop(goes_on, move, start)
   over, _ = _imbalance(end.x, mean)
   is_allowed = ~jnp.any((end.x > 0) & (selection == -jnp.inf))

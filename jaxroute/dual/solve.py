@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxroute import assignment, checks, routing, types
 from jaxroute.dual import solvers
+from jaxroute.parallel import mesh
 
 
 @jax.tree_util.register_dataclass
@@ -238,6 +239,7 @@ def _solve(
     iteration=jnp.int32(0),
     converged=jnp.bool_(False),
   )
+  start, _ = mesh.vary_alike((start, scores))
   end = jax.lax.while_loop(goes_on, iterate, start)
   return Solution(
     expert_bias=end.best_bias - jnp.mean(end.best_bias),

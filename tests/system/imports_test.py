@@ -43,9 +43,9 @@ _ALLOWED = {
   "train": {"types", "metrics", "counts", "micro_batches", "step"},
   "losses": {"types", "metrics", "routing", "scores"},
   "linear_program": set(),
-  "rounding": {"routing"},
+  "rounding": {"routing", "parallel"},
   "assignment": {"rounding", "linear_program"},
-  "dual": {*_CALLS_ROUTE, "dual", "assignment", "rounding"},
+  "dual": {*_CALLS_ROUTE, "dual", "assignment", "rounding", "parallel"},
   "plot": set(),
 }
 

@@ -357,14 +357,10 @@ TRANSFORMATIONS = {
 
 # What else is not there, and why.
 _NOT_BATCHED = "JAX's check of indices does not know gathers of a vmap"
-_NOT_VARYING = "its loop starts from numbers that are the same on every device"
 EXCLUDED = {
   ("checkify", "nnx.MoE"): "JAX's check of indices fails for `x[...] += y`",
   ("checkify", "losses"): _NOT_BATCHED,
   ("checkify", "train_step"): _NOT_BATCHED,
-  ("checkify", "dual.solve"): "it marks what it has not done by NaN",
-  ("shard_map", "train_step"): _NOT_VARYING,
-  ("shard_map", "dual.solve"): _NOT_VARYING,
   ("export", "dual.solve"): "it needs a number of tokens",
 }
 
