@@ -16,12 +16,14 @@ import sys
 
 if __name__ == "__main__":
   _tests = pathlib.Path(__file__).resolve().parents[1]
-  sys.path[:0] = [str(_tests), str(_tests.parent)]
+  _root = _tests.parent
+  sys.path[:0] = [str(_tests), str(_root), str(_root / "examples" / "lm")]
   import conftest  # noqa: F401  (what every test stands on)
 
 import hypothesis
 import jax
 import jax.numpy as jnp
+import model as model_lib
 import numpy as np
 import optax
 import pytest
@@ -148,7 +150,8 @@ def _loss_fn(params, expert_bias, batch):
     batch,
     mutable=jaxroute.linen.COUNTED,
   )
-  loss = jnp.mean(y.astype(jnp.float32) ** 2)
+  # The small factor keeps gradients within float16.
+  loss = 1e-4 * jnp.mean(y.astype(jnp.float32) ** 2)
   return loss, (jaxroute.linen.counts(counted), {"twice": 2 * loss})
 
 
@@ -519,6 +522,12 @@ def test_jitted_is_eager(case, seed):
   arguments = _arguments(seed, special=True)
   expected = _call(CASES[case], case, arguments)
   _assert_same(_call(_jitted(case), case, arguments), expected)
+
+
+def test_the_example_turns_positions_by_float32_angles():
+  x = jax.ShapeDtypeStruct((1, 4, 2, 8), jnp.float32)
+  with jax.enable_x64(True):
+    assert jax.eval_shape(model_lib.rotate, x).dtype == jnp.float32
 
 
 def main():
