@@ -138,7 +138,9 @@ def load_entropy(load: jax.Array) -> jax.Array:
   """
   e = load.shape[-1]
   share = (violation(load) + 1.0) / e
-  entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
+  # The share of a dead expert may be rounded to below 0, and 0 log 0 is NaN.
+  logarithm = jnp.log(jnp.where(share > 0, share, 1.0))
+  entropy = -jnp.sum(share * logarithm, axis=-1)
   relative = entropy / jnp.log(e) if e > 1 else jnp.ones_like(entropy)
   return jnp.where(jnp.any(load > 0, axis=-1), relative, 0.0)
 
