@@ -167,7 +167,9 @@ def load_entropy(load: jax.Array) -> jax.Array:
   _check_counts("load", load)
   e = load.shape[-1]
   share = load.astype(jnp.float32) / jnp.maximum(total(load), 1.0)[..., None]
-  entropy = -jnp.sum(jax.scipy.special.xlogy(share, share), axis=-1)
+  # A dead expert has no share, and 0 log 0 is NaN.
+  logarithm = jnp.log(jnp.where(share > 0, share, 1.0))
+  entropy = -jnp.sum(share * logarithm, axis=-1)
   relative = entropy / math.log(e) if e > 1 else jnp.ones_like(entropy)
   # Rounding must not leave the range.
   relative = jnp.clip(relative, 0.0, 1.0)

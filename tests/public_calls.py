@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
 import jaxroute
 import jaxroute.linen
@@ -154,17 +155,38 @@ def _train_step(params, expert_bias, tokens):
   return jaxroute.train_step(state, tokens, **kwargs)
 
 
-def _nnx_step(kernel, gates, tokens):
+def _nnx_model(kernel, gates):
   model = jaxroute.nnx.MoE(
-    CONFIG, in_features=D, hidden_size=F, rngs=jaxroute.nnx.nnx.Rngs(0)
+    CONFIG, in_features=D, hidden_size=F, rngs=nnx.Rngs(0)
   )
   model.router.kernel[...] = kernel
   for name, w in vars(gates).items():
     getattr(model, name)[...] = w.astype(jnp.float32)
+  return model
+
+
+def _nnx_step(kernel, gates, tokens):
+  model = _nnx_model(kernel, gates)
   state = jaxroute.nnx.init_rule_state(model, RULE)
   y, out = model(tokens)
   state = jaxroute.nnx.update(model, RULE, state)
   return y, out, jaxroute.nnx.router_state(model, state)
+
+
+def _nnx_train_step(kernel, gates, tokens):
+  def loss_fn(model, tokens):
+    return jnp.mean(jnp.square(model(tokens)[0].astype(jnp.float32))), {}
+
+  model = _nnx_model(kernel, gates)
+  optimizer = nnx.Optimizer(model, SGD, wrt=nnx.Param)
+  state = jaxroute.nnx.init_rule_state(model, RULE)
+  kwargs = dict(loss_fn=loss_fn, rule=RULE, micro_batches=2)
+  return jaxroute.nnx.train_step(model, optimizer, state, tokens, **kwargs)
+
+
+def _terms(logits, config):
+  logits = scores_lib.prepare_logits(logits, config)
+  return scores_lib.terms(logits, config.score_fn)
 
 
 def _layer(tokens, kernel, expert_bias, gates, shared, token_mask):
@@ -211,6 +233,10 @@ CASES = {
   "scores.scores + scores.prepare_logits + scores.apply_score_fn": (
     lambda logits: scores_lib.scores(logits, GROUPS)
   ),
+  "scores.weights + scores.terms + scores.softmax_terms": lambda logits: (
+    scores_lib.weights(_terms(logits, GROUPS), GROUPS),
+    scores_lib.weights(_terms(logits, CONFIG), CONFIG),
+  ),
   "scores.selection_scores": lambda logits, expert_bias: (
     scores_lib.selection_scores(logits, expert_bias, CONFIG)
   ),
@@ -230,6 +256,7 @@ CASES = {
     )
   ),
   "nnx.update + nnx.init_rule_state + nnx.router_state": _nnx_step,
+  "nnx.train_step": _nnx_train_step,
   "assignment.dual_value + assignment.dual_value_of_choice": (
     lambda scores, expert_bias, token_mask: assignment.dual_value(
       scores, expert_bias, K, token_mask
