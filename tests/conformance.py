@@ -76,28 +76,40 @@ def assert_is_oracle(
   ]
 
 
-def assert_weights_are_exact(weigh, logits, config, atol=2e-38):
-  """Weights and their gradient within 1e-6 of a token's largest weight.
+def assert_weights_are_exact(weigh, logits, config, jit=jax.jit, rtol=1e-6):
+  """Weights, and their gradient, are off by 1e-6 of a token's largest weight at most.
 
   Args:
     weigh: a function of logits, for `[T, K]` weights and experts.
     logits: `[T, E]`, finite after the multiplier and the cap.
     config: a `RouterConfig`.
-    atol: what a number may be off for being too small for float32.
+    jit: what it is compiled by.
+    rtol: in place of 1e-6, for the gradient.
   """
-  weights, pull, expert_idx = jax.vjp(weigh, jnp.asarray(logits), has_aux=True)
-  rng = np.random.default_rng(2)
-  d_weights = rng.uniform(-1, 1, size=weights.shape).astype(np.float32)
-  (gradient,) = pull(jnp.asarray(d_weights))
+
+  @jit
+  def with_gradient(logits, d_weights):
+    weights, pull, expert_idx = jax.vjp(weigh, logits, has_aux=True)
+    return weights, expert_idx, pull(d_weights)[0]
+
+  d_weights = np.random.default_rng(2).uniform(
+    -1, 1, (len(logits), config.top_k)
+  )
+  d_weights = d_weights.astype(np.float32)
+  weights, expert_idx, gradient = map(
+    np.asarray, with_gradient(jnp.asarray(logits), jnp.asarray(d_weights))
+  )
+  # Numbers below are too small for float32.
+  tiny = 2e-38
   rows = oracle.prepare_logits(logits, config)
-  chosen = zip(rows, np.asarray(expert_idx), strict=True)
+  chosen = zip(rows, expert_idx, strict=True)
   for i, (row, ids) in enumerate(chosen):
     expected = oracle.chosen_weights(row, ids, config)
-    error = 1e-6 * expected.max() + atol
+    largest = expected.max()
     np.testing.assert_allclose(
-      weights[i], expected, rtol=0, atol=error, err_msg=str(row[ids])
+      weights[i], expected, 0, 1e-6 * largest + tiny, err_msg=str(row[ids])
     )
     expected = oracle.weights_gradient(row, ids, config, d_weights[i])
     np.testing.assert_allclose(
-      gradient[i], expected, rtol=0, atol=error, err_msg=str(row[ids])
+      gradient[i], expected, 0, rtol * largest + tiny, err_msg=str(row[ids])
     )

@@ -309,3 +309,30 @@ def test_what_it_cannot_do_is_named(fields, words):
   for word in words:
     assert word in str(error.value)
   assert jaxroute.route(x, None, config).load.sum() == 2 * config.top_k
+
+
+@pytest.mark.parametrize("norm_eps", (None, 0.0, 1e-20))
+@pytest.mark.parametrize("score_fn", ("sigmoid", "softmax", "sqrtsoftplus"))
+def test_weights_of_logits_of_every_size(score_fn, norm_eps):
+  config = _config(
+    num_experts=8,
+    top_k=3,
+    score_fn=score_fn,
+    normalize_weights=norm_eps is not None,
+    norm_eps=norm_eps or 0.0,
+  )
+  # The bias makes three experts the best, however improbable.
+  bias = np.float32([0, 0, 9, 0, 9, 9, 0, 0])
+
+  def weigh(x):
+    routing = _route(x, bias, config)
+    return routing.weights, routing.expert_idx
+
+  # The gradient is taken from log scores, which are rounded.
+  conformance.assert_weights_are_exact(
+    weigh,
+    cases.extreme_logits(8),
+    config,
+    jit=conformance.jit_interpreted,
+    rtol=2e-5,
+  )

@@ -3,9 +3,11 @@
 
 import dataclasses
 
+import cases
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jaxroute
@@ -152,3 +154,41 @@ def test_gradient_pushes_tokens_off_the_busy_expert():
 def test_sequences_must_divide_the_tokens(num_sequences):
   with pytest.raises(ValueError, match="`num_sequences` must divide T=8"):
     _sequence_wise(_logits(8), SIGMOID, num_sequences)
+
+
+@pytest.mark.parametrize("score_fn", ("softmax", "sigmoid", "sqrtsoftplus"))
+@pytest.mark.parametrize("norm_eps", (0.0, 1e-20))
+def test_logits_of_every_size(score_fn, norm_eps):
+  config = jaxroute.RouterConfig(
+    num_experts=4, top_k=2, score_fn=score_fn, norm_eps=norm_eps
+  )
+  logits = cases.extreme_logits(4)
+  logits = jnp.asarray(logits[np.abs(logits).max(1) < 1e19])
+
+  @jax.jit
+  def all_losses(logits):
+    routing = jaxroute.route(logits, None, config)
+    sequences = losses.sequence_wise(logits, config, 1)
+    return jnp.stack([losses.switch(logits, routing, config), sequences])
+
+  found, pull = jax.vjp(all_losses, logits)
+  (gradient,) = pull(jnp.ones(2))
+  assert np.isfinite(gradient).all()
+  ids = np.asarray(jaxroute.route(logits, None, config).expert_idx)
+  share = np.bincount(ids.reshape(-1), minlength=4) / ids.size
+  everyone = dataclasses.replace(config, top_k=4)
+  mean = np.mean(
+    [
+      oracle.chosen_weights(x, np.arange(4), everyone)
+      for x in np.asarray(logits)
+    ],
+    axis=0,
+  )
+  np.testing.assert_allclose(found, 4 * share @ mean, rtol=1e-5)
+
+
+def test_z_loss_of_many_huge_logits():
+  logits = jnp.full((1000, 4), 1e18)
+  value, gradient = jax.value_and_grad(losses.z_loss)(logits)
+  np.testing.assert_allclose(value, 1e36, rtol=1e-5)
+  np.testing.assert_allclose(gradient, 2e18 / 4000, rtol=1e-5)

@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Metrics on loads small enough to check by hand, and exact on large ones."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
@@ -88,3 +89,40 @@ def test_drops_of_more_assignments_than_an_int32_holds():
   load = jnp.full(4, 2**30, jnp.int32)
   dropped = metrics.drop_fraction(load, jnp.full(4, 2**29, jnp.int32))
   np.testing.assert_allclose(dropped, 0.5)
+
+
+_LOADS = (
+  [0, 2, 2],
+  [0, 2, 2, 3, 5],
+  [0, 0, 0],
+  [7],
+  [1, 1, 1, 1, 1, 1, 1],
+  [2**31 - 1] * 8,
+  [0, *[2**31 - 1] * 6],
+)
+
+
+@pytest.mark.parametrize("is_optimized", (False, True))
+def test_loads_of_every_kind_under_jit(is_optimized):
+  name = "jax_disable_most_optimizations"
+  before = jax.config.read(name)
+  jax.config.update(name, not is_optimized)
+  try:
+    for counts in _LOADS:
+      found = jax.jit(metrics.summary)(_load(*counts), jnp.zeros(len(counts)))
+      load = np.array(counts, np.float64)
+      share = load / max(load.sum(), 1)
+      entropy = -sum(s * np.log(s) for s in share if s)
+      entropy = entropy / np.log(len(load)) if len(load) > 1 else 1.0
+      vio = oracle.violation(counts)
+      expected = {
+        "max_vio": vio.max(),
+        "load_cv": np.sqrt((vio**2).mean()),
+        "load_entropy": entropy,
+        "dead_experts": (load == 0).sum(),
+        "bias_spread": 0,
+      }
+      for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6)
+  finally:
+    jax.config.update(name, before)

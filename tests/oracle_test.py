@@ -137,3 +137,16 @@ def test_dual_value_and_best_assignment_by_hand():
   value, x = oracle.best_assignment(scores, 1)
   assert value == pytest.approx(1.6)
   np.testing.assert_array_equal(x, [[1, 0], [0, 1]])
+
+
+def test_weights_and_their_gradient():
+  # Scores e^-100 and e^-100 3: shares 1/4 and 3/4, of slope 3/16.
+  row, ids = np.array([-100.0, _LN3 - 100.0, 5.0]), np.array([1, 0])
+  for score_fn in ("sigmoid", "softmax"):
+    config = RouterConfig(
+      num_experts=3, top_k=2, score_fn=score_fn, norm_eps=0.0, scaling_factor=2
+    )
+    weights = oracle.chosen_weights(row, ids, config)
+    np.testing.assert_allclose(weights, [1.5, 0.5])
+    gradient = oracle.weights_gradient(row, ids, config, np.array([1.0, 0.0]))
+    np.testing.assert_allclose(gradient, [-3 / 8, 3 / 8, 0], atol=1e-15)

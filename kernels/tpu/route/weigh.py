@@ -112,10 +112,12 @@ def _score_chosen(
   for k, expert in enumerate(expert_idx):
     raw = layout.load_dense(plan, scratch.chosen_logits, *divmod(k, _SUBLANES))
     logits = score.prepare(plan, raw)
-    statistics = ()
+    weighed = raw
     if config.needs_row_softmax:
-      statistics = scratch.row_max[...], scratch.inverse_row_sum[...]
-      scores = score.apply_score_fn(plan, logits, *statistics)
+      row_max, inverse = scratch.row_max[...], scratch.inverse_row_sum[...]
+      scores = score.apply_score_fn(plan, logits, row_max, inverse)
+      if config.weighs_all_logits and plan.with_chosen:
+        weighed = (logits - row_max) + jnp.log(inverse)
     elif config.score_fn == "softmax":
       scores = logits  # `_weigh_chosen` takes the softmax of the chosen ones.
     else:
@@ -126,10 +128,6 @@ def _score_chosen(
     if kept is not None:
       is_kept = _in_kept_group(plan, expert, kept)
       selection = jnp.where(is_kept, selection, _NEG_INF)
-    weighed = raw
-    if config.weighs_all_logits and plan.with_chosen:
-      row_max, inverse_row_sum = statistics
-      weighed = (logits - row_max) + jnp.log(inverse_row_sum)
     chosen.selection.append(selection)
     chosen.logits.append(logits)
     chosen.scores.append(scores)
@@ -192,32 +190,15 @@ def _weigh_chosen(
   config = plan.config
   if config.score_fn == "softmax" and not config.weighs_all_logits:
     return _softmax_weights(plan, chosen.logits)
-  if config.weighs_all_logits:
-    row_max, inverse = scratch.row_max[...], scratch.inverse_row_sum[...]
-    exponents = [x - row_max for x in chosen.logits]
-  else:
-    start, slope = score.TAILS[config.score_fn]
-    far = [x < np.float32(start) for x in chosen.logits]
-    tails = [x * np.float32(slope) for x in chosen.logits]
-    exponents = [
-      jnp.where(is_far, x, 0.0) for is_far, x in zip(far, tails, strict=True)
-    ]
+  exponents, factors = _terms(plan, chosen, scratch)
   eps_factor, eps_exponent = map(np.float32, config.split_norm_eps)
   shift = 0.0
   if config.normalize_weights:
     shift = functools.reduce(jnp.maximum, exponents, eps_exponent)
-  shares = [jnp.exp(x - shift) for x in exponents]
-  if config.weighs_all_logits:
-    shares = [
-      share * (1.0 + _rounded_off(x, row_max)) * inverse
-      for share, x in zip(shares, chosen.logits, strict=True)
-    ]
-  else:
-    # One that is not in the tail has the exponent 0, and so has the shift.
-    shares = [
-      jnp.where(is_far, share, x)
-      for is_far, share, x in zip(far, shares, chosen.scores, strict=True)
-    ]
+  shares = [
+    factor * jnp.exp(exponent - shift)
+    for exponent, factor in zip(exponents, factors, strict=True)
+  ]
   scaling = np.float32(config.scaling_factor)
   if config.normalize_weights:
     total = functools.reduce(jnp.add, shares)
@@ -227,6 +208,26 @@ def _weigh_chosen(
       total = jnp.where(total == 0.0, 1.0, total)
     scaling = scaling / total
   return [x * scaling for x in shares]
+
+
+def _terms(
+  plan: Plan, chosen: _Chosen, scratch: Scratch
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """Computes exponents and factors: a score is `factor * exp(exponent)`."""
+  if plan.config.weighs_all_logits:
+    row_max, inverse = scratch.row_max[...], scratch.inverse_row_sum[...]
+    return (
+      [x - row_max for x in chosen.logits],
+      [(1.0 + _rounded_off(x, row_max)) * inverse for x in chosen.logits],
+    )
+  start, slope = map(np.float32, score.TAILS[plan.config.score_fn])
+  return (
+    [jnp.where(x < start, x * slope, 0.0) for x in chosen.logits],
+    [
+      jnp.where(x < start, 1.0, near)
+      for x, near in zip(chosen.logits, chosen.scores, strict=True)
+    ],
+  )
 
 
 def _softmax_weights(plan: Plan, logits: list[jax.Array]) -> list[jax.Array]:
