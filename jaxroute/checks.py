@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import export
 
 # What an array may hold, in the words of the messages.
 _DTYPES = {
@@ -70,7 +71,7 @@ def describe(x: Any) -> str:
     return f"{x.dtype} {x.shape if value is x else value}"
   if isinstance(x, type | np.dtype):
     return str(x)
-  if type(x) in (tuple, list) and len(x) <= 4:
+  if type(x) is tuple and len(x) <= 4:
     return f"({', '.join(map(describe, x))})"
   return f"a {type(x).__name__}"
 
@@ -130,7 +131,12 @@ def as_bool(name: str, x: Any, fix: str) -> bool:
 
 
 def as_int(name: str, x: Any, fix: str, low: int = 1, **high: int) -> int:
-  """The int in a scalar, at least `low` and at most `high`, as in `E=8`."""
+  """The int in a scalar, at least `low` and at most `high`, as in `E=8`.
+
+  A symbolic size, as `jax.export` has them, is returned as it is.
+  """
+  if export.is_symbolic_dim(x):
+    return x
   value, words = _item(x), f"an int of at least {low}"
   for letter, most in high.items():
     words = f"in [{low}, {letter}={most}], an int"

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.any_jax
     ),
     (np.ones((2, 0)), "[T, F]", "real", "[T, F], got float64 (2, 0)"),
     (jnp.ones(()), "[..., E]", "", "[..., E=4], got float32 1.0"),
-    ([1.0], "[T]", "bool", "bool [T], got (1.0)"),
+    ([1.0], "[T]", "bool", "bool [T], got a list"),
     (jnp.float32, "[T]", "", "[T], got <class"),
     (None, "[T]", "", "[T], got None"),
   ),

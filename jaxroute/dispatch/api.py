@@ -13,7 +13,6 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
-from jax import export
 
 from jaxroute import checks, ladder, remat, types
 from jaxroute.dispatch import pallas_tpu, xla
@@ -67,8 +66,7 @@ def expert_capacity(
   fix = "Write jaxroute.RouterConfig(num_experts=..., top_k=...)."
   checks.check_instance("config", config, types.RouterConfig, fix)
   fix = "Pass the number of tokens, of all devices."
-  if not export.is_symbolic_dim(num_tokens):
-    num_tokens = checks.as_int("num_tokens", num_tokens, fix, low=0)
+  num_tokens = checks.as_int("num_tokens", num_tokens, fix, low=0)
   fix = "Leave the capacity out (None) to drop nothing."
   capacity_factor = checks.as_float(
     "capacity_factor", capacity_factor, "(0, inf)", fix

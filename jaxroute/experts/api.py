@@ -58,6 +58,7 @@ def grouped_matmul(
     ValueError: if a rank, shape or dtype does not fit.
 
   Example:
+    >>> import jax.numpy as jnp
     >>> lhs = jnp.ones((3, 1))
     >>> rhs = jnp.array([2.0, 3.0]).reshape(2, 1, 1)
     >>> grouped_matmul(lhs, rhs, jnp.array([1, 1])).ravel()
