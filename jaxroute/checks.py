@@ -130,7 +130,7 @@ def as_bool(name: str, x: Any, fix: str) -> bool:
   return value
 
 
-def as_int(name: str, x: Any, fix: str, low: int = 1, **high: int) -> int:
+def as_int(name: str, x: Any, fix: str, low: int = 1, **high: int) -> Any:
   """The int in a scalar, at least `low` and at most `high`, as in `E=8`.
 
   A symbolic size, as `jax.export` has them, is returned as it is.
