@@ -87,11 +87,8 @@ def _one_of(good, *bad, optional=False):
 def _tree(kind, optional=False, **fields):
   """A dataclass, with each field spoiled while the others are right."""
   good = {name: field.good for name, field in fields.items()}
-  bad = [
-    kind(**(good | {name: value}))
-    for name, field in fields.items()
-    for value in field.bad
-  ]
+  spoiled = [(name, x) for name, field in fields.items() for x in field.bad]
+  bad = [kind(**(good | {name: x})) for name, x in spoiled]
   return Argument(kind(**good), [*bad, "a text", {"a": 1}, 7, good], optional)
 
 
