@@ -148,8 +148,8 @@ def read_rows(out: str) -> list[dict[str, Any]]:
   return [parse_row(line) for line in lines]
 
 
-def last_quarter(rows: list[Any]) -> list[Any]:
-  """The last quarter of some rows, one at least."""
+def last_quarter(rows: Any) -> Any:
+  """The last quarter of a list or an array, one at least."""
   return rows[-max(1, len(rows) // 4) :]
 
 
