@@ -2,7 +2,6 @@
 """Gradient accumulation: means of losses and gradients, sums of counts."""
 
 import functools
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -68,11 +67,8 @@ def accumulated_grad(
     ValueError: if `micro_batches` is no int that divides B, a parameter is not a
       floating-point array, or a function returns what it should not.
   """
-  if not isinstance(micro_batches, numbers.Integral) or micro_batches < 1:
-    raise ValueError(
-      f"`micro_batches` must be an int of at least 1, got {micro_batches!r}."
-      " 1 takes the batch as a whole."
-    )
+  fix = "1 takes the batch as a whole."
+  micro_batches = checks.as_int("micro_batches", micro_batches, fix)
   _check_are_floats(params)
 
   def run(index: Any, part: types.PyTree, variables: types.PyTree) -> Any:

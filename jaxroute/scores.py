@@ -207,8 +207,9 @@ def _rounded_off(x: jax.Array, y: jax.Array) -> jax.Array:
 def _sqrt_softplus(x: jax.Array) -> jax.Array:
   # The slope of a square root is infinite where softplus underflows; that of
   # exp(x / 2) is not.
-  far = x < _TAILS["sqrtsoftplus"][0]
+  start, _ = _TAILS["sqrtsoftplus"]
+  far = x < start
   near = jnp.sqrt(jax.nn.softplus(jnp.where(far, 0.0, x)))
   # exp must not overflow where it is not taken: the backward pass has 0 * inf
   # then.
-  return jnp.where(far, jnp.exp(jnp.where(far, x, -15.0) / 2), near)
+  return jnp.where(far, jnp.exp(jnp.where(far, x, start) / 2), near)

@@ -8,7 +8,6 @@ other; under `jax.jit` over sharded tokens the loads are global already.
 """
 
 import dataclasses
-import numbers
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,11 +51,7 @@ def init_router_state(
   """
   checks.check_transformation("rule", rule)
   for name, size in (("num_experts", num_experts), ("num_layers", num_layers)):
-    if not isinstance(size, numbers.Integral) or size < 1:
-      raise ValueError(
-        f"`{name}` must be an int of at least 1, got {size!r}. Pass that of the"
-        " model."
-      )
+    checks.as_int(name, size, "Pass that of the model.")
   expert_bias = jnp.zeros((num_layers, num_experts), jnp.float32)
   load = jnp.zeros(expert_bias.shape, jnp.int32)
   bins = jnp.zeros((*expert_bias.shape, types.HISTOGRAM_BINS), jnp.int32)

@@ -239,11 +239,8 @@ def eval_step(
 def _check_arguments(
   state: Any, rng: Any, functions: dict[str, Any], flags: dict[str, Any]
 ) -> None:
-  if not isinstance(state, TrainState):
-    raise ValueError(
-      f"`state` must be a `TrainState`, got {checks.describe(state)}. Pass what"
-      " `init_train_state` returned."
-    )
+  fix = "Pass what `init_train_state` returned."
+  checks.check_instance("state", state, TrainState, fix)
   for name, function in functions.items():
     if not callable(function):
       raise ValueError(
