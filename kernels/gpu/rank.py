@@ -1,0 +1,1 @@
+def rank(*a, **k): raise NotImplementedError

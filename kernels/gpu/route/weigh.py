@@ -1,0 +1,278 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The chosen experts: their order, weights, and the results of a token.
+
+A warp works on its own tokens. `slots` of its threads, side by side, are for the K
+experts of one of them, and in a round it has as many tokens as that leaves room for.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.kernels.gpu import threads
+from jaxroute.kernels.gpu.route import score
+from jaxroute.kernels.gpu.route.plan import Plan
+from jaxroute.kernels.gpu.route.refs import Buffers, Operands, Results
+from jaxroute.kernels.gpu.route.score import NEG_INF, Place
+from jaxroute.kernels.gpu.route.select import UNREACHABLE
+from jaxroute.kernels.gpu.threads import THREADS, WARP, full
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+  """What a thread does in a round, `[128]`.
+
+  Attributes:
+    index: int32, of its slot in `Buffers.chosen`, and one that is there in any case.
+    token: int32, of the tile; one that is there in any case.
+    number: int32, of the slot, in `[0, slots)`.
+    is_used: bool. Whether there is such a token and such a choice.
+  """
+
+  index: jax.Array
+  token: jax.Array
+  number: jax.Array
+  is_used: jax.Array
+
+
+def slot_of(plan: Plan, place: Place, round_: jax.Array | int) -> Slot:
+  """What a thread does in a round."""
+  pair = round_ * WARP + place.lane
+  token = score.divide(pair, plan.slots)
+  number = place.lane & (plan.slots - 1)
+  is_used = number < plan.config.top_k
+  if plan.warp_tokens * plan.slots < WARP:
+    is_used = is_used & (token < plan.warp_tokens)
+    token = jnp.minimum(token, plan.warp_tokens - 1)
+  token = place.warp * plan.warp_tokens + token
+  return Slot(token * plan.slots + number, token, number, is_used)
+
+
+def weigh(
+  plan: Plan,
+  place: Place,
+  first_token: jax.Array,
+  first_own: jax.Array,
+  operands: Operands,
+  buffers: Buffers,
+  results: Results,
+) -> None:
+  """Orders and weighs the chosen experts, and finds the tokens that count.
+
+  Reads `chosen` and `softmax_sums`. Writes `is_counted`, and to `chosen` the place of
+  each expert among the K; and `expert_idx`, `weights`, `chosen` and `token_mask` of
+  the results.
+
+  Args:
+    plan: the static sizes of the call.
+    place: of the threads.
+    first_token: of the tile.
+    first_own: the first token that no other block has.
+    operands: in global memory.
+    buffers: in shared memory.
+    results: in global memory.
+  """
+
+  def run_round(round_: jax.Array | int, carry: int) -> int:
+    slot = slot_of(plan, place, round_)
+    token = first_token + slot.token
+    is_own = (token >= first_own) & (token < plan.tokens)
+    expert = plan.threads.gather(buffers.chosen, slot.index)
+    expert = jnp.where(slot.is_used, expert, 0)
+    is_forced = expert >= UNREACHABLE
+    expert = expert & (UNREACHABLE - 1)
+    raw = plan.threads.gather(
+      operands.logits, token * plan.padded_experts + expert
+    )
+    selection, weight = _weigh_round(
+      plan, slot, expert, is_forced, raw, buffers
+    )
+    number = _rank_in_token(plan, slot, selection)
+    # One NaN spreads to all weights of its token.
+    is_nan = slot.is_used & (weight != weight)
+    nan_bits = plan.threads.ballot(threads.as_words(is_nan))
+    first_lane = place.lane & ~(plan.slots - 1)
+    token_bits = nan_bits & (((1 << plan.slots) - 1) << first_lane)
+    is_counted = token_bits == 0
+    weight = jnp.where(is_counted, weight, jnp.nan)
+    if plan.has_mask:
+      in_range = jnp.minimum(token, plan.tokens - 1)
+      is_real = plan.threads.gather(operands.token_mask, in_range) != 0
+      weight = jnp.where(is_real, weight, 0.0)
+      is_counted = is_counted & is_real
+    is_result = threads.as_words(slot.is_used & is_own)
+    place_of_result = token * plan.config.top_k + number
+    values = [(results.expert_idx, expert), (results.weights, weight)]
+    if plan.with_chosen:
+      values.append((results.chosen, raw))
+    for ref, value in values:
+      plan.threads.scatter(ref, place_of_result, value, is_result)
+    is_first = slot.is_used & (slot.number == 0)
+    counted = threads.as_words(is_counted)
+    plan.threads.scatter(
+      results.token_mask, token, counted, threads.as_words(is_first & is_own)
+    )
+    counted = jnp.where(is_own, counted, -1)
+    plan.threads.scatter(
+      buffers.is_counted, slot.token, counted, threads.as_words(is_first)
+    )
+    if plan.with_rank:
+      packed = expert + number * UNREACHABLE
+      plan.threads.scatter(
+        buffers.chosen, slot.index, packed, threads.as_words(slot.is_used)
+      )
+    return carry
+
+  score.loop(plan.rounds, run_round, 0)
+
+
+def write_cutoff(
+  plan: Plan,
+  place: Place,
+  first_token: jax.Array,
+  first_own: jax.Array,
+  top: list[jax.Array],
+  results: Results,
+) -> None:
+  """Writes the (K+1)-th largest selection score, or -inf; arguments as in `weigh`."""
+  k, token = plan.config.top_k, first_token + place.token
+  # -0.0 becomes 0.0.
+  cutoff = top[k] + 0.0 if k < len(top) else full(NEG_INF)
+  keep = (place.part == 0) & (token >= first_own) & (token < plan.tokens)
+  plan.threads.scatter(results.cutoff, token, cutoff, threads.as_words(keep))
+
+
+def _rank_in_token(
+  plan: Plan, slot: Slot, selection: jax.Array
+) -> jax.Array:
+  """The place of an expert among the K of its token, the best first; int32."""
+  # Slots are in order of the experts, which decides between equals.
+  rank = full(0, jnp.int32)
+  for distance in range(1, plan.slots):
+    other = plan.threads.shuffle_xor(selection, distance)
+    is_before = (slot.number ^ distance) < slot.number
+    wins = jnp.where(is_before, other >= selection, other > selection)
+    rank = rank + threads.as_words(wins)
+  return rank
+
+
+def _weigh_round(
+  plan: Plan,
+  slot: Slot,
+  expert: jax.Array,
+  is_forced: jax.Array,
+  raw: jax.Array,
+  buffers: Buffers,
+) -> tuple[jax.Array, jax.Array]:
+  """Selection scores and weights `[128]` of the slots of a round."""
+  config = plan.config
+  logits = score.prepare(plan, raw.astype(jnp.float32))
+  peak = total = None
+  if plan.needs_softmax_sums:
+    row = slot.token * plan.lanes
+    peak = plan.threads.gather(buffers.softmax_sums, row)
+    total = plan.threads.gather(buffers.softmax_sums, row + THREADS)
+  scores = logits
+  if config.score_fn != "softmax" or (
+    config.needs_row_softmax and not config.selects_on_logits
+  ):
+    scores = score.apply_score_fn(plan, logits, peak, total)
+  bias = None
+  if plan.has_bias:
+    index = score.bias_index(plan, expert)
+    bias = plan.threads.gather(buffers.expert_bias, index)
+  selection = score.add_bias(
+    plan, logits, logits if config.selects_on_logits else scores, bias
+  )
+  is_chosen = slot.is_used & ~is_forced if plan.groups else slot.is_used
+  selection = jnp.where(is_chosen, selection, NEG_INF)
+  weight = _weights(plan, slot, logits, scores, peak, total)
+  return selection, weight
+
+
+def _over_slots(
+  plan: Plan,
+  x: jax.Array,
+  combine: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+  """Combines the slots of a token; all get the same."""
+  distance = 1
+  while distance < plan.slots:
+    x = combine(x, plan.threads.shuffle_xor(x, distance))
+    distance *= 2
+  return x
+
+
+def _weights(
+  plan: Plan,
+  slot: Slot,
+  logits: jax.Array,
+  scores: jax.Array,
+  peak: jax.Array | None,
+  total: jax.Array | None,
+) -> jax.Array:
+  """Weights of scores of any size, as `jaxroute.scores.weights` makes them."""
+  config = plan.config
+  if config.score_fn == "softmax":
+    if not config.weighs_all_logits:
+      # The softmax of the chosen logits.
+      peak = jnp.where(slot.is_used & (logits == logits), logits, NEG_INF)
+      peak = _over_slots(plan, peak, jnp.maximum)
+      peak = jnp.where(peak == NEG_INF, 0.0, peak)
+    assert peak is not None
+    exponent = logits - peak
+    factor = 1.0 + _rounded_off(logits, peak)
+    if not config.weighs_all_logits:
+      exponentials = jnp.where(logits == logits, jnp.exp(exponent), 0.0)
+      total = _sum_over_slots(plan, slot, exponentials)
+      total = jnp.where(total == 0.0, 1.0, total)
+  else:
+    start, slope = map(np.float32, score.TAILS[config.score_fn])
+    is_far = logits < start
+    exponent = jnp.where(is_far, slope * logits, 0.0)
+    factor, total = jnp.where(is_far, 1.0, scores), None
+  if not config.normalize_weights:
+    weight = factor * jnp.exp(exponent)
+    if total is not None:
+      weight = plan.threads.divide(weight, total)
+  else:
+    weight = _normalized(plan, slot, exponent, factor, total)
+  scaling = np.float32(config.scaling_factor)
+  return weight if config.scaling_factor == 1.0 else weight * scaling
+
+
+def _normalized(
+  plan: Plan,
+  slot: Slot,
+  exponent: jax.Array,
+  factor: jax.Array,
+  divisor: jax.Array | None,
+) -> jax.Array:
+  """Shares of the sum + `norm_eps`, of scores `factor * exp(exponent) / divisor`."""
+  config = plan.config
+  eps_factor, eps_exponent = map(np.float32, config.split_norm_eps)
+  shift = jnp.where(slot.is_used, exponent, NEG_INF)
+  shift = jnp.maximum(_over_slots(plan, shift, jnp.maximum), eps_exponent)
+  shares = factor * jnp.exp(exponent - shift)
+  total = _sum_over_slots(plan, slot, shares)
+  if config.norm_eps:
+    eps = eps_factor * jnp.exp(eps_exponent - shift)
+    total = total + (eps if divisor is None else eps * divisor)
+  else:
+    total = jnp.where(total == 0.0, 1.0, total)
+  return plan.threads.divide(shares, total)
+
+
+def _sum_over_slots(plan: Plan, slot: Slot, x: jax.Array) -> jax.Array:
+  return _over_slots(plan, jnp.where(slot.is_used, x, 0.0), jnp.add)
+
+
+def _rounded_off(x: jax.Array, y: jax.Array) -> jax.Array:
+  """What the rounding of `x - y` took off; 0 if that is -inf."""
+  difference = x - y
+  y_taken = difference - x
+  lost = (x - (difference - y_taken)) - (y + y_taken)
+  return jnp.where(difference > NEG_INF, lost, 0.0)
