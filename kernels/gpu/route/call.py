@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxroute import types
-from jaxroute.kernels.gpu import rank as rank_kernel
+from jaxroute.kernels.gpu import order
 from jaxroute.kernels.gpu.route import count, score, select, weigh
 from jaxroute.kernels.gpu.route.plan import Plan, choose_lanes
 from jaxroute.kernels.gpu.route.refs import (
@@ -174,7 +174,7 @@ def _outputs(
   choices = plan.tokens, plan.config.top_k
   rank, chosen = results.get("rank"), results.get("chosen")
   if rank is not None and plan.tiles > 1:
-    rank = rank_kernel.rank(
+    rank = order.rank(
       results["expert_idx"],
       rank,
       results["counts"],

@@ -3,7 +3,6 @@
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -173,8 +172,9 @@ class Plan:
 
   @property
   def super_tiles(self) -> int:
-    """Tiles whose counts are also summed together."""
-    return max(8, -(-self.tiles // 256))
+    """Tiles whose counts are also summed together; `order.rank` has them at once."""
+    fitting = _MAX_SHARED_BYTES // (4 * (self.num_experts + 1)) - 1
+    return min(max(8, -(-self.tiles // 256)), fitting)
 
 
 def _widths(config: types.RouterConfig, dtype: Any) -> tuple[int, ...]:
@@ -236,16 +236,3 @@ def choose_lanes(config: types.RouterConfig, tokens: int, dtype: Any) -> int:
   # Below a chunk of 32 experts a thread, merging is most of the work.
   large = [n for n in possible if config.num_experts // n >= 32]
   return max(large, default=1)
-
-
-def shared_bytes(shapes: dict[str, tuple[tuple[int, ...], Any]]) -> int:
-  """Bytes of buffers, by shape and dtype."""
-  return sum(
-    math.prod(shape) * jnp.dtype(dtype).itemsize
-    for shape, dtype in shapes.values()
-  )
-
-
-def fits(num_bytes: int) -> bool:
-  """Whether a block may have so many bytes of shared memory, and its barriers."""
-  return num_bytes <= _MAX_SHARED_BYTES - 1024
