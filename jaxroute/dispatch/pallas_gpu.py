@@ -62,7 +62,9 @@ def _unsupported(
   num_experts: int, rank: jax.Array | None, load: jax.Array | None
 ) -> str | None:
   if rank is None or load is None:
-    return "it needs the `rank` and `load` of `jaxroute.route(..., with_rank=True)`"
+    return (
+      "it needs the `rank` and `load` of `jaxroute.route(..., with_rank=True)`"
+    )
   if num_experts > order.MAX_EXPERTS:
     return (
       f"`num_experts` may be at most {order.MAX_EXPERTS}, got {num_experts}"

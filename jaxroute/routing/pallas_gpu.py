@@ -51,7 +51,7 @@ def route(
     device.too_old()
     or ladder.symbolic_size(logits)
     or _unsupported_dtype(logits)
-    or kernel.unsupported(config),
+    or kernel.unsupported(config, logits.dtype),
     unavailable=device.unavailable,
     by_name=by_name,
     interpret=interpret,

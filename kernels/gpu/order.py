@@ -165,9 +165,7 @@ def order(
   block = _ROUNDS * THREADS
   masks = () if token_mask is None else (token_mask,)
 
-  def kernel(
-    expert_ref: Ref, rank_ref: Ref, load_ref: Ref, *refs: Ref
-  ) -> None:
+  def kernel(expert_ref: Ref, rank_ref: Ref, load_ref: Ref, *refs: Ref) -> None:
     *mask_ref, permutation_ref, inverse_ref, start_ref, warp_ref = refs
     thread = ops.index()
     owned, counted = _starts(ops, load_ref, start_ref, warp_ref, capacity)
@@ -277,22 +275,16 @@ def _call(
 ) -> Any:
   """A call of a kernel: int32 vectors of these sizes, as many blocks of 128 threads."""
 
-  def call(*operands: jax.Array) -> Any:
-    # Inside `jax.shard_map` the operands vary alike, and so do the results.
-    kind = jax.typeof(operands[0]).manual_axis_type
-    shape = functools.partial(jax.ShapeDtypeStruct, manual_axis_type=kind)
-    return plgpu.kernel(
-      kernel,
-      out_type=tuple(shape((size,), jnp.int32) for size in sizes),
-      grid=(blocks,),
-      grid_names=("block",),
-      scratch_types=[plgpu.SMEM((size,), jnp.int32) for size in scratch_words],
-      compiler_params=plgpu.CompilerParams(
-        lowering_semantics=plgpu.LoweringSemantics.Lane,
-        unsafe_no_auto_barriers=True,
-      ),
-      kernel_name=f"jaxroute_{name}",
-      **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
-    )(*operands)
-
-  return call
+  return plgpu.kernel(
+    kernel,
+    out_type=tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes),
+    grid=(blocks,),
+    grid_names=("block",),
+    scratch_types=[plgpu.SMEM((size,), jnp.int32) for size in scratch_words],
+    compiler_params=plgpu.CompilerParams(
+      lowering_semantics=plgpu.LoweringSemantics.Lane,
+      unsafe_no_auto_barriers=True,
+    ),
+    kernel_name=f"jaxroute_{name}",
+    **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+  )

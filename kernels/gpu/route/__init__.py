@@ -2,6 +2,6 @@
 """Top-k routing on GPU."""
 
 from jaxroute.kernels.gpu.route.call import Outputs, route
-from jaxroute.kernels.gpu.route.plan import unsupported
+from jaxroute.kernels.gpu.route.lanes import unsupported
 
 __all__ = ["Outputs", "route", "unsupported"]

@@ -11,8 +11,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxroute import types
 from jaxroute.kernels.gpu import order
-from jaxroute.kernels.gpu.route import count, score, select, weigh
-from jaxroute.kernels.gpu.route.plan import Plan, choose_lanes
+from jaxroute.kernels.gpu.route import (
+  count,
+  score,
+  select,
+  weigh,
+)
+from jaxroute.kernels.gpu.route import (
+  lanes as lanes_lib,
+)
+from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.refs import (
   Buffers,
   Operands,
@@ -82,13 +90,13 @@ def route(
     has_mask=token_mask is not None,
     with_chosen=with_chosen,
     with_rank=with_rank,
-    lanes=lanes or choose_lanes(config, tokens, logits.dtype),
+    lanes=lanes or lanes_lib.choose(config, tokens, logits.dtype),
     interpret=bool(interpret),
   )
   if tokens == 0:
     return _empty_outputs(plan)
   arrays, refs = _operands(plan, logits, expert_bias, token_mask)
-  shapes = _result_shapes(plan, logits)
+  shapes = _result_shapes(plan)
   results = plgpu.kernel(
     functools.partial(_kernel, plan, tuple(arrays), tuple(shapes)),
     out_type=tuple(shapes.values()),
@@ -141,14 +149,9 @@ def _zeros(size: int) -> Any:
   return jax.new_ref(jnp.zeros(size, jnp.int32))
 
 
-def _result_shapes(
-  plan: Plan, logits: jax.Array
-) -> dict[str, jax.ShapeDtypeStruct]:
+def _result_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
   """Fields of `Results` by name."""
-  # Inside `jax.shard_map` the operands vary alike, and so do the results.
-  shape = functools.partial(
-    jax.ShapeDtypeStruct, manual_axis_type=jax.typeof(logits).manual_axis_type
-  )
+  shape = jax.ShapeDtypeStruct
   choices = plan.tokens * plan.config.top_k
   shapes = {
     "expert_idx": shape((choices,), jnp.int32),

@@ -4,7 +4,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.gpu import threads
@@ -158,7 +157,9 @@ def write_ranks(
     rank = jnp.where(counted, rank, rank + number)
     if plan.tiles > 1:
       rank = jnp.where(counted, rank, ~rank)
-    keep = slot.is_used & (token >= first_own) & (token < plan.tokens)
+    keep = slot.is_used
+    if plan.shares_tokens:
+      keep = keep & (token >= first_own) & (token < plan.tokens)
     plan.threads.scatter(
       results.rank, token * top_k + number, rank, threads.as_words(keep)
     )

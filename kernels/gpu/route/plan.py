@@ -11,34 +11,8 @@ from jaxroute import types
 from jaxroute.kernels.gpu import twins
 from jaxroute.kernels.gpu.threads import THREADS, WARP, Threads
 
-_MAX_EXPERTS, _MAX_TOP_K, _MAX_GROUPS = 1024, 16, 32
-# Shared memory that a block of a Hopper GPU may have.
-_MAX_SHARED_BYTES = 227 * 1024
-# Blocks of two such GPUs' worth of multiprocessors: fewer leave some idle.
-_ENOUGH_BLOCKS = 4 * 132
-# With so many experts a thread, shared memory has room for four blocks at once.
-_FEW_EXPERTS = 64
-
-
-def unsupported(config: types.RouterConfig) -> str | None:
-  """Why the kernel cannot do what a router wants, or None if it can.
-
-  Args:
-    config: what to compute.
-
-  Returns:
-    The reason, for an error message.
-  """
-  if config.num_experts > _MAX_EXPERTS:
-    return f"`num_experts` may be at most {_MAX_EXPERTS}, got {config.num_experts}"
-  if config.top_k > _MAX_TOP_K:
-    return f"`top_k` may be at most {_MAX_TOP_K}, got {config.top_k}"
-  if config.limits_groups and config.num_groups > _MAX_GROUPS:
-    return f"there may be at most {_MAX_GROUPS} groups, got {config.num_groups}"
-  if config.logit_soft_cap is not None:
-    # Mosaic's tanh is another than XLA's, and its last bits would change routes.
-    return "`logit_soft_cap` is not supported"
-  return None
+MAX_SHARED_BYTES = 226 * 1024
+"""Shared memory of a block on Hopper, less what the barriers take."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -136,8 +110,13 @@ class Plan:
 
   @property
   def tiles(self) -> int:
-    """Blocks. The last tile ends with the last token and may begin in the one before."""
+    """Blocks. The last tile ends with the last token, whatever the one before has."""
     return -(-self.tokens // self.tile_tokens)
+
+  @property
+  def shares_tokens(self) -> bool:
+    """Whether a tile has tokens of another, or some that are not there."""
+    return self.tiles * self.tile_tokens != self.tokens
 
   @property
   def slots(self) -> int:
@@ -173,7 +152,7 @@ class Plan:
   @property
   def super_tiles(self) -> int:
     """Tiles whose counts are also summed together; `order.rank` has them at once."""
-    fitting = _MAX_SHARED_BYTES // (4 * (self.num_experts + 1)) - 1
+    fitting = MAX_SHARED_BYTES // (4 * (self.num_experts + 1))
     return min(max(8, -(-self.tiles // 256)), fitting)
 
 
@@ -193,46 +172,7 @@ def _width(config: types.RouterConfig, dtype: Any, lanes: int) -> int:
   widths, e = _widths(config, dtype), config.num_experts
   size = config.group_size if config.limits_groups else 0
   for width in widths:
-    if e % (lanes * width) == 0 and (size % width == 0 or width % size == 0):
+    fits_groups = not size or size % width == 0 or width % size == 0
+    if e % (lanes * width) == 0 and fits_groups:
       return width
   return widths[0]
-
-
-def _splits(config: types.RouterConfig, dtype: Any, lanes: int) -> bool:
-  """Whether a token's experts can be shared by so many threads."""
-  if lanes == 1:
-    return True
-  unit, e = lanes * _width(config, dtype, lanes), config.num_experts
-  if config.limits_groups:
-    # A group lies within a part.
-    return e % unit == 0 and config.num_groups % lanes == 0
-  # Experts are padded to a multiple of the smallest chunk at most.
-  smallest = _widths(config, dtype)[-1]
-  return -(-e // unit) * unit == -(-e // smallest) * smallest
-
-
-def choose_lanes(config: types.RouterConfig, tokens: int, dtype: Any) -> int:
-  """Threads for a token: as few as keep all multiprocessors busy.
-
-  More threads a token cost instructions, for their lists have to be merged; fewer
-  need more shared memory, so that fewer blocks run at once. On one H100, of 65,536
-  tokens and 256 experts, a prototype with 1, 2, 4 and 8 took 61, 43, 38 and 50
-  microseconds; of 4,096 tokens, with 4 and 8, 5.3 and 5.1.
-
-  Args:
-    config: what to compute.
-    tokens: T.
-    dtype: of the logits.
-
-  Returns:
-    1, 2, 4 or 8.
-  """
-  possible = [n for n in (1, 2, 4, 8) if _splits(config, dtype, n)]
-  for lanes in possible:
-    part = config.num_experts // lanes
-    blocks = tokens * lanes // THREADS
-    if part <= _FEW_EXPERTS and blocks >= _ENOUGH_BLOCKS:
-      return lanes
-  # Below a chunk of 32 experts a thread, merging is most of the work.
-  large = [n for n in possible if config.num_experts // n >= 32]
-  return max(large, default=1)

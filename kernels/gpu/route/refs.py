@@ -2,6 +2,7 @@
 """Operands, results and shared memory of the routing kernel, by name."""
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -121,6 +122,14 @@ def buffer_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   if plan.with_rank:
     shapes["ranks"] = (4 * (plan.num_experts + 1),), jnp.int32
   return shapes
+
+
+def shared_bytes(plan: Plan) -> int:
+  """Bytes of the buffers, but for the barriers."""
+  return sum(
+    math.prod(shape) * jnp.dtype(dtype).itemsize
+    for shape, dtype in buffer_shapes(plan).values()
+  )
 
 
 def scratch_types(plan: Plan) -> dict[str, Any]:

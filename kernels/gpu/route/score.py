@@ -63,9 +63,7 @@ def loop(
   steps: int, body: Callable[[jax.Array | int, jax.Array], jax.Array], carry
 ):
   """`lax.fori_loop` from 0, but for a single step, which is not looped."""
-  return (
-    body(0, carry) if steps == 1 else lax.fori_loop(0, steps, body, carry)
-  )
+  return body(0, carry) if steps == 1 else lax.fori_loop(0, steps, body, carry)
 
 
 def over_lanes(
@@ -268,9 +266,7 @@ def score_chunk(
     exponentials = plgpu.load(
       buffers.selection_scores.at[chunk], layout=by_row(4)
     )
-    scores = plan.threads.divide(
-      exponentials, threads.widen(total, plan.width)
-    )
+    scores = plan.threads.divide(exponentials, threads.widen(total, plan.width))
     logits = jnp.where(exponentials >= 0.0, exponentials, NEG_INF)
   else:
     logits = _load_logits(plan, chunk, buffers)

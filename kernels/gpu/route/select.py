@@ -23,7 +23,9 @@ UNREACHABLE = 1 << 16
 """Added to the index of an expert that is chosen for want of others."""
 
 
-def best(plan: Plan, values: Sequence[jax.Array], count: int) -> list[jax.Array]:
+def best(
+  plan: Plan, values: Sequence[jax.Array], count: int
+) -> list[jax.Array]:
   """The largest of some values, in falling order; `min(count, len(values))`."""
   if plan.interpret:
     # A network is thousands of operations, which XLA compiles for minutes.
@@ -150,9 +152,7 @@ def _load_list(
   ]
 
 
-def _kept_groups(
-  plan: Plan, place: Place, buffers: Buffers
-) -> list[jax.Array]:
+def _kept_groups(plan: Plan, place: Place, buffers: Buffers) -> list[jax.Array]:
   """For each group of a row, whether it is one of its token's best; bool."""
   count = plan.config.group_score_count
   scores = []
@@ -236,9 +236,7 @@ def compare(
     compare_chunk(chunk, _reachable_bits(plan, chunk, kept))
 
 
-def _reachable_bits(
-  plan: Plan, chunk: int, kept: list[jax.Array]
-) -> jax.Array:
+def _reachable_bits(plan: Plan, chunk: int, kept: list[jax.Array]) -> jax.Array:
   """A bit for every expert of a chunk whose group is kept."""
   size, first = plan.config.group_size, chunk * plan.width
   reachable = full(0, jnp.int32)
@@ -295,7 +293,9 @@ def extract(
   picked = [full(0, jnp.int32)] * plan.chunks
   for i in range(k):
     # The lowest bit of all that may be chosen.
-    words = [jnp.where(quota > 0, a | e, a) for a, e in zip(above, equal, strict=True)]
+    words = [
+      jnp.where(quota > 0, a | e, a) for a, e in zip(above, equal, strict=True)
+    ]
     word, chunk = words[-1], full(plan.chunks - 1, jnp.int32)
     for c in reversed(range(plan.chunks - 1)):
       word = jnp.where(words[c] == 0, word, words[c])

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from jaxroute.kernels.gpu import threads
 from jaxroute.kernels.gpu.route import score
@@ -79,17 +80,17 @@ def weigh(
   def run_round(round_: jax.Array | int, carry: int) -> int:
     slot = slot_of(plan, place, round_)
     token = first_token + slot.token
-    is_own = (token >= first_own) & (token < plan.tokens)
     expert = plan.threads.gather(buffers.chosen, slot.index)
     expert = jnp.where(slot.is_used, expert, 0)
-    is_forced = expert >= UNREACHABLE
-    expert = expert & (UNREACHABLE - 1)
+    is_chosen = slot.is_used
+    if plan.groups:
+      is_chosen = is_chosen & (expert < UNREACHABLE)
+      expert = expert & (UNREACHABLE - 1)
     raw = plan.threads.gather(
       operands.logits, token * plan.padded_experts + expert
     )
-    selection, weight = _weigh_round(
-      plan, slot, expert, is_forced, raw, buffers
-    )
+    selection, weight = _weigh_round(plan, slot, expert, raw, buffers)
+    selection = jnp.where(is_chosen, selection, NEG_INF)
     number = _rank_in_token(plan, slot, selection)
     # One NaN spreads to all weights of its token.
     is_nan = slot.is_used & (weight != weight)
@@ -103,22 +104,24 @@ def weigh(
       is_real = plan.threads.gather(operands.token_mask, in_range) != 0
       weight = jnp.where(is_real, weight, 0.0)
       is_counted = is_counted & is_real
-    is_result = threads.as_words(slot.is_used & is_own)
+    is_result = slot.is_used
+    if plan.shares_tokens:
+      is_own = (token >= first_own) & (token < plan.tokens)
+      is_result = is_result & is_own
     place_of_result = token * plan.config.top_k + number
     values = [(results.expert_idx, expert), (results.weights, weight)]
     if plan.with_chosen:
       values.append((results.chosen, raw))
     for ref, value in values:
-      plan.threads.scatter(ref, place_of_result, value, is_result)
-    is_first = slot.is_used & (slot.number == 0)
+      keep = threads.as_words(is_result)
+      plan.threads.scatter(ref, place_of_result, value, keep)
     counted = threads.as_words(is_counted)
-    plan.threads.scatter(
-      results.token_mask, token, counted, threads.as_words(is_first & is_own)
-    )
-    counted = jnp.where(is_own, counted, -1)
-    plan.threads.scatter(
-      buffers.is_counted, slot.token, counted, threads.as_words(is_first)
-    )
+    keep = threads.as_words(is_result & (slot.number == 0))
+    plan.threads.scatter(results.token_mask, token, counted, keep)
+    if plan.shares_tokens:
+      counted = jnp.where(is_own, counted, -1)
+      keep = threads.as_words(slot.is_used & (slot.number == 0))
+    plan.threads.scatter(buffers.is_counted, slot.token, counted, keep)
     if plan.with_rank:
       packed = expert + number * UNREACHABLE
       plan.threads.scatter(
@@ -139,23 +142,27 @@ def write_cutoff(
 ) -> None:
   """Writes the (K+1)-th largest selection score, or -inf; arguments as in `weigh`."""
   k, token = plan.config.top_k, first_token + place.token
-  # -0.0 becomes 0.0.
-  cutoff = top[k] + 0.0 if k < len(top) else full(NEG_INF)
-  keep = (place.part == 0) & (token >= first_own) & (token < plan.tokens)
+  cutoff = top[k] if k < len(top) else full(NEG_INF)
+  cutoff = jnp.where(cutoff == 0.0, 0.0, cutoff)  # -0.0 is 0.0
+  keep = place.part == 0
+  if plan.shares_tokens:
+    keep = keep & (token >= first_own) & (token < plan.tokens)
   plan.threads.scatter(results.cutoff, token, cutoff, threads.as_words(keep))
 
 
-def _rank_in_token(
-  plan: Plan, slot: Slot, selection: jax.Array
-) -> jax.Array:
+def _rank_in_token(plan: Plan, slot: Slot, selection: jax.Array) -> jax.Array:
   """The place of an expert among the K of its token, the best first; int32."""
-  # Slots are in order of the experts, which decides between equals.
+  # Ints in the order of the scores: an int that is one more beats its equals.
+  selection = jnp.where(selection == 0.0, 0.0, selection)  # -0.0 is 0.0
+  bits = lax.bitcast_convert_type(selection, jnp.int32)
+  key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
   rank = full(0, jnp.int32)
   for distance in range(1, plan.slots):
-    other = plan.threads.shuffle_xor(selection, distance)
-    is_before = (slot.number ^ distance) < slot.number
-    wins = jnp.where(is_before, other >= selection, other > selection)
-    rank = rank + threads.as_words(wins)
+    # Slots are in order of the experts, and the lower of two equals comes first.
+    top_bit = 1 << (distance.bit_length() - 1)
+    is_upper = threads.as_words(slot.number & top_bit != 0)
+    other = plan.threads.shuffle_xor(key, distance)
+    rank = rank + threads.as_words(other > key - is_upper)
   return rank
 
 
@@ -163,7 +170,6 @@ def _weigh_round(
   plan: Plan,
   slot: Slot,
   expert: jax.Array,
-  is_forced: jax.Array,
   raw: jax.Array,
   buffers: Buffers,
 ) -> tuple[jax.Array, jax.Array]:
@@ -187,8 +193,6 @@ def _weigh_round(
   selection = score.add_bias(
     plan, logits, logits if config.selects_on_logits else scores, bias
   )
-  is_chosen = slot.is_used & ~is_forced if plan.groups else slot.is_used
-  selection = jnp.where(is_chosen, selection, NEG_INF)
   weight = _weights(plan, slot, logits, scores, peak, total)
   return selection, weight
 
