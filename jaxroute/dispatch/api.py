@@ -174,15 +174,22 @@ def _sort_by_expert(
       is_here &= token_mask[:, None]
     return jnp.where(is_here, expert_idx, num_experts)
 
+  def of_load(load: jax.Array, *order: jax.Array) -> tuple[jax.Array, ...]:
+    """Group sizes in place of a load of E experts and of none."""
+    sizes = load[:num_experts]
+    if capacity is not None:
+      sizes = jnp.minimum(sizes, capacity)
+    return sizes, *order
+
   def by_xla():
     ladder.refuse_to_interpret(interpret)
-    return xla.sort(key(), num_experts, capacity)
+    return of_load(*xla.sort(key(), num_experts, capacity))
 
   by_name = implementation is not None
   how = dict(by_name=by_name, interpret=interpret)
 
   def by_pallas_tpu():
-    return pallas_tpu.sort(key(), num_experts, capacity, **how)
+    return of_load(*pallas_tpu.sort(key(), num_experts, capacity, **how))
 
   def by_pallas_gpu():
     return pallas_gpu.sort(
@@ -194,13 +201,9 @@ def _sort_by_expert(
     "pallas_gpu": by_pallas_gpu,
     "xla": by_xla,
   }
-  counts, permutation, inverse = ladder.climb(
+  group_sizes, permutation, inverse = ladder.climb(
     "sort_by_expert", implementations, implementation
   )
-  # The kernels for TPU and XLA count the assignments of no expert behind the others.
-  group_sizes = counts[:num_experts]
-  if capacity is not None:
-    group_sizes = jnp.minimum(group_sizes, capacity)
   return Permutation(
     permutation=remat.checkpoint_name("permutation", permutation),
     inverse_permutation=remat.checkpoint_name("inverse_permutation", inverse),

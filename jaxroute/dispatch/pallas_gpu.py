@@ -22,7 +22,7 @@ def sort(
   by_name: bool,
   interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Load, permutation and inverse; see `jaxroute.dispatch.sort_by_expert`.
+  """Group sizes, permutation and inverse; see `jaxroute.dispatch.sort_by_expert`.
 
   Args:
     expert_idx: `[T, K]` int32.
@@ -83,7 +83,7 @@ def _sort(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   top_k = expert_idx.shape[1]
   expert_idx, rank = expert_idx.reshape(-1), rank.reshape(-1)
-  permutation, inverse = order.order(
+  return order.order(
     expert_idx,
     rank,
     load,
@@ -92,4 +92,3 @@ def _sort(
     capacity=capacity,
     interpret=interpret,
   )
-  return load, permutation, inverse

@@ -140,7 +140,7 @@ def order(
   top_k: int,
   capacity: int | None,
   interpret: bool,
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array]:
   """The assignments in expert order; see `jaxroute.dispatch.sort_by_expert`.
 
   Those that no expert receives come last: first those that are not counted, then
@@ -156,21 +156,27 @@ def order(
     interpret: whether Pallas interprets the kernel.
 
   Returns:
-    `permutation` and `inverse_permutation`, `[N]` int32.
+    `group_sizes`, `[E]` int32; `permutation` and `inverse_permutation`, `[N]` int32.
   """
   n, num_experts = expert_idx.shape[0], load.shape[0]
   if n == 0:
-    return (jnp.zeros(0, jnp.int32),) * 2
+    return jnp.zeros_like(load), *(jnp.zeros(0, jnp.int32),) * 2
   ops = _threads(interpret)
   block = _ROUNDS * THREADS
   masks = () if token_mask is None else (token_mask,)
 
   def kernel(expert_ref: Ref, rank_ref: Ref, load_ref: Ref, *refs: Ref) -> None:
-    *mask_ref, permutation_ref, inverse_ref, start_ref, warp_ref = refs
-    thread = ops.index()
-    owned, counted = _starts(ops, load_ref, start_ref, warp_ref, capacity)
+    *mask_ref, sizes_ref, permutation_ref, inverse_ref, start_ref, warp_ref = (
+      refs
+    )
+    thread, number = ops.index(), lax.axis_index("block")
+    # One block is enough to write what all find.
+    sizes = sizes_ref, full(0, jnp.int32) + jnp.where(number == 0, 1, 0)
+    owned, counted = _starts(
+      ops, load_ref, sizes, start_ref, warp_ref, capacity
+    )
     for round_ in range(_ROUNDS):
-      index = lax.axis_index("block") * block + round_ * THREADS + thread
+      index = number * block + round_ * THREADS + thread
       is_here = threads.as_words(index < n)
       index = jnp.minimum(index, n - 1)
       expert, rank = (ops.gather(x, index) for x in (expert_ref, rank_ref))
@@ -190,25 +196,33 @@ def order(
       ops.scatter(permutation_ref, row, index, is_here)
 
   lists = 1 if capacity is None else 2
-  permutation, inverse = _call(
+  return _call(
     kernel,
     "order",
-    (n, n),
+    (num_experts, n, n),
     blocks=-(-n // block),
     scratch_words=(lists * num_experts, 2 * THREADS // WARP),
     interpret=interpret,
   )(expert_idx, rank, load, *masks)
-  return permutation, inverse
 
 
 def _starts(
   ops: Threads,
   load_ref: Ref,
+  sizes: tuple[Ref, jax.Array],
   start_ref: Ref,
   warp_ref: Ref,
   capacity: int | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Writes where the rows of every expert begin; and with a capacity, its drops.
+
+  Args:
+    ops: the operations of a thread.
+    load_ref: `[E]`.
+    sizes: `[E]`, for the rows of every expert; and int32, whether to write them.
+    start_ref: `[E]`, or twice that with a capacity. In shared memory.
+    warp_ref: `[8]`. In shared memory.
+    capacity: C, or None.
 
   Returns:
     Rows of all experts and assignments of all, `[128]` in which all are equal.
@@ -233,6 +247,9 @@ def _starts(
       place = jnp.minimum(expert, num_experts - 1) + i * num_experts
       is_expert = threads.as_words(expert < num_experts)
       ops.scatter(start_ref, place, before, is_expert)
+      if i == 0:
+        sizes_ref, is_writer = sizes
+        ops.scatter(sizes_ref, place, value, is_expert & is_writer)
       before = before + value
   ops.block_barrier()
   return totals[0], sum(totals[1:], totals[0])
