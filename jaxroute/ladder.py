@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def climb(
   operation: str,
-  implementations: Mapping[str | None, Callable[[], T]],
+  implementations: Mapping[Any, Callable[[], T]],
   implementation: str | None,
 ) -> T:
   """Calls the implementation that is asked for, or the first that can.

@@ -249,7 +249,7 @@ def _local_moe(
 ) -> tuple[jax.Array, jax.Array]:
   """See `local_moe`, which checks the arguments."""
   num_experts = params.w_gate.shape[0]
-  known = {}
+  known: Any = {}
   # A rank counts what no expert receives, which some may that are elsewhere.
   if num_experts == routing.load.shape[0] and routing.rank is not None:
     known = dict(rank=routing.rank, load=routing.load)

@@ -21,7 +21,7 @@ def sort(
   *,
   by_name: bool,
   interpret: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """Group sizes, permutation and inverse; see `jaxroute.dispatch.sort_by_expert`.
 
   Args:
@@ -80,7 +80,7 @@ def _sort(
   rank: jax.Array,
   token_mask: jax.Array | None,
   load: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   top_k = expert_idx.shape[1]
   expert_idx, rank = expert_idx.reshape(-1), rank.reshape(-1)
   return order.order(

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxroute.kernels.gpu import threads, twins
+from jaxroute.kernels.gpu import mosaic, threads, twins
 from jaxroute.kernels.gpu.threads import THREADS, WARP, Ref, Threads, full
 
 MAX_EXPERTS = 1024
@@ -102,12 +101,12 @@ def rank(
 
   # In place: a thread reads what it writes.
   ranks = jax.new_ref(tile_rank)
-  _call(
+  mosaic.call(
     kernel,
-    "rank",
     (),
+    name="rank",
     blocks=-(-tiles // super_tiles),
-    scratch_words=(super_tiles * columns,),
+    scratch_types={"first_ref": _words(super_tiles * columns)},
     interpret=interpret,
   )(expert_idx, counts, super_counts, ranks)
   return ranks[...]
@@ -140,7 +139,7 @@ def order(
   top_k: int,
   capacity: int | None,
   interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, ...]:
   """The assignments in expert order; see `jaxroute.dispatch.sort_by_expert`.
 
   Those that no expert receives come last: first those that are not counted, then
@@ -165,10 +164,15 @@ def order(
   block = _ROUNDS * THREADS
   masks = () if token_mask is None else (token_mask,)
 
-  def kernel(expert_ref: Ref, rank_ref: Ref, load_ref: Ref, *refs: Ref) -> None:
-    *mask_ref, sizes_ref, permutation_ref, inverse_ref, start_ref, warp_ref = (
-      refs
-    )
+  def kernel(
+    expert_ref: Ref,
+    rank_ref: Ref,
+    load_ref: Ref,
+    *refs: Ref,
+    start_ref: Ref,
+    warp_ref: Ref,
+  ) -> None:
+    *mask_ref, sizes_ref, permutation_ref, inverse_ref = refs
     thread, number = ops.index(), lax.axis_index("block")
     # One block is enough to write what all find.
     sizes = sizes_ref, full(0, jnp.int32) + jnp.where(number == 0, 1, 0)
@@ -196,12 +200,15 @@ def order(
       ops.scatter(permutation_ref, row, index, is_here)
 
   lists = 1 if capacity is None else 2
-  return _call(
+  return mosaic.call(
     kernel,
-    "order",
-    (num_experts, n, n),
+    [jax.ShapeDtypeStruct((size,), jnp.int32) for size in (num_experts, n, n)],
+    name="order",
     blocks=-(-n // block),
-    scratch_words=(lists * num_experts, 2 * THREADS // WARP),
+    scratch_types={
+      "start_ref": _words(lists * num_experts),
+      "warp_ref": _words(2 * THREADS // WARP),
+    },
     interpret=interpret,
   )(expert_idx, rank, load, *masks)
 
@@ -281,27 +288,5 @@ def _threads(interpret: bool) -> Threads:
   return twins.Twins() if interpret else Threads()
 
 
-def _call(
-  kernel: Any,
-  name: str,
-  sizes: tuple[int, ...],
-  *,
-  blocks: int,
-  scratch_words: tuple[int, ...],
-  interpret: bool,
-) -> Any:
-  """A call of a kernel: int32 vectors of these sizes, as many blocks of 128 threads."""
-
-  return plgpu.kernel(
-    kernel,
-    out_type=tuple(jax.ShapeDtypeStruct((size,), jnp.int32) for size in sizes),
-    grid=(blocks,),
-    grid_names=("block",),
-    scratch_types=[plgpu.SMEM((size,), jnp.int32) for size in scratch_words],
-    compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=True,
-    ),
-    kernel_name=f"jaxroute_{name}",
-    **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
-  )
+def _words(size: int) -> Any:
+  return mosaic.plgpu.SMEM((size,), jnp.int32)

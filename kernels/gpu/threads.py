@@ -16,19 +16,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.experimental.mosaic import gpu as mosaic
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import (
-  arith,
-  llvm,
-  memref,
-  nvvm,
-  scf,
-  vector,
-)
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, scf, vector
 from jaxlib.mlir.dialects import gpu as gpu_dialect
 from jaxlib.mlir.dialects import math as math_dialect
+
+from jaxroute.kernels.gpu.mosaic import plgpu
 
 THREADS = 128
 """Threads of a block, and rows of an array in its registers."""
@@ -37,6 +31,8 @@ WARP = 32
 """Threads of a warp."""
 
 Ref = Any
+# A scalar that a thread holds, while Mosaic's code is made.
+Value = Any
 
 
 def by_row(vector_size: int) -> Any:
@@ -116,7 +112,7 @@ class Threads:
   def shuffle_xor(self, x: jax.Array, distance: int) -> jax.Array:
     """`x` of the thread whose number differs in the bits of `distance`, below 32."""
 
-    def shuffle(value: ir.Value) -> ir.Value:
+    def shuffle(value: Value) -> Value:
       is_word = value.type == _i32()
       word = value if is_word else arith.bitcast(_i32(), value)
       word = nvvm.shfl_sync(
@@ -129,7 +125,7 @@ class Threads:
   def ballot(self, flags: jax.Array) -> jax.Array:
     """int32: bit i is whether `flags`, int32, is not 0 in thread i of the warp."""
 
-    def vote(value: ir.Value) -> ir.Value:
+    def vote(value: Value) -> Value:
       predicate = arith.cmpi(arith.CmpIPredicate.ne, value, _int32(0))
       kind = nvvm.VoteSyncKind.ballot
       return nvvm.vote_sync(_int32(-1), predicate, kind)
@@ -143,7 +139,7 @@ class Threads:
   def transpose_bits(self, x: jax.Array) -> jax.Array:
     """Bit i of thread j becomes bit j of thread i, in every warp; int32."""
 
-    def transpose(value: ir.Value) -> ir.Value:
+    def transpose(value: Value) -> Value:
       lane = arith.remui(_thread(), _int32(WARP))
       for distance, mask in (
         (16, 0x0000FFFF),
@@ -190,7 +186,7 @@ class Threads:
   ) -> None:
     """`ref[index] = value`, where `keep`, int32, is not 0 or is None."""
 
-    def store(ref: ir.Value, index: ir.Value, value: ir.Value) -> None:
+    def store(ref: Value, index: Value, value: Value) -> None:
       element = ir.MemRefType(ref.type).element_type
       if element == ir.IntegerType.get_signless(1):
         value = arith.trunci(element, value)
@@ -206,11 +202,11 @@ class Threads:
     Sums of integers do not depend on the order.
     """
 
-    def add(ref: ir.Value, index: ir.Value, value: ir.Value) -> None:
-      pointer = mgpu.utils.memref_ptr(ref)
+    def add(ref: Value, index: Value, value: Value) -> None:
+      pointer = mosaic.utils.memref_ptr(ref)
       i64 = ir.IntegerType.get_signless(64)
       offset = arith.index_cast(i64, index)
-      address = mgpu.utils.getelementptr(pointer, [offset], value.type)
+      address = mosaic.utils.getelementptr(pointer, [offset], value.type)
       llvm.atomicrmw(
         llvm.AtomicBinOp.add,
         address,
@@ -240,7 +236,7 @@ class Threads:
       for i in range(width // 4):
         offset = arith.addi(begin, arith.constant(index, 4 * i))
         registers.reshape(-1)[i] = vector.load(quad, ref, [offset])
-      return mgpu.FragmentedArray(
+      return mosaic.FragmentedArray(
         _registers=registers, _layout=tiled, _is_signed=None
       )
 
@@ -269,7 +265,7 @@ class Threads:
 
 
 def _scatter(
-  write: Callable[[ir.Value, ir.Value, ir.Value], None],
+  write: Callable[[Value, Value, Value], None],
   ref: Ref,
   index: jax.Array,
   value: jax.Array,
@@ -299,7 +295,7 @@ def _assembly(name: str, *arrays: jax.Array) -> jax.Array:
   operands = ", ".join(f"${i + 1}" for i in range(len(arrays)))
   constraints = ",".join(["=f", *["f"] * len(arrays)])
 
-  def run(*values: ir.Value) -> ir.Value:
+  def run(*values: Value) -> Value:
     return llvm.inline_asm(
       ir.F32Type.get(),
       list(values),
@@ -312,7 +308,7 @@ def _assembly(name: str, *arrays: jax.Array) -> jax.Array:
 
 
 def _elementwise(
-  function: Callable[..., ir.Value], *arrays: jax.Array
+  function: Callable[..., Value], *arrays: jax.Array
 ) -> jax.Array:
   """A function of scalars on every element of arrays of one shape and dtype."""
   shape, dtype = arrays[0].shape, arrays[0].dtype
@@ -337,7 +333,7 @@ def _elementwise(
           static_position=_position(i),
         )
       registers[place] = out
-    return mgpu.FragmentedArray(
+    return mosaic.FragmentedArray(
       _registers=registers,
       _layout=fragments[0].layout,
       _is_signed=_is_signed(dtype),
@@ -350,7 +346,7 @@ def _row_type(dtype: Any) -> Any:
   return plgpu.ShapeDtypeStruct((THREADS,), dtype, layout=ROW)
 
 
-def _row_of(value: ir.Value, dtype: Any) -> Any:
+def _row_of(value: Value, dtype: Any) -> Any:
   """The array in which this thread holds a value."""
   layout = ROW.to_mgpu()
   registers = np.empty(layout.registers_shape((THREADS,)), object)
@@ -359,7 +355,7 @@ def _row_of(value: ir.Value, dtype: Any) -> Any:
   registers.flat[0] = vector.broadcast(
     ir.VectorType.get((1,), value.type), value
   )
-  return mgpu.FragmentedArray(
+  return mosaic.FragmentedArray(
     _registers=registers, _layout=layout, _is_signed=_is_signed(dtype)
   )
 
@@ -368,12 +364,12 @@ def _is_signed(dtype: Any) -> bool | None:
   return True if jnp.issubdtype(dtype, jnp.integer) else None
 
 
-def _scalar(row: Any) -> ir.Value:
+def _scalar(row: Any) -> Value:
   """What this thread holds of a `[128]` array."""
   return _element(row.registers.flat[0], 0)
 
 
-def _element(register: ir.Value, i: int) -> ir.Value:
+def _element(register: Value, i: int) -> Value:
   return vector.extract(
     register, dynamic_position=[], static_position=_position(i)
   )
@@ -383,13 +379,13 @@ def _position(i: int) -> Any:
   return ir.DenseI64ArrayAttr.get([i])
 
 
-def _thread() -> ir.Value:
+def _thread() -> Value:
   return arith.index_cast(
     _i32(), gpu_dialect.thread_id(gpu_dialect.Dimension.x)
   )
 
 
-def _as_index(value: ir.Value) -> ir.Value:
+def _as_index(value: Value) -> Value:
   return arith.index_cast(ir.IndexType.get(), value)
 
 
@@ -397,5 +393,5 @@ def _i32() -> Any:
   return ir.IntegerType.get_signless(32)
 
 
-def _int32(value: int) -> ir.Value:
+def _int32(value: int) -> Value:
   return arith.constant(_i32(), value)

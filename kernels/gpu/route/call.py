@@ -7,10 +7,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxroute import types
-from jaxroute.kernels.gpu import order
+from jaxroute.kernels.gpu import mosaic, order
 from jaxroute.kernels.gpu.route import (
   count,
   score,
@@ -97,19 +96,13 @@ def route(
     return _empty_outputs(plan)
   arrays, refs = _operands(plan, logits, expert_bias, token_mask)
   shapes = _result_shapes(plan)
-  results = plgpu.kernel(
+  results = mosaic.call(
     functools.partial(_kernel, plan, tuple(arrays), tuple(shapes)),
-    out_type=tuple(shapes.values()),
-    grid=(plan.tiles,),
-    grid_names=("tile",),
+    tuple(shapes.values()),
+    name="route",
+    blocks=plan.tiles,
     scratch_types=scratch_types(plan),
-    # The barriers that are needed stand in the kernel.
-    compiler_params=plgpu.CompilerParams(
-      lowering_semantics=plgpu.LoweringSemantics.Lane,
-      unsafe_no_auto_barriers=True,
-    ),
-    kernel_name="jaxroute_route",
-    **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+    interpret=plan.interpret,
   )(*arrays.values())
   return _outputs(plan, refs, dict(zip(shapes, results, strict=True)))
 
@@ -240,7 +233,7 @@ def run_tile(
     results: in global memory.
     buffers: in shared memory.
   """
-  tile = lax.axis_index("tile")
+  tile = lax.axis_index("block")
   first_own = tile * plan.tile_tokens
   # The last tile ends with the last token, and leaves out those of the one before.
   first_token = jnp.minimum(first_own, plan.padded_tokens - plan.tile_tokens)
@@ -249,7 +242,7 @@ def run_tile(
   score.load_bias(plan, place, operands, buffers)
   total = None
   if plan.needs_softmax_sums:
-    _, total = score.softmax_sums(plan, place, buffers)
+    total = score.softmax_sums(plan, buffers)
   top, kept = select.threshold(plan, place, total, buffers)
   select.compare(plan, top[plan.config.top_k - 1], kept, buffers)
   weigh.write_cutoff(plan, place, first_token, first_own, top, results)

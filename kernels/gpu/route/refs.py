@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.threads import THREADS, Ref
 
@@ -105,7 +105,7 @@ def buffer_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   """Shapes and dtypes of the buffers that a call needs, but for the barriers."""
   chunk = plan.chunks, THREADS, plan.width
   lists = plan.groups * plan.group_list_length * THREADS
-  shapes = {
+  shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     "logits": (chunk, plan.dtype),
     "chosen": ((plan.tile_tokens * plan.slots,), jnp.int32),
     "is_counted": ((plan.tile_tokens,), jnp.int32),

@@ -8,15 +8,16 @@ scores have the same bits: see `jaxroute.scores` for what it means.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxroute.kernels.gpu import threads
+from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.refs import Buffers, Operands
 from jaxroute.kernels.gpu.threads import THREADS, WARP, by_row, full
@@ -59,9 +60,7 @@ def place_of(plan: Plan) -> Place:
   )
 
 
-def loop(
-  steps: int, body: Callable[[jax.Array | int, jax.Array], jax.Array], carry
-):
+def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
   """`lax.fori_loop` from 0, but for a single step, which is not looped."""
   return body(0, carry) if steps == 1 else lax.fori_loop(0, steps, body, carry)
 
@@ -132,20 +131,25 @@ def prepare(plan: Plan, logits: jax.Array) -> jax.Array:
 
 
 def apply_score_fn(
-  plan: Plan, logits: jax.Array, peak: jax.Array, total: jax.Array
+  plan: Plan,
+  logits: jax.Array,
+  peak: jax.Array | None = None,
+  total: jax.Array | None = None,
 ) -> jax.Array:
   """Computes scores from logits.
 
   Args:
     plan: the static sizes of the call.
     logits: float32 of any shape, prepared.
-    peak: what `softmax_sums` returns, as is `total`; not read for other scores.
-    total: of the shape of `logits`.
+    peak: of the shape of `logits`: what `softmax_sums` finds, as is `total`. None
+      for other scores.
+    total: of the shape of `logits`, or None.
 
   Returns:
     float32 of that shape.
   """
   if plan.config.score_fn == "softmax":
+    assert peak is not None and total is not None
     return plan.threads.divide(jnp.exp(logits - peak), total)
   if plan.config.score_fn == "sigmoid":
     # An inverse of a quarter is one instruction where that of 1 + exp(-x), which
@@ -185,21 +189,18 @@ def add_bias(
   return jnp.where(selection > NEG_INF, selection, NEG_INF)
 
 
-def softmax_sums(
-  plan: Plan, place: Place, buffers: Buffers
-) -> tuple[jax.Array, jax.Array]:
-  """Computes each token's largest logit and the sum of all exponentials, `[128]`.
+def softmax_sums(plan: Plan, buffers: Buffers) -> jax.Array:
+  """Finds each token's largest logit and adds up the exponentials, `[128]`.
 
   Writes them to `softmax_sums`, and to `selection_scores` the exponentials, if
   these are scores: -1 for logits of -inf and NaN.
 
   Args:
     plan: the static sizes of the call.
-    place: of the threads.
     buffers: in shared memory.
 
   Returns:
-    The largest of those that are not NaN, 0 for -inf; and the sum, 1 for 0.
+    The sum over logits that are not NaN, relative to the largest; 1 for 0.
   """
 
   def find_peak(chunk: jax.Array | int, peak: jax.Array) -> jax.Array:
@@ -226,7 +227,7 @@ def softmax_sums(
   total = jnp.where(total == 0.0, 1.0, total)
   buffers.softmax_sums[pl.ds(0, THREADS)] = peak
   buffers.softmax_sums[pl.ds(THREADS, THREADS)] = total
-  return peak, total
+  return total
 
 
 def _load_logits(
@@ -252,7 +253,7 @@ def score_chunk(
     plan: the static sizes of the call.
     chunk: which.
     place: of the threads.
-    total: the second that `softmax_sums` returned; None if it was not called.
+    total: what `softmax_sums` returned; None if it was not called.
     buffers: in shared memory.
 
   Returns:
@@ -272,7 +273,7 @@ def score_chunk(
     logits = _load_logits(plan, chunk, buffers)
     scores = logits
     if not config.selects_on_logits:
-      scores = apply_score_fn(plan, logits, logits, logits)
+      scores = apply_score_fn(plan, logits)
   bias = None
   if plan.has_bias:
     start = place.part * plan.bias_pitch + chunk * plan.width

@@ -3,16 +3,17 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxroute.kernels import networks
 from jaxroute.kernels.gpu import threads
+from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route import score
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.refs import Buffers
@@ -249,7 +250,7 @@ def _reachable_bits(plan: Plan, chunk: int, kept: list[jax.Array]) -> jax.Array:
   return reachable
 
 
-def _bits_slice(chunk: jax.Array | int) -> pl.Slice:
+def _bits_slice(chunk: jax.Array | int) -> Any:
   return pl.ds(chunk * THREADS, THREADS)
 
 

@@ -104,7 +104,7 @@ def weigh(
       is_real = plan.threads.gather(operands.token_mask, in_range) != 0
       weight = jnp.where(is_real, weight, 0.0)
       is_counted = is_counted & is_real
-    is_result = slot.is_used
+    is_own, is_result = None, slot.is_used
     if plan.shares_tokens:
       is_own = (token >= first_own) & (token < plan.tokens)
       is_result = is_result & is_own
@@ -118,7 +118,7 @@ def weigh(
     counted = threads.as_words(is_counted)
     keep = threads.as_words(is_result & (slot.number == 0))
     plan.threads.scatter(results.token_mask, token, counted, keep)
-    if plan.shares_tokens:
+    if is_own is not None:
       counted = jnp.where(is_own, counted, -1)
       keep = threads.as_words(slot.is_used & (slot.number == 0))
     plan.threads.scatter(buffers.is_counted, slot.token, counted, keep)
