@@ -50,7 +50,7 @@ def route(
   ladder.check_can_run(
     device.too_old()
     or ladder.symbolic_size(logits)
-    or _unsupported_dtype(logits)
+    or _unsupported(logits)
     or kernel.unsupported(config, logits.dtype),
     unavailable=device.unavailable,
     by_name=by_name,
@@ -92,10 +92,13 @@ def route(
   return dataclasses.replace(routing, counts=counts)
 
 
-def _unsupported_dtype(logits: jax.Array) -> str | None:
-  if logits.dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
-    return None
-  return f"logits may be float32, bfloat16 or float16, got {logits.dtype}"
+def _unsupported(logits: jax.Array) -> str | None:
+  if logits.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    return f"logits may be float32, bfloat16 or float16, got {logits.dtype}"
+  # An index of theirs, padded, is an int32.
+  if logits.size >= 2**30:
+    return f"there may be less than 2**30 logits, got {logits.size}"
+  return None
 
 
 def _call_kernel(

@@ -26,6 +26,7 @@ from jaxroute.kernels.gpu.route.refs import (
   Results,
   scratch_types,
 )
+from jaxroute.kernels.gpu.route.tile import Tile, tile_of
 
 
 class Outputs(NamedTuple):
@@ -215,44 +216,30 @@ def _kernel(
   """What a block does; see the table in `__init__.py`."""
   inputs, outputs = refs[: len(operands)], refs[len(operands) :]
   run_tile(
-    plan,
-    Operands(**dict(zip(operands, inputs, strict=True))),
-    Results(**dict(zip(results, outputs, strict=True))),
-    Buffers(**({"selection_scores": scratch["logits"]} | scratch)),
+    tile_of(
+      plan,
+      Operands(**dict(zip(operands, inputs, strict=True))),
+      Results(**dict(zip(results, outputs, strict=True))),
+      Buffers(**({"selection_scores": scratch["logits"]} | scratch)),
+    )
   )
 
 
-def run_tile(
-  plan: Plan, operands: Operands, results: Results, buffers: Buffers
-) -> None:
-  """Routes the tokens of a block.
-
-  Args:
-    plan: the static sizes of the call.
-    operands: in global memory.
-    results: in global memory.
-    buffers: in shared memory.
-  """
-  tile = lax.axis_index("block")
-  first_own = tile * plan.tile_tokens
-  # The last tile ends with the last token, and leaves out those of the one before.
-  first_token = jnp.minimum(first_own, plan.padded_tokens - plan.tile_tokens)
-  place = score.place_of(plan)
-  score.start_copies(plan, first_token * plan.lanes, operands, buffers)
-  score.load_bias(plan, place, operands, buffers)
-  total = None
-  if plan.needs_softmax_sums:
-    total = score.softmax_sums(plan, buffers)
-  top, kept = select.threshold(plan, place, total, buffers)
-  select.compare(plan, top[plan.config.top_k - 1], kept, buffers)
-  weigh.write_cutoff(plan, place, first_token, first_own, top, results)
-  picked = select.extract(plan, place, top, buffers)
+def run_tile(tile: Tile) -> None:
+  """Routes the tokens of a block."""
+  plan = tile.plan
+  score.start_copies(tile)
+  score.load_bias(tile)
+  total = score.softmax_sums(tile) if plan.needs_softmax_sums else None
+  top, kept = select.threshold(tile, total)
+  select.compare(tile, top[plan.config.top_k - 1], kept)
+  weigh.write_cutoff(tile, top)
+  picked = select.extract(tile, top)
   plan.threads.warp_barrier()
-  where = plan, place, first_token, first_own
-  weigh.weigh(*where, operands, buffers, results)
+  weigh.weigh(tile)
   plan.threads.warp_barrier()
-  count.transpose_chosen(plan, place, picked, buffers)
-  count.count(plan, tile, place, operands, buffers, results)
+  count.transpose_chosen(tile, picked)
+  count.count(tile)
   if plan.with_rank:
     plan.threads.block_barrier()
-    count.write_ranks(*where, buffers, results)
+    count.write_ranks(tile)

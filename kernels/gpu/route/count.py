@@ -4,30 +4,27 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.gpu import threads
-from jaxroute.kernels.gpu.route import score, weigh
+from jaxroute.kernels.gpu.route import weigh
 from jaxroute.kernels.gpu.route.plan import Plan
-from jaxroute.kernels.gpu.route.refs import Buffers, Operands, Results
-from jaxroute.kernels.gpu.route.score import Place
 from jaxroute.kernels.gpu.route.select import UNREACHABLE
+from jaxroute.kernels.gpu.route.tile import Tile, divide, loop
 from jaxroute.kernels.gpu.threads import THREADS, WARP, full
 
 
-def transpose_chosen(
-  plan: Plan, place: Place, picked: list[jax.Array], buffers: Buffers
-) -> None:
+def transpose_chosen(tile: Tile, picked: list[jax.Array]) -> None:
   """Turns bits by expert into bits by row, and writes them to `bits`.
 
   Reads `is_counted`. Ends in a barrier of the block.
 
   Args:
-    plan: the static sizes of the call.
-    place: of the threads.
+    tile: of the block.
     picked: from `select.extract`.
-    buffers: in shared memory.
   """
+  plan, place, buffers = tile.plan, tile.place, tile.buffers
   counted = plan.threads.gather(buffers.is_counted, place.token)
   for chunk, word in enumerate(picked):
     word = plan.threads.transpose_bits(jnp.where(counted == 1, word, 0))
@@ -39,46 +36,38 @@ def transpose_chosen(
   plan.threads.block_barrier()
 
 
-def count(
-  plan: Plan,
-  tile: jax.Array,
-  place: Place,
-  operands: Operands,
-  buffers: Buffers,
-  results: Results,
-) -> None:
-  """Counts the assignments of every expert. Reads `bits`; writes `ranks`.
+def count(tile: Tile) -> None:
+  """Counts the assignments of every expert.
+
+  Reads `bits` and writes `ranks`. Adds to `load` and `super_counts` of the operands; of
+  the results, writes `counts`, and `load` if there is one block.
 
   Args:
-    plan: the static sizes of the call.
-    tile: the number of the block.
-    place: of the threads.
-    operands: in global memory. Adds to `load` and `super_counts`.
-    buffers: in shared memory.
-    results: in global memory. Writes `counts`, and `load` if there is one block.
+    tile: of the block.
   """
+  plan, operands, results = tile.plan, tile.operands, tile.results
   num_experts = plan.num_experts
   last = num_experts + 1 if plan.with_rank else num_experts
   for first in range(0, last, THREADS):
-    expert = first + place.row
+    expert = first + tile.place.row
     is_expert = threads.as_words(expert < num_experts)
     is_counter = threads.as_words(expert < last)
     known = jnp.minimum(expert, last - 1)
     total = full(0, jnp.int32)
     for warp in range(THREADS // WARP):
-      rows = _rows_of(plan, known, full(warp, jnp.int32), buffers)
+      rows = _rows_of(tile, known, full(warp, jnp.int32))
       if plan.with_rank:
         index = warp * last + known
-        plan.threads.scatter(buffers.ranks, index, total, is_counter)
+        plan.threads.scatter(tile.buffers.ranks, index, total, is_counter)
       total = total + _weight_of(plan, known, plan.threads.count_bits(rows))
     if plan.tiles == 1:
       plan.threads.scatter(results.load, expert, total, is_expert)
       continue
     plan.threads.add_to(operands.load, expert, total, is_expert)
     if plan.with_rank:
-      index = tile * plan.count_pitch + expert
+      index = tile.number * plan.count_pitch + expert
       plan.threads.scatter(results.counts, index, total, is_counter)
-      super_tile = score.divide(tile, plan.super_tiles)
+      super_tile = lax.div(tile.number, plan.super_tiles)
       plan.threads.add_to(
         operands.super_counts,
         super_tile * plan.count_pitch + expert,
@@ -87,18 +76,17 @@ def count(
       )
 
 
-def _rows_of(
-  plan: Plan, expert: jax.Array, warp: jax.Array, buffers: Buffers
-) -> jax.Array:
+def _rows_of(tile: Tile, expert: jax.Array, warp: jax.Array) -> jax.Array:
   """The rows of a warp that chose an expert, or at E are not counted; as bits."""
-  part = score.divide(expert, plan.part)
+  plan = tile.plan
+  part = divide(expert, plan.part)
   column = expert - part * plan.part
-  chunk = score.divide(column, plan.width)
+  chunk = divide(column, plan.width)
   index = chunk * THREADS + (column & (plan.width - 1))
   if plan.with_rank:
     uncounted = plan.chunks * THREADS
     index = jnp.where(expert == plan.num_experts, uncounted, index)
-  rows = plan.threads.gather(buffers.bits, index + warp * WARP)
+  rows = plan.threads.gather(tile.buffers.bits, index + warp * WARP)
   if plan.lanes == 1:
     return rows
   first_lanes = sum(1 << i for i in range(0, WARP, plan.lanes))
@@ -116,53 +104,42 @@ def _weight_of(plan: Plan, expert: jax.Array, rows: jax.Array) -> jax.Array:
   return jnp.where(expert == plan.num_experts, all_of_token, rows)
 
 
-def write_ranks(
-  plan: Plan,
-  place: Place,
-  first_token: jax.Array,
-  first_own: jax.Array,
-  buffers: Buffers,
-  results: Results,
-) -> None:
+def write_ranks(tile: Tile) -> None:
   """Writes the rank of every assignment. Reads `bits`, `ranks` and `chosen`.
 
   A barrier of the block has to come before.
 
   Args:
-    plan: the static sizes of the call.
-    place: of the threads.
-    first_token: of the tile.
-    first_own: the first token that no other block has.
-    buffers: in shared memory.
-    results: in global memory.
+    tile: of the block.
   """
+  plan, buffers, warp = tile.plan, tile.buffers, tile.place.warp
   num_experts, top_k = plan.num_experts, plan.config.top_k
 
   def run_round(round_: jax.Array | int, carry: int) -> int:
-    slot = weigh.slot_of(plan, place, round_)
-    token = first_token + slot.token
+    slot = weigh.slot_of(tile, round_)
+    token = tile.first_token + slot.token
     packed = plan.threads.gather(buffers.chosen, slot.index)
     packed = jnp.where(slot.is_used, packed, 0)
     number, expert = packed >> 16, packed & (UNREACHABLE - 1)
     counted = plan.threads.gather(buffers.is_counted, slot.token) == 1
     expert = jnp.where(counted, expert, num_experts)
     first_row = (slot.token * plan.lanes) & (WARP - 1)
-    part = score.divide(jnp.minimum(expert, num_experts - 1), plan.part)
+    part = divide(jnp.minimum(expert, num_experts - 1), plan.part)
     row = jnp.where(counted, first_row + part, first_row)
-    before = _rows_of(plan, expert, place.warp, buffers) & ((1 << row) - 1)
+    before = _rows_of(tile, expert, warp) & ((1 << row) - 1)
     rank = _weight_of(plan, expert, plan.threads.count_bits(before))
     rank = rank + plan.threads.gather(
-      buffers.ranks, place.warp * (num_experts + 1) + expert
+      buffers.ranks, warp * (num_experts + 1) + expert
     )
     rank = jnp.where(counted, rank, rank + number)
     if plan.tiles > 1:
       rank = jnp.where(counted, rank, ~rank)
     keep = slot.is_used
     if plan.shares_tokens:
-      keep = keep & (token >= first_own) & (token < plan.tokens)
+      keep = keep & tile.is_own(token)
     plan.threads.scatter(
-      results.rank, token * top_k + number, rank, threads.as_words(keep)
+      tile.results.rank, token * top_k + number, rank, threads.as_words(keep)
     )
     return carry
 
-  score.loop(plan.rounds, run_round, 0)
+  loop(plan.rounds, run_round, 0)

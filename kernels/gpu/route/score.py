@@ -5,22 +5,18 @@ The arithmetic is that of XLA's programs for GPUs, operation by operation, so th
 scores have the same bits: see `jaxroute.scores` for what it means.
 """
 
-import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.experimental import pallas as pl
 
 from jaxroute.kernels.gpu import threads
 from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route.plan import Plan
-from jaxroute.kernels.gpu.route.refs import Buffers, Operands
-from jaxroute.kernels.gpu.threads import THREADS, WARP, by_row, full
+from jaxroute.kernels.gpu.route.tile import Tile, divide, loop, over_lanes
+from jaxroute.kernels.gpu.threads import THREADS, by_row, full
 
 NEG_INF = np.float32(-np.inf)
 
@@ -29,85 +25,34 @@ TAILS = {"sigmoid": (-17.0, 1.0), "sqrtsoftplus": (-15.0, 0.5)}
 last bit or so. As in `jaxroute.scores`."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Place:
-  """Where a thread is, `[128]` int32.
-
-  Attributes:
-    row: 0 to 127.
-    lane: of its warp.
-    warp: of the block.
-    part: which part of its token's experts it has.
-    token: of the tile.
-  """
-
-  row: jax.Array
-  lane: jax.Array
-  warp: jax.Array
-  part: jax.Array
-  token: jax.Array
-
-
-def place_of(plan: Plan) -> Place:
-  """The place of every thread."""
-  row = plan.threads.index()
-  return Place(
-    row=row,
-    lane=row & (WARP - 1),
-    warp=row >> 5,
-    part=row & (plan.lanes - 1),
-    token=row >> (plan.lanes.bit_length() - 1),
-  )
-
-
-def loop(steps: int, body: Callable[[Any, Any], Any], carry: Any) -> Any:
-  """`lax.fori_loop` from 0, but for a single step, which is not looped."""
-  return body(0, carry) if steps == 1 else lax.fori_loop(0, steps, body, carry)
-
-
-def over_lanes(
-  plan: Plan,
-  x: jax.Array,
-  combine: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-  """Combines what the threads of a token hold; all get the same."""
-  distance = 1
-  while distance < plan.lanes:
-    x = combine(x, plan.threads.shuffle_xor(x, distance))
-    distance *= 2
-  return x
-
-
-def start_copies(
-  plan: Plan, first_row: jax.Array, operands: Operands, buffers: Buffers
-) -> None:
+def start_copies(tile: Tile) -> None:
   """Begins to copy the logits of the block to shared memory, chunk by chunk."""
-  rows = pl.ds(first_row, THREADS)
+  plan, buffers = tile.plan, tile.buffers
+  rows = pl.ds(tile.first_token * plan.lanes, THREADS)
   for chunk in range(plan.chunks):
     experts = pl.ds(chunk * plan.width, plan.width)
     plgpu.copy_gmem_to_smem(
-      operands.rows.at[rows, experts],
+      tile.operands.rows.at[rows, experts],
       buffers.logits.at[chunk],
       buffers.arrived.at[chunk],
     )
 
 
-def load_bias(
-  plan: Plan, place: Place, operands: Operands, buffers: Buffers
-) -> None:
+def load_bias(tile: Tile) -> None:
   """Writes the bias to shared memory. Ends in a barrier of the block."""
+  plan = tile.plan
   if not plan.has_bias:
     return
   for first in range(0, plan.padded_experts, THREADS):
-    expert = first + place.row
+    expert = first + tile.place.row
     bias = plan.threads.gather(
-      operands.expert_bias, jnp.minimum(expert, plan.num_experts - 1)
+      tile.operands.expert_bias, jnp.minimum(expert, plan.num_experts - 1)
     )
     # A score with a NaN is -inf, and so is one with this.
     bias = jnp.where(bias == bias, bias, NEG_INF)
     is_inside = threads.as_words(expert < plan.padded_experts)
     plan.threads.scatter(
-      buffers.expert_bias, bias_index(plan, expert), bias, is_inside
+      tile.buffers.expert_bias, bias_index(plan, expert), bias, is_inside
     )
   plan.threads.block_barrier()
 
@@ -115,13 +60,6 @@ def load_bias(
 def bias_index(plan: Plan, expert: jax.Array) -> jax.Array:
   """Where the bias of an expert is in shared memory."""
   return expert + divide(expert, plan.part) * (plan.bias_pitch - plan.part)
-
-
-def divide(x: jax.Array, by: int) -> jax.Array:
-  """`x // by` of int32 that are not negative."""
-  if by & (by - 1):
-    return lax.div(x, jnp.full_like(x, by))
-  return x >> (by.bit_length() - 1)
 
 
 def prepare(plan: Plan, logits: jax.Array) -> jax.Array:
@@ -189,33 +127,33 @@ def add_bias(
   return jnp.where(selection > NEG_INF, selection, NEG_INF)
 
 
-def softmax_sums(plan: Plan, buffers: Buffers) -> jax.Array:
+def softmax_sums(tile: Tile) -> jax.Array:
   """Finds each token's largest logit and adds up the exponentials, `[128]`.
 
   Writes them to `softmax_sums`, and to `selection_scores` the exponentials, if
   these are scores: -1 for logits of -inf and NaN.
 
   Args:
-    plan: the static sizes of the call.
-    buffers: in shared memory.
+    tile: of the block.
 
   Returns:
     The sum over logits that are not NaN, relative to the largest; 1 for 0.
   """
+  plan, buffers = tile.plan, tile.buffers
 
   def find_peak(chunk: jax.Array | int, peak: jax.Array) -> jax.Array:
     plgpu.barrier_wait(buffers.arrived.at[chunk])
-    logits = _load_logits(plan, chunk, buffers)
+    logits = _load_logits(tile, chunk)
     logits = jnp.where(logits > NEG_INF, logits, NEG_INF)
     return functools.reduce(jnp.maximum, threads.columns(logits), peak)
 
   peak = loop(plan.chunks, find_peak, full(NEG_INF))
-  peak = over_lanes(plan, peak, jnp.maximum)
+  peak = over_lanes(plan, peak, jnp.maximum, plan.lanes)
   peak = jnp.where(peak == NEG_INF, 0.0, peak)
   wide_peak = threads.widen(peak, plan.width)
 
   def add_up(chunk: jax.Array | int, total: jax.Array) -> jax.Array:
-    logits = _load_logits(plan, chunk, buffers)
+    logits = _load_logits(tile, chunk)
     logits = jnp.where(logits > NEG_INF, logits, NEG_INF)
     exponentials = jnp.exp(logits - wide_peak)
     if not plan.config.selects_on_logits:
@@ -223,42 +161,37 @@ def softmax_sums(plan: Plan, buffers: Buffers) -> jax.Array:
       buffers.selection_scores[chunk] = kept
     return functools.reduce(jnp.add, threads.columns(exponentials), total)
 
-  total = over_lanes(plan, loop(plan.chunks, add_up, full(0.0)), jnp.add)
+  total = loop(plan.chunks, add_up, full(0.0))
+  total = over_lanes(plan, total, jnp.add, plan.lanes)
   total = jnp.where(total == 0.0, 1.0, total)
   buffers.softmax_sums[pl.ds(0, THREADS)] = peak
   buffers.softmax_sums[pl.ds(THREADS, THREADS)] = total
   return total
 
 
-def _load_logits(
-  plan: Plan, chunk: jax.Array | int, buffers: Buffers
-) -> jax.Array:
+def _load_logits(tile: Tile, chunk: jax.Array | int) -> jax.Array:
   """`[128, width]` float32: the logits of a chunk, prepared."""
+  plan = tile.plan
   vector_size = 16 // jnp.dtype(plan.dtype).itemsize
-  logits = plgpu.load(buffers.logits.at[chunk], layout=by_row(vector_size))
+  logits = plgpu.load(tile.buffers.logits.at[chunk], layout=by_row(vector_size))
   logits = plgpu.layout_cast(logits.astype(jnp.float32), by_row(4))
   return prepare(plan, logits)
 
 
 def score_chunk(
-  plan: Plan,
-  chunk: jax.Array | int,
-  place: Place,
-  total: jax.Array | None,
-  buffers: Buffers,
+  tile: Tile, total: jax.Array | None, chunk: jax.Array | int
 ) -> list[jax.Array]:
   """Computes the selection scores of a chunk, and writes `selection_scores`.
 
   Args:
-    plan: the static sizes of the call.
-    chunk: which.
-    place: of the threads.
+    tile: of the block.
     total: what `softmax_sums` returned; None if it was not called.
-    buffers: in shared memory.
+    chunk: which.
 
   Returns:
     A `[128]` for every expert of the chunk.
   """
+  plan, buffers = tile.plan, tile.buffers
   if total is None:
     plgpu.barrier_wait(buffers.arrived.at[chunk])
   config = plan.config
@@ -270,13 +203,13 @@ def score_chunk(
     scores = plan.threads.divide(exponentials, threads.widen(total, plan.width))
     logits = jnp.where(exponentials >= 0.0, exponentials, NEG_INF)
   else:
-    logits = _load_logits(plan, chunk, buffers)
+    logits = _load_logits(tile, chunk)
     scores = logits
     if not config.selects_on_logits:
       scores = apply_score_fn(plan, logits)
   bias = None
   if plan.has_bias:
-    start = place.part * plan.bias_pitch + chunk * plan.width
+    start = tile.place.part * plan.bias_pitch + chunk * plan.width
     bias = plan.threads.gather_rows(buffers.expert_bias, start, plan.width)
   selection = add_bias(plan, logits, scores, bias)
   buffers.selection_scores[chunk] = selection

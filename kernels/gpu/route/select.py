@@ -16,8 +16,8 @@ from jaxroute.kernels.gpu import threads
 from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route import score
 from jaxroute.kernels.gpu.route.plan import Plan
-from jaxroute.kernels.gpu.route.refs import Buffers
-from jaxroute.kernels.gpu.route.score import NEG_INF, Place
+from jaxroute.kernels.gpu.route.score import NEG_INF
+from jaxroute.kernels.gpu.route.tile import Place, Tile, loop
 from jaxroute.kernels.gpu.threads import ROW, THREADS, by_row, full
 
 UNREACHABLE = 1 << 16
@@ -44,30 +44,27 @@ def merge(
 
 
 def threshold(
-  plan: Plan, place: Place, total: jax.Array | None, buffers: Buffers
+  tile: Tile, total: jax.Array | None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """Finds the K largest selection scores of every token, and the next.
 
   Writes `selection_scores`.
 
   Args:
-    plan: the static sizes of the call.
-    place: of the threads.
+    tile: of the block.
     total: as in `score.score_chunk`.
-    buffers: in shared memory.
 
   Returns:
     A falling list of `[128]`, the same in all threads of a token; and for each
     group of a thread whether its token may use it, if groups are limited.
   """
-  score_chunk = functools.partial(
-    score.score_chunk, plan, place=place, total=total, buffers=buffers
-  )
+  plan = tile.plan
+  score_chunk = functools.partial(score.score_chunk, tile, total)
   length, kept = plan.list_length, []
   if plan.groups:
-    _list_groups(plan, score_chunk, buffers)
-    kept = _kept_groups(plan, place, buffers)
-    top = _merge_groups(plan, kept, buffers)
+    _list_groups(tile, score_chunk)
+    kept = _kept_groups(tile)
+    top = _merge_groups(tile, kept)
   else:
 
     def add_chunk(
@@ -94,11 +91,10 @@ def _fill(values: list[jax.Array], length: int) -> list[jax.Array]:
 
 
 def _list_groups(
-  plan: Plan,
-  score_chunk: Callable[[jax.Array | int], list[jax.Array]],
-  buffers: Buffers,
+  tile: Tile, score_chunk: Callable[[jax.Array | int], list[jax.Array]]
 ) -> None:
   """Writes the largest selection scores of every group of a row to `lists`."""
+  plan, buffers = tile.plan, tile.buffers
   size, width = plan.config.group_size, plan.width
   length = plan.group_list_length
 
@@ -118,7 +114,7 @@ def _list_groups(
       store(group, values)
       return carry
 
-    score.loop(plan.groups, list_group, 0)
+    loop(plan.groups, list_group, 0)
     return
   if width % size == 0 and plan.padded_experts == plan.num_experts:
     groups_per_chunk = width // size
@@ -130,7 +126,7 @@ def _list_groups(
         store(chunk * groups_per_chunk + group, values)
       return carry
 
-    score.loop(plan.chunks, list_chunk, 0)
+    loop(plan.chunks, list_chunk, 0)
     return
   # Groups and chunks do not fit each other, which a loop cannot express.
   waiting, group = [], 0
@@ -141,24 +137,23 @@ def _list_groups(
       waiting, group = waiting[size:], group + 1
 
 
-def _load_list(
-  plan: Plan, group: int, count: int, buffers: Buffers
-) -> list[jax.Array]:
-  first = group * plan.group_list_length
+def _load_list(tile: Tile, group: int, count: int) -> list[jax.Array]:
+  first = group * tile.plan.group_list_length
   return [
     plgpu.load(
-      buffers.lists.at[pl.ds((first + i) * THREADS, THREADS)], layout=ROW
+      tile.buffers.lists.at[pl.ds((first + i) * THREADS, THREADS)], layout=ROW
     )
     for i in range(count)
   ]
 
 
-def _kept_groups(plan: Plan, place: Place, buffers: Buffers) -> list[jax.Array]:
+def _kept_groups(tile: Tile) -> list[jax.Array]:
   """For each group of a row, whether it is one of its token's best; bool."""
+  plan, place = tile.plan, tile.place
   count = plan.config.group_score_count
   scores = []
   for group in range(plan.groups):
-    values = _load_list(plan, group, count, buffers)
+    values = _load_list(tile, group, count)
     total = functools.reduce(jnp.add, values)
     # inf + -inf is NaN: a group with an infinite member is the best there is.
     if count > 1:
@@ -181,31 +176,28 @@ def _kept_groups(plan: Plan, place: Place, buffers: Buffers) -> list[jax.Array]:
   return [rank < plan.config.group_top_k for rank in better]
 
 
-def _merge_groups(
-  plan: Plan, kept: list[jax.Array], buffers: Buffers
-) -> list[jax.Array]:
+def _merge_groups(tile: Tile, kept: list[jax.Array]) -> list[jax.Array]:
   """The largest of a row in the groups that are kept."""
+  plan = tile.plan
   top: list[jax.Array] = []
   for group, is_kept in enumerate(kept):
     values = [
       jnp.where(is_kept, value, NEG_INF)
-      for value in _load_list(plan, group, plan.group_list_length, buffers)
+      for value in _load_list(tile, group, plan.group_list_length)
     ]
     top = merge(plan, top, values, plan.list_length) if top else values
   return _fill(top, plan.list_length)
 
 
-def compare(
-  plan: Plan, kth: jax.Array, kept: list[jax.Array], buffers: Buffers
-) -> None:
-  """Sets two bits for every expert of a row, and writes `bits`.
+def compare(tile: Tile, kth: jax.Array, kept: list[jax.Array]) -> None:
+  """Sets two bits for every expert of a row: reads `selection_scores`, writes `bits`.
 
   Args:
-    plan: the static sizes of the call.
+    tile: of the block.
     kth: `[128]`. The K-th largest selection score.
     kept: from `threshold`.
-    buffers: in shared memory. Reads `selection_scores`.
   """
+  plan, buffers = tile.plan, tile.buffers
   all_bits = (1 << plan.width) - 1 if plan.width < 32 else -1
 
   def compare_chunk(
@@ -231,7 +223,7 @@ def compare(
       compare_chunk(chunk)
       return carry
 
-    score.loop(plan.chunks, step, 0)
+    loop(plan.chunks, step, 0)
     return
   for chunk in range(plan.chunks):
     compare_chunk(chunk, _reachable_bits(plan, chunk, kept))
@@ -254,25 +246,19 @@ def _bits_slice(chunk: jax.Array | int) -> Any:
   return pl.ds(chunk * THREADS, THREADS)
 
 
-def extract(
-  plan: Plan,
-  place: Place,
-  top: list[jax.Array],
-  buffers: Buffers,
-) -> list[jax.Array]:
+def extract(tile: Tile, top: list[jax.Array]) -> list[jax.Array]:
   """Finds the K experts: those above the K-th score, and the first of its equals.
 
-  Writes them to `chosen`. No barrier follows.
+  Reads `bits` and writes `chosen`. No barrier follows.
 
   Args:
-    plan: the static sizes of the call.
-    place: of the threads.
+    tile: of the block.
     top: from `threshold`.
-    buffers: in shared memory. Reads `bits`.
 
   Returns:
     For every chunk of a row, `[128]` int32 with a bit for every chosen expert.
   """
+  plan, place, buffers = tile.plan, tile.place, tile.buffers
   k, kth = plan.config.top_k, top[plan.config.top_k - 1]
 
   def load(chunk: int) -> jax.Array:

@@ -6,7 +6,6 @@ experts of one of them, and in a round it has as many tokens as that leaves room
 """
 
 import dataclasses
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +15,13 @@ from jax import lax
 from jaxroute.kernels.gpu import threads
 from jaxroute.kernels.gpu.route import score
 from jaxroute.kernels.gpu.route.plan import Plan
-from jaxroute.kernels.gpu.route.refs import Buffers, Operands, Results
-from jaxroute.kernels.gpu.route.score import NEG_INF, Place
+from jaxroute.kernels.gpu.route.score import NEG_INF
 from jaxroute.kernels.gpu.route.select import UNREACHABLE
+from jaxroute.kernels.gpu.route.tile import Tile, divide, over_lanes
 from jaxroute.kernels.gpu.threads import THREADS, WARP, full
+
+# Rounds whose logits are looked up before the first is weighed.
+_ROUNDS_AT_ONCE = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +41,11 @@ class Slot:
   is_used: jax.Array
 
 
-def slot_of(plan: Plan, place: Place, round_: jax.Array | int) -> Slot:
+def slot_of(tile: Tile, round_: jax.Array | int) -> Slot:
   """What a thread does in a round."""
+  plan, place = tile.plan, tile.place
   pair = round_ * WARP + place.lane
-  token = score.divide(pair, plan.slots)
+  token = divide(pair, plan.slots)
   number = place.lane & (plan.slots - 1)
   is_used = number < plan.config.top_k
   if plan.warp_tokens * plan.slots < WARP:
@@ -52,102 +55,121 @@ def slot_of(plan: Plan, place: Place, round_: jax.Array | int) -> Slot:
   return Slot(token * plan.slots + number, token, number, is_used)
 
 
-def weigh(
-  plan: Plan,
-  place: Place,
-  first_token: jax.Array,
-  first_own: jax.Array,
-  operands: Operands,
-  buffers: Buffers,
-  results: Results,
-) -> None:
-  """Orders and weighs the chosen experts, and finds the tokens that count.
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+  """One of the K experts of a token, `[128]`.
 
-  Reads `chosen` and `softmax_sums`. Writes `is_counted`, and to `chosen` the place of
-  each expert among the K; and `expert_idx`, `weights`, `chosen` and `token_mask` of
-  the results.
-
-  Args:
-    plan: the static sizes of the call.
-    place: of the threads.
-    first_token: of the tile.
-    first_own: the first token that no other block has.
-    operands: in global memory.
-    buffers: in shared memory.
-    results: in global memory.
+  Attributes:
+    slot: of the thread.
+    token: int32, of all.
+    expert: int32.
+    logit: of the dtype of the logits.
+    is_reachable: bool. Whether the expert was not chosen for want of others.
   """
 
-  def run_round(round_: jax.Array | int, carry: int) -> int:
-    slot = slot_of(plan, place, round_)
-    token = first_token + slot.token
-    expert = plan.threads.gather(buffers.chosen, slot.index)
-    expert = jnp.where(slot.is_used, expert, 0)
-    is_chosen = slot.is_used
-    if plan.groups:
-      is_chosen = is_chosen & (expert < UNREACHABLE)
-      expert = expert & (UNREACHABLE - 1)
-    raw = plan.threads.gather(
-      operands.logits, token * plan.padded_experts + expert
-    )
-    selection, weight = _weigh_round(plan, slot, expert, raw, buffers)
-    selection = jnp.where(is_chosen, selection, NEG_INF)
-    number = _rank_in_token(plan, slot, selection)
-    # One NaN spreads to all weights of its token.
-    is_nan = slot.is_used & (weight != weight)
-    nan_bits = plan.threads.ballot(threads.as_words(is_nan))
-    first_lane = place.lane & ~(plan.slots - 1)
-    token_bits = nan_bits & (((1 << plan.slots) - 1) << first_lane)
-    is_counted = token_bits == 0
-    weight = jnp.where(is_counted, weight, jnp.nan)
-    if plan.has_mask:
-      in_range = jnp.minimum(token, plan.tokens - 1)
-      is_real = plan.threads.gather(operands.token_mask, in_range) != 0
-      weight = jnp.where(is_real, weight, 0.0)
-      is_counted = is_counted & is_real
-    is_own, is_result = None, slot.is_used
-    if plan.shares_tokens:
-      is_own = (token >= first_own) & (token < plan.tokens)
-      is_result = is_result & is_own
-    place_of_result = token * plan.config.top_k + number
-    values = [(results.expert_idx, expert), (results.weights, weight)]
-    if plan.with_chosen:
-      values.append((results.chosen, raw))
-    for ref, value in values:
-      keep = threads.as_words(is_result)
-      plan.threads.scatter(ref, place_of_result, value, keep)
-    counted = threads.as_words(is_counted)
-    keep = threads.as_words(is_result & (slot.number == 0))
-    plan.threads.scatter(results.token_mask, token, counted, keep)
-    if is_own is not None:
-      counted = jnp.where(is_own, counted, -1)
-      keep = threads.as_words(slot.is_used & (slot.number == 0))
-    plan.threads.scatter(buffers.is_counted, slot.token, counted, keep)
-    if plan.with_rank:
-      packed = expert + number * UNREACHABLE
-      plan.threads.scatter(
-        buffers.chosen, slot.index, packed, threads.as_words(slot.is_used)
-      )
+  slot: Slot
+  token: jax.Array
+  expert: jax.Array
+  logit: jax.Array
+  is_reachable: jax.Array
+
+
+def weigh(tile: Tile) -> None:
+  """Orders and weighs the chosen experts, and finds the tokens that count.
+
+  Reads `chosen`, `expert_bias` and `softmax_sums`. Writes `is_counted`, and to `chosen`
+  the place of each expert among the K; and `expert_idx`, `weights`, `chosen` and
+  `token_mask` of the results.
+
+  Args:
+    tile: of the block.
+  """
+  rounds = tile.plan.rounds
+  if rounds <= _ROUNDS_AT_ONCE:
+    # No round waits for the memory of the one before.
+    for choice in [_look_up(tile, round_) for round_ in range(rounds)]:
+      _run_round(tile, choice)
+    return
+
+  def run_round(round_: jax.Array, carry: int) -> int:
+    _run_round(tile, _look_up(tile, round_))
     return carry
 
-  score.loop(plan.rounds, run_round, 0)
+  lax.fori_loop(0, rounds, run_round, 0)
 
 
-def write_cutoff(
-  plan: Plan,
-  place: Place,
-  first_token: jax.Array,
-  first_own: jax.Array,
-  top: list[jax.Array],
-  results: Results,
-) -> None:
-  """Writes the (K+1)-th largest selection score, or -inf; arguments as in `weigh`."""
-  k, token = plan.config.top_k, first_token + place.token
+def _look_up(tile: Tile, round_: jax.Array | int) -> _Choice:
+  """What a thread works on in a round."""
+  plan = tile.plan
+  slot = slot_of(tile, round_)
+  token = tile.first_token + slot.token
+  expert = plan.threads.gather(tile.buffers.chosen, slot.index)
+  expert = jnp.where(slot.is_used, expert, 0)
+  is_reachable = slot.is_used
+  if plan.groups:
+    is_reachable = is_reachable & (expert < UNREACHABLE)
+    expert = expert & (UNREACHABLE - 1)
+  index = token * plan.padded_experts + expert
+  logit = plan.threads.gather(tile.operands.logits, index)
+  return _Choice(slot, token, expert, logit, is_reachable)
+
+
+def _run_round(tile: Tile, choice: _Choice) -> None:
+  """Writes the results of the tokens of a round."""
+  plan, slot, token = tile.plan, choice.slot, choice.token
+  results, buffers = tile.results, tile.buffers
+  selection, weight = _weigh_round(tile, choice)
+  number = _rank_in_token(plan, slot, selection)
+  # One NaN spreads to all weights of its token.
+  is_nan = threads.as_words(slot.is_used & (weight != weight))
+  first_lane = tile.place.lane & ~(plan.slots - 1)
+  own_lanes = ((1 << plan.slots) - 1) << first_lane
+  is_counted = plan.threads.ballot(is_nan) & own_lanes == 0
+  weight = jnp.where(is_counted, weight, jnp.nan)
+  if plan.has_mask:
+    in_range = jnp.minimum(token, plan.tokens - 1)
+    is_real = plan.threads.gather(tile.operands.token_mask, in_range) != 0
+    weight = jnp.where(is_real, weight, 0.0)
+    is_counted = is_counted & is_real
+  is_used, is_first = slot.is_used, slot.is_used & (slot.number == 0)
+  counted = threads.as_words(is_counted)
+  kept = counted
+  if plan.shares_tokens:
+    is_own = tile.is_own(token)
+    is_used, kept = is_used & is_own, jnp.where(is_own, counted, -1)
+  keep = threads.as_words(is_first)
+  plan.threads.scatter(buffers.is_counted, slot.token, kept, keep)
+  keep = threads.as_words(is_first & is_used)
+  plan.threads.scatter(results.token_mask, token, counted, keep)
+  place, keep = token * plan.config.top_k + number, threads.as_words(is_used)
+  plan.threads.scatter(results.expert_idx, place, choice.expert, keep)
+  plan.threads.scatter(results.weights, place, weight, keep)
+  if plan.with_chosen:
+    plan.threads.scatter(results.chosen, place, choice.logit, keep)
+  if plan.with_rank:
+    packed, keep = (
+      choice.expert + (number << 16),
+      threads.as_words(slot.is_used),
+    )
+    plan.threads.scatter(buffers.chosen, slot.index, packed, keep)
+
+
+def write_cutoff(tile: Tile, top: list[jax.Array]) -> None:
+  """Writes the (K+1)-th largest selection score, or -inf.
+
+  Args:
+    tile: of the block.
+    top: from `select.threshold`.
+  """
+  k, token = tile.plan.config.top_k, tile.first_token + tile.place.token
   cutoff = top[k] if k < len(top) else full(NEG_INF)
   cutoff = jnp.where(cutoff == 0.0, 0.0, cutoff)  # -0.0 is 0.0
-  keep = place.part == 0
-  if plan.shares_tokens:
-    keep = keep & (token >= first_own) & (token < plan.tokens)
-  plan.threads.scatter(results.cutoff, token, cutoff, threads.as_words(keep))
+  keep = tile.place.part == 0
+  if tile.plan.shares_tokens:
+    keep = keep & tile.is_own(token)
+  tile.threads.scatter(
+    tile.results.cutoff, token, cutoff, threads.as_words(keep)
+  )
 
 
 def _rank_in_token(plan: Plan, slot: Slot, selection: jax.Array) -> jax.Array:
@@ -166,19 +188,13 @@ def _rank_in_token(plan: Plan, slot: Slot, selection: jax.Array) -> jax.Array:
   return rank
 
 
-def _weigh_round(
-  plan: Plan,
-  slot: Slot,
-  expert: jax.Array,
-  raw: jax.Array,
-  buffers: Buffers,
-) -> tuple[jax.Array, jax.Array]:
-  """Selection scores and weights `[128]` of the slots of a round."""
-  config = plan.config
-  logits = score.prepare(plan, raw.astype(jnp.float32))
+def _weigh_round(tile: Tile, choice: _Choice) -> tuple[jax.Array, jax.Array]:
+  """Selection scores and weights `[128]` of the choices of a round."""
+  plan, config, buffers = tile.plan, tile.plan.config, tile.buffers
+  logits = score.prepare(plan, choice.logit.astype(jnp.float32))
   peak = total = None
   if plan.needs_softmax_sums:
-    row = slot.token * plan.lanes
+    row = choice.slot.token * plan.lanes
     peak = plan.threads.gather(buffers.softmax_sums, row)
     total = plan.threads.gather(buffers.softmax_sums, row + THREADS)
   scores = logits
@@ -188,26 +204,14 @@ def _weigh_round(
     scores = score.apply_score_fn(plan, logits, peak, total)
   bias = None
   if plan.has_bias:
-    index = score.bias_index(plan, expert)
+    index = score.bias_index(plan, choice.expert)
     bias = plan.threads.gather(buffers.expert_bias, index)
   selection = score.add_bias(
     plan, logits, logits if config.selects_on_logits else scores, bias
   )
-  weight = _weights(plan, slot, logits, scores, peak, total)
+  selection = jnp.where(choice.is_reachable, selection, NEG_INF)
+  weight = _weights(plan, choice.slot, logits, scores, peak, total)
   return selection, weight
-
-
-def _over_slots(
-  plan: Plan,
-  x: jax.Array,
-  combine: Callable[[jax.Array, jax.Array], jax.Array],
-) -> jax.Array:
-  """Combines the slots of a token; all get the same."""
-  distance = 1
-  while distance < plan.slots:
-    x = combine(x, plan.threads.shuffle_xor(x, distance))
-    distance *= 2
-  return x
 
 
 def _weights(
@@ -224,7 +228,7 @@ def _weights(
     if not config.weighs_all_logits:
       # The softmax of the chosen logits.
       peak = jnp.where(slot.is_used & (logits == logits), logits, NEG_INF)
-      peak = _over_slots(plan, peak, jnp.maximum)
+      peak = over_lanes(plan, peak, jnp.maximum, plan.slots)
       peak = jnp.where(peak == NEG_INF, 0.0, peak)
     assert peak is not None
     exponent = logits - peak
@@ -259,7 +263,8 @@ def _normalized(
   config = plan.config
   eps_factor, eps_exponent = map(np.float32, config.split_norm_eps)
   shift = jnp.where(slot.is_used, exponent, NEG_INF)
-  shift = jnp.maximum(_over_slots(plan, shift, jnp.maximum), eps_exponent)
+  shift = over_lanes(plan, shift, jnp.maximum, plan.slots)
+  shift = jnp.maximum(shift, eps_exponent)
   shares = factor * jnp.exp(exponent - shift)
   total = _sum_over_slots(plan, slot, shares)
   if config.norm_eps:
@@ -271,7 +276,8 @@ def _normalized(
 
 
 def _sum_over_slots(plan: Plan, slot: Slot, x: jax.Array) -> jax.Array:
-  return _over_slots(plan, jnp.where(slot.is_used, x, 0.0), jnp.add)
+  x = jnp.where(slot.is_used, x, 0.0)
+  return over_lanes(plan, x, jnp.add, plan.slots)
 
 
 def _rounded_off(x: jax.Array, y: jax.Array) -> jax.Array:
