@@ -73,8 +73,10 @@ def router(
   fix = "True leaves out the logits."
   fuse_projection = checks.as_bool("fuse_projection", fuse_projection, fix)
 
-  # Who routes in a layer goes on to put the assignments in expert order.
-  how: Any = dict(implementation=implementation, with_rank=True)
+  # Who routes in a layer goes on to put its assignments in expert order, but where
+  # the experts of a device get those of others, too.
+  with_rank = partition is None or partition.expert_axis is None
+  how: Any = dict(implementation=implementation, with_rank=with_rank)
 
   def run(
     tokens: jax.Array,
