@@ -2,10 +2,13 @@
 """What every test stands on: eight CPU devices, strict promotion, one compile cache.
 
 With JAX_PLATFORMS=cuda or tpu the tests run on that device, compiled as users
-compile; a test of several devices or of a CPU's programs is skipped there.
+compile; a test of several devices or of a CPU's programs is skipped there. One
+that hangs, or breaks the device for its process, ends the process: under
+pytest-xdist another takes the tests that are left.
 """
 
 import collections
+import faulthandler
 import os
 import pathlib
 import sys
@@ -38,6 +41,7 @@ else:
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -129,6 +133,21 @@ def _strict_dtype_promotion(request):
     mode = "standard"
   with jax.numpy_dtype_promotion(mode):
     yield
+
+
+@pytest.fixture(autouse=True)
+def _device_is_there_for_the_next_test():
+  if jax.default_backend() == "cpu":
+    yield
+    return
+  # Blocked in a kernel, Python would not run a handler of its own.
+  faulthandler.dump_traceback_later(100, exit=True, file=sys.__stderr__)
+  yield
+  faulthandler.cancel_dump_traceback_later()
+  try:
+    jax.block_until_ready(jnp.zeros(1) + 1)
+  except jax.errors.JaxRuntimeError:
+    os._exit(1)
 
 
 def pytest_runtest_setup(item):
