@@ -127,17 +127,17 @@ def lanes(t: int, counts: tuple[int, ...]) -> gpu_profile.Candidates:
   return found
 
 
-def top_k_forms(t: int) -> gpu_profile.Candidates:
-  """The two ways in which the XLA path finds the largest."""
+def xla_forms(t: int) -> gpu_profile.Candidates:
+  """The two ways in which the XLA path finds the largest of many and of few keys."""
 
-  def by(max_rounds, logits, bias):
-    with mock.patch.object(xla, "_MAX_ROUNDS", max_rounds):
+  def by(few_keys, logits, bias):
+    with mock.patch.object(xla, "_FEW_KEYS", few_keys):
       return xla.route(logits, bias, V3, None)
 
   args = inputs(t, V3)
   return {
-    "lax.top_k": (functools.partial(by, 0), args),
-    "rounds": (functools.partial(by, 16), args),
+    "sorts, as for few": (functools.partial(by, 2**62), args),
+    "rounds, as for many": (functools.partial(by, 0), args),
   }
 
 
@@ -188,7 +188,7 @@ def all_tables() -> dict[str, list[gpu_profile.Table]]:
     ],
     "threshold": [
       gpu_profile.Table(
-        f"{_v3_title(t)}, XLA path", functools.partial(top_k_forms, t)
+        f"{_v3_title(t)}, XLA path", functools.partial(xla_forms, t)
       )
       for t in (16, 256, 1_024, 4_096, 16_384, 65_536)
     ],

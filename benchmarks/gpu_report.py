@@ -145,6 +145,8 @@ def tests_table(parts: Mapping[str, Mapping[str, Any]]) -> str:
     skipped = sum(map(len, part["skipped"].values()))
     counts = [part["passed"], len(part["failed"]), skipped]
     lines.append([name, *map(str, counts), f"{part['seconds']:.0f}"])
+    if "left_out" in part:
+      notes.append(f"- left out of {name}, by name: {part['left_out']}")
     notes += [
       f"- failed: {test}: {why}" for test, why in part["failed"].items()
     ]

@@ -84,7 +84,9 @@ def test_a_report_of_pytest_is_counted_with_its_reasons(tmp_path):
     },
     skipped={"needs 8 devices, found 1": ["step_test::test_c"]},
   )
-  text = gpu_report.tests_table({"own": found | dict(code=1, seconds=9.6)})
+  part = found | dict(code=1, seconds=9.6, left_out="tiled")
+  text = gpu_report.tests_table({"own": part})
+  assert "- left out of own, by name: tiled\n" in text
   assert "| own | 1 | 2 | 1 | 10 |" in text
   assert "- failed: step_test::test_b[x]: AssertionError: 1 != 2\n" in text
   assert "- skipped, needs 8 devices, found 1: step_test::test_c\n" in text

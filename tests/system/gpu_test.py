@@ -4,6 +4,7 @@
 JAX_PLATFORMS=cuda python -m pytest -m gpu -n 4 tests/system/gpu_test.py
 """
 
+import dataclasses
 import functools
 
 import experts_cases
@@ -113,6 +114,21 @@ def test_the_kernel_routes_as_xla_does(name):
     ours = by_kernel(*args)
     _assert_routed_alike(ours, *by_xla(*args), config)
     jax.tree.map(np.testing.assert_array_equal, ours, by_kernel(*args))
+
+
+def test_a_histogram_is_that_of_xla():
+  config = dataclasses.replace(V3.config, histogram=True)
+  args = jax.device_put(V3.inputs(0))
+
+  def counts(route, logits, bias, mask):
+    return route(logits, bias, config, mask).counts
+
+  ours, theirs = (
+    _compiled(functools.partial(counts, route), *args)(*args)
+    for route in (kernel, xla)
+  )
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+  assert jnp.any(ours.histogram != 0)
 
 
 def _loss(route, config):
