@@ -239,7 +239,10 @@ def measure_all(device: jax.Device) -> None:
     report["tables"][title] = rows
     report["bars"] = gpu_report.held(bars(), report["tables"])
     if _JSON.value:
-      pathlib.Path(_JSON.value).write_text(json.dumps(report, indent=1))
+      # Whoever ends this process finds a whole file.
+      whole = pathlib.Path(f"{_JSON.value}.tmp")
+      whole.write_text(json.dumps(report, indent=1))
+      whole.replace(_JSON.value)
 
   tables = all_tables()
   for name in _TABLES.value:

@@ -37,6 +37,9 @@ def test_the_suite_refuses_to_run_without_a_gpu(tmp_path):
   assert "expected a GPU that JAX finds, got none" in done.stderr
   assert "jax[cuda13]" in done.stderr
   assert not out.exists()
+  done = _run(sys.executable, "benchmarks/gpu.py", "--tables=routing")
+  assert done.returncode == 1
+  assert "expected a GPU, found cpu. Give --target" in done.stderr + done.stdout
 
 
 def test_the_tests_it_names_are_there():
