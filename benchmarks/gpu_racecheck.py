@@ -3,8 +3,8 @@
 
   python benchmarks/gpu_racecheck.py
 
-runs small routings of every kind of program under NVIDIA's tool, which watches
-every access to shared memory, and fails if it reports anything. It takes some
+runs small routings of every kind of program, and experts, under NVIDIA's tool, which
+watches every access to shared memory, and fails if it reports anything. It takes some
 minutes on a Hopper or newer GPU; the tool comes with the CUDA toolkit.
 """
 
@@ -52,7 +52,10 @@ def run_cases() -> None:
     bias = rng.normal(size=e).astype(np.float32) / 8
     args = jax.device_put((logits, bias, rng.random(t) < 0.8))
     jax.block_until_ready((_route(args, config, lanes), _order(args, config)))
-  print(f"ran {len(CASES)} cases on {jax.devices()[0].device_kind}")
+  jax.block_until_ready(_experts())
+  print(
+    f"ran {len(CASES)} routers, and experts, on {jax.devices()[0].device_kind}"
+  )
 
 
 def _route(args, config, lanes):
@@ -78,6 +81,24 @@ def _order(args, config):
     load=r.load,
     **kernels,
   )
+
+
+def _experts():
+  import jax
+  import jax.numpy as jnp
+
+  from jaxroute import experts
+
+  key, dtype = jax.random.key(0), jnp.bfloat16
+  x = jax.random.normal(key, (700, 256), dtype)
+  params = experts.init_expert_params(key, 4, 256, 128, dtype)
+  sizes = jnp.array([300, 0, 129, 171], jnp.int32)
+
+  def swiglu(x, params):
+    return experts.swiglu(x, params, sizes, implementation="pallas_gpu")
+
+  out, pull = jax.vjp(swiglu, x, params)
+  return out, pull(out)
 
 
 def find_tool() -> str:

@@ -7,6 +7,7 @@ import datetime
 import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -23,12 +24,6 @@ TESTS_LIMIT, TIMES_LIMIT = 155, 160
 # Processes of both runs of tests: compiling, on one core, takes most of their time.
 _CORES = os.cpu_count() or 1
 KERNELS_WORKERS, OWN_WORKERS = max(_CORES // 3, 1), max(2 * _CORES // 3, 1)
-# Where tests are marked `gpu`. Others cannot be collected everywhere.
-KERNELS = (
-  "tests/system/gpu_test.py",
-  "tests/benchmarks_gpu_profile_test.py",
-  "tests/experts_api_test.py",
-)
 # What a layer and a step are made of; but experts as no GPU takes them.
 NOT_OWN = "tiled or ragged_dot"
 OWN = tuple(
@@ -163,6 +158,16 @@ class Part:
     return found
 
 
+def marked_files() -> list[str]:
+  """The files with tests marked `gpu`. Others cannot be collected everywhere."""
+  mark = re.compile(r"^(@|pytestmark = )pytest\.mark\.gpu$", re.MULTILINE)
+  return [
+    path.relative_to(ROOT).as_posix()
+    for path in sorted((ROOT / "tests").rglob("*_test.py"))
+    if mark.search(path.read_text(encoding="utf-8"))
+  ]
+
+
 def pytest_command(
   choice: Sequence[str], workers: int, xml: pathlib.Path
 ) -> list[str]:
@@ -178,7 +183,7 @@ def pytest_command(
 def run_tests(scratch: pathlib.Path) -> dict[str, dict[str, Any]]:
   """Both runs of tests, by name, at the same time."""
   wanted = {
-    "kernels": (["-m", "gpu", *KERNELS], KERNELS_WORKERS),
+    "kernels": (["-m", "gpu", *marked_files()], KERNELS_WORKERS),
     "own tests": (
       ["-m", "not gpu", "-k", f"not ({NOT_OWN})", *OWN],
       OWN_WORKERS,
