@@ -7,8 +7,8 @@ flat, as `[N]`.
 
 In `rank` a block is for some tiles in succession. It begins by adding up the counts of
 all tiles in front. The routing kernel has summed these in spans of two lengths, so that
-there are few rows to add. In `order` a block adds up the loads of all experts. Both load
-much before they use any of it, for memory is far.
+there are few rows to add. In `order` a block adds up the loads of all experts. Both
+load much before they use any of it, for memory is far.
 """
 
 import functools
