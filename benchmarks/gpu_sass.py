@@ -9,8 +9,8 @@ others are unknown, and so are the predicates that compare them:
 - A jump forward on an unknown predicate is not taken: what it might skip counts
   once, and slow paths that stand behind the end of the code do not.
 - A jump back on an unknown predicate is not taken either where its loop waits
-  for a barrier in memory (SYNCS): a wait counts as one trip. Elsewhere it is an
-  error.
+  for a barrier in memory (SYNCS): a wait counts as one trip. Elsewhere the count
+  depends on data, which is an error.
 
 A function that is called, as for the slow path of a division, counts as the
 call. All of it is integer arithmetic on a dozen operations; one that is not

@@ -99,8 +99,8 @@ class Kernel:
     shared_memory: bytes of a block.
     blocks_per_core: that registers and shared memory leave room for.
     barriers: `bar.sync` in the PTX.
-    instructions: machine instructions that a warp executes, of
-      `gpu_sass.executed`.
+    instructions: machine instructions that a warp executes, counted by
+      `gpu_sass.executed`; None if that depends on data.
   """
 
   name: str
@@ -110,7 +110,7 @@ class Kernel:
   shared_memory: int
   blocks_per_core: int
   barriers: int
-  instructions: int
+  instructions: int | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,14 +164,15 @@ def versions() -> str:
   return f"jax {jax.__version__}, ptxas {found[1]}"
 
 
-def device(target: str) -> jax.Device:
-  """A GPU that is not here.
+def devices(target: str, number: int = 1) -> list[jax.Device]:
+  """GPUs that are not here.
 
   Args:
     target: one of `TARGETS`.
+    number: how many.
 
   Returns:
-    A device to compile for.
+    Devices to compile for.
 
   Raises:
     RuntimeError: with the words of `missing`.
@@ -187,9 +188,9 @@ def device(target: str) -> jax.Device:
   return topologies.get_topology_desc(
     platform="cuda",
     topology_name="",
-    topology="1x1x1",
+    topology=f"1x1x{number}",
     target_config=_description(**_GPUS[target]),
-  ).devices[0]
+  ).devices
 
 
 def compile_for(
@@ -212,7 +213,7 @@ def compile_for(
   Raises:
     RuntimeError: with the words of `missing`.
   """
-  sharding = jax.sharding.SingleDeviceSharding(device(target))
+  sharding = jax.sharding.SingleDeviceSharding(devices(target)[0])
   placed = [
     jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding) for s in shapes
   ]
@@ -239,7 +240,6 @@ def report(
 
   Raises:
     RuntimeError: with the words of `missing`.
-    ValueError: if the trips of a kernel's loop are not known.
   """
   # Only the compiler is asked. Tests switch optimizations off, and what is in
   # the cache is not compiled.
@@ -367,10 +367,17 @@ def _kernels(folder: pathlib.Path, gpu: dict[str, Any]) -> tuple[Kernel, ...]:
         shared_memory=shared,
         blocks_per_core=min(room),
         barriers=len(re.findall(r"\bbar\.sync\b", ptx)),
-        instructions=gpu_sass.executed(sass.read_text()),
+        instructions=_instructions(sass.read_text()),
       )
     )
   return tuple(kernels)
+
+
+def _instructions(sass: str) -> int | None:
+  try:
+    return gpu_sass.executed(sass)
+  except ValueError:
+    return None
 
 
 def _find(pattern: str, text: str) -> str:

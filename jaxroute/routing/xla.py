@@ -22,9 +22,10 @@ from jaxroute.routing import bias_histogram, float_keys, weights
 _MAX_ROUNDS = 16
 # Keys whose largest is kept as one head; see `_largest`.
 _HEAD_KEYS = 8
-# On CUDA fewer keys are sorted. Measured on an H100 with jax 0.11.2, 2026-11-26, for
-# DeepSeek-V3's router (E = 256): T = 16, 4,096 and 65,536 take 274, 300 and 416 us
-# by rounds and 67, 130 and 1,568 us by sorts, of keys and groups.
+# On CUDA fewer keys are sorted. With sorts of keys and groups DeepSeek-V3's router
+# (E = 256) took 67, 130 and 1,568 us at T = 16, 4,096 and 65,536, by rounds 274, 300
+# and 416 us (H100, jax 0.11.2, 2026-11-26): they met near T = 12,000, and meet later
+# now that no groups are sorted.
 _FEW_KEYS = 2**22
 
 _Out = TypeVar("_Out")
