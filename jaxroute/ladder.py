@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jax.extend import core
-from jax.interpreters import batching, mlir
+from jax.interpreters import ad, batching, mlir
 
 from jaxroute import checks
 from jaxroute.parallel import mesh
@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 def climb(
   operation: str,
-  implementations: Mapping[str | None, Callable[[], T]],
+  implementations: Mapping[Any, Callable[[], T]],
   implementation: str | None,
 ) -> T:
   """Calls the implementation that is asked for, or the first that can.
@@ -174,7 +174,10 @@ def call_kernel(
     # Kernels are written in words of 32 bits, and a sum or an index of theirs
     # must not have 64 where the program around them does.
     with jax.enable_x64(False):
-      return kernel(*operands)
+      outputs = kernel(*operands)
+    # Mosaic GPU does not say over which mesh axes its results vary.
+    outputs, _ = mesh.vary_alike((outputs, operands))
+    return outputs
 
   if interpret:
     return call(*operands)
@@ -182,9 +185,9 @@ def call_kernel(
   names = dict(operation=operation, platform=platform)
 
   def run(*operands):
-    arrays, tree = jax.tree.flatten(operands)
-    arrays[0] = _partition_refused.bind(arrays[0], **names)
-    return call(*jax.tree.unflatten(tree, arrays))
+    return call(
+      *jax.tree.map(lambda x: _partition_refused.bind(x, **names), operands)
+    )
 
   def refuse(*operands):
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), outputs)
@@ -228,7 +231,21 @@ def _identity(name: str, impl: Callable[..., Any], lowering: Any) -> Any:
   return primitive
 
 
+def _jvp(primals: Any, tangents: Any, *, operation: str, platform: str) -> Any:
+  """Of integers alone, which JAX gives tangents where a custom derivative ends."""
+  del tangents
+  (x,), names = primals, dict(operation=operation, platform=platform)
+  if jnp.issubdtype(x.dtype, jnp.inexact):
+    raise NotImplementedError(
+      f"the {platform.upper()} kernel of `{operation}` has no such derivative; use"
+      " `implementation='xla'`"
+    )
+  x = _partition_refused.bind(x, **names)
+  return x, ad.Zero(jax.typeof(x).to_tangent_aval())
+
+
 _refuse = _identity("jaxroute_refuse", _raise_refusal, _raise_refusal)
 _partition_refused = _identity(
   "jaxroute_partition_refused", lambda x, **_: x, _lower_on_one_device
 )
+ad.primitive_jvps[_partition_refused] = _jvp

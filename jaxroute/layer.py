@@ -73,6 +73,9 @@ def router(
   fix = "True leaves out the logits."
   fuse_projection = checks.as_bool("fuse_projection", fuse_projection, fix)
 
+  # Who routes in a layer goes on to put the assignments in expert order.
+  how: Any = dict(implementation=implementation, with_rank=True)
+
   def run(
     tokens: jax.Array,
     token_mask: jax.Array | None,
@@ -80,21 +83,22 @@ def router(
     expert_bias: jax.Array | None,
   ) -> tuple[types.Routing, jax.Array | None]:
     if fuse_projection:
-      routes = routing_lib.project_and_route(
-        tokens, router_weight, expert_bias, config, token_mask, implementation
-      )
-      return routes, None
+      operands = tokens, router_weight, expert_bias, config, token_mask
+      return routing_lib.project_and_route(*operands, **how), None
     logits = routing_lib.project(tokens, router_weight, token_mask)
-    routes = routing_lib.route(
-      logits, expert_bias, config, token_mask, implementation
-    )
+    routes = routing_lib.route(logits, expert_bias, config, token_mask, **how)
     return routes, logits
 
   yes: Any = True  # in the place of an array
   no: Any = False
   counts = types.Counts(load=no, histogram=no if config.histogram else None)
   routes_per_token = types.Routing(
-    expert_idx=yes, weights=yes, counts=counts, cutoff=yes, token_mask=yes
+    expert_idx=yes,
+    weights=yes,
+    counts=counts,
+    cutoff=yes,
+    token_mask=yes,
+    rank=yes,  # or None, where what is per token is left as it is
   )
   return mesh_lib.map_over_tokens(
     run,
@@ -201,7 +205,8 @@ def local_moe(
   Args:
     x: `[T, D]`. Tokens.
     routing: of those tokens. Tokens that its mask leaves out give 0, or NaN if
-      their weights are NaN, and reach no parameter's gradient.
+      their weights are NaN, and reach no parameter's gradient. If it has a `rank`,
+      its `load` has to be of these tokens alone.
     params: with the E axis, of the dtype of `x`. An index of `routing` outside
       `[0, E)` is of an expert that is not here, and adds nothing.
     capacity: C. An expert keeps its first C assignments in token order and the
@@ -244,8 +249,12 @@ def _local_moe(
 ) -> tuple[jax.Array, jax.Array]:
   """See `local_moe`, which checks the arguments."""
   num_experts = params.w_gate.shape[0]
+  known: Any = {}
+  # A rank counts what no expert receives, which some may that are elsewhere.
+  if num_experts == routing.load.shape[0] and routing.rank is not None:
+    known = dict(rank=routing.rank, load=routing.load)
   order = dispatch.sort_by_expert(
-    routing.expert_idx, num_experts, routing.token_mask, capacity
+    routing.expert_idx, num_experts, routing.token_mask, capacity, **known
   )
   rows = dispatch.dispatch(x, order)
   # On one shard of the experts N counts all assignments, but only this shard's

@@ -272,6 +272,11 @@ class Routing:
       (K+1)-th; -inf if there is none.
     token_mask: `[T]` bool. The tokens that are counted and dispatched: those of
       the caller's mask without a NaN among their chosen logits.
+    rank: `[T, K]` int32, if it was asked for and "pallas_gpu" did the routing; else
+      None. How many assignments of the same expert come before, in order of the
+      tokens; of a token that is not counted, how many of those. Under a partition,
+      within a token shard. By it `jaxroute.dispatch.sort_by_expert` need not sort.
+      It is of these experts and this mask: with others, set it to None.
   """
 
   expert_idx: jax.Array
@@ -279,6 +284,7 @@ class Routing:
   counts: Counts
   cutoff: jax.Array
   token_mask: jax.Array
+  rank: jax.Array | None = None
 
   @property
   def load(self) -> jax.Array:

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute import checks, ladder, remat, types
-from jaxroute.dispatch import pallas_tpu, xla
+from jaxroute.dispatch import pallas_gpu, pallas_tpu, xla
 from jaxroute.parallel import mesh
 
-Implementation = Literal["xla", "pallas_tpu"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +88,8 @@ def sort_by_expert(
   capacity: int | None = None,
   implementation: Implementation | None = None,
   interpret: Any = False,
+  rank: jax.Array | None = None,
+  load: jax.Array | None = None,
 ) -> Permutation:
   """Puts the assignments in expert order, stably.
 
@@ -100,14 +102,20 @@ def sort_by_expert(
       group. `Routing.token_mask` also leaves out tokens with NaN weights.
     capacity: C. An expert keeps its first C assignments in token order; the
       others are dropped. None drops nothing.
-    implementation: "pallas_tpu", a kernel that counts ranks on the MXU; "xla";
-      or None for the first of them that can do this here. As in
-      `jaxroute.route`, but the kernel is for one device or for the inside of
-      `jax.shard_map`.
+    implementation: "pallas_tpu", a kernel that counts ranks on the MXU;
+      "pallas_gpu", one that takes `rank` and does not sort; "xla"; or None for the
+      first of them that can do this here. As in `jaxroute.route`, but the kernels
+      are for one device or for the inside of `jax.shard_map`.
     interpret: as in `jaxroute.route`.
+    rank: `[T, K]` int32. `Routing.rank` of these assignments, if there is one: how
+      many of the same expert come before; of those that no expert receives, how
+      many of these. It is not checked, and only "pallas_gpu" reads it.
+    load: `[E]` int32. `Routing.load` of these assignments, which "pallas_gpu" needs
+      beside `rank`.
 
   Returns:
-    A `Permutation`, with `group_sizes = min(load, C)`.
+    A `Permutation`, with `group_sizes = min(load, C)`. The order of the rows that
+    belong to no expert is another for every implementation.
 
   Raises:
     ValueError: if a shape, dtype or `capacity` does not fit.
@@ -121,10 +129,24 @@ def sort_by_expert(
   if capacity is not None:
     fix = "It is rows per expert. Use None to drop nothing."
     capacity = checks.as_int("capacity", capacity, fix)
+  fix = "Pass `Routing.rank` of these `expert_idx`, or leave it out."
+  sizes = dict(zip("TK", expert_idx.shape, strict=True))
+  if rank is not None:
+    checks.check_array("rank", rank, "[T, K]", "int32", fix, **sizes)
+  if load is not None:
+    fix = "Pass `Routing.load` of these `expert_idx`, or leave it out."
+    checks.check_array("load", load, "[E]", "int32", fix, E=num_experts)
   names = get_args(Implementation)
   ladder.check_names("sort_by_expert", names, implementation, interpret)
   return _sort_by_expert(
-    expert_idx, num_experts, token_mask, capacity, implementation, interpret
+    expert_idx.astype(jnp.int32),
+    token_mask,
+    rank,
+    load,
+    num_experts=num_experts,
+    capacity=capacity,
+    implementation=implementation,
+    interpret=interpret,
   )
 
 
@@ -134,52 +156,56 @@ def sort_by_expert(
 )
 def _sort_by_expert(
   expert_idx: jax.Array,
-  num_experts: int,
   token_mask: jax.Array | None,
+  rank: jax.Array | None,
+  load: jax.Array | None,
+  *,
+  num_experts: int,
   capacity: int | None,
   implementation: Implementation | None,
   interpret: Any,
 ) -> Permutation:
   """See `sort_by_expert`, which checks the arguments."""
-  key = expert_idx.astype(jnp.int32)
-  is_here = (key >= 0) & (key < num_experts)
-  if token_mask is not None:
-    is_here &= token_mask[:, None]
-  key = jnp.where(is_here, key, num_experts)
-  load, permutation, inverse = _sort(
-    key, num_experts, capacity, implementation, interpret
+
+  def key() -> jax.Array:
+    """`[T, K]` int32: the expert that receives an assignment; E for none."""
+    is_here = (expert_idx >= 0) & (expert_idx < num_experts)
+    if token_mask is not None:
+      is_here &= token_mask[:, None]
+    return jnp.where(is_here, expert_idx, num_experts)
+
+  def of_load(load: jax.Array, *order: jax.Array) -> tuple[jax.Array, ...]:
+    """Group sizes in place of a load of E experts and of none."""
+    sizes = load[:num_experts]
+    if capacity is not None:
+      sizes = jnp.minimum(sizes, capacity)
+    return sizes, *order
+
+  def by_xla():
+    ladder.refuse_to_interpret(interpret)
+    return of_load(*xla.sort(key(), num_experts, capacity))
+
+  by_name = implementation is not None
+  how = dict(by_name=by_name, interpret=interpret)
+
+  def by_pallas_tpu():
+    return of_load(*pallas_tpu.sort(key(), num_experts, capacity, **how))
+
+  def by_pallas_gpu():
+    return pallas_gpu.sort(
+      expert_idx, num_experts, token_mask, capacity, rank, load, **how
+    )
+
+  implementations = {
+    "pallas_tpu": by_pallas_tpu,
+    "pallas_gpu": by_pallas_gpu,
+    "xla": by_xla,
+  }
+  group_sizes, permutation, inverse = ladder.climb(
+    "sort_by_expert", implementations, implementation
   )
-  group_sizes = load[:num_experts]
-  if capacity is not None:
-    group_sizes = jnp.minimum(group_sizes, capacity)
   return Permutation(
     permutation=remat.checkpoint_name("permutation", permutation),
     inverse_permutation=remat.checkpoint_name("inverse_permutation", inverse),
     group_sizes=remat.checkpoint_name("group_sizes", group_sizes),
-  )
-
-
-def _sort(
-  key: jax.Array,
-  num_experts: int,
-  capacity: int | None,
-  implementation: Implementation | None,
-  interpret: Any,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Load `[E + 1]`, permutation and inverse `[N]` of keys `[T, K]` in [0, E]."""
-
-  def by_xla():
-    ladder.refuse_to_interpret(interpret)
-    return xla.sort(key, num_experts, capacity)
-
-  def by_pallas_tpu():
-    by_name = implementation is not None
-    return pallas_tpu.sort(
-      key, num_experts, capacity, by_name=by_name, interpret=interpret
-    )
-
-  return ladder.climb(
-    "sort_by_expert",
-    {"pallas_tpu": by_pallas_tpu, "xla": by_xla},
-    implementation,
   )

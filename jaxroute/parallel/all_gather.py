@@ -104,6 +104,9 @@ def _bring_tokens(
     return jax.lax.all_gather(v, expert, tiled=True)
 
   expert_idx = everyone(routing.expert_idx)
+  counts, rank = routing.counts, None
+  if expert is None and routing.rank is not None:
+    rank, counts = routing.rank, types.Counts(load=_count(routing))
   if expert is not None:
     count = jax.tree.leaves(params)[0].shape[0]
     expert_idx = expert_idx - jax.lax.axis_index(expert) * count
@@ -114,7 +117,19 @@ def _bring_tokens(
     expert_idx=expert_idx,
     weights=everyone(routing.weights),
     token_mask=everyone(routing.token_mask),
+    counts=counts,
+    rank=rank,
   )
+
+
+def _count(routing: types.Routing) -> jax.Array:
+  """The load of the tokens of this device, where that of all is known."""
+  ones = jnp.broadcast_to(routing.token_mask[:, None], routing.expert_idx.shape)
+  zeros = jnp.zeros_like(routing.load)
+  zeros, expert_idx, ones = mesh_lib.vary_alike(
+    (zeros, routing.expert_idx, ones.astype(jnp.int32))
+  )
+  return zeros.at[expert_idx].add(ones, mode="drop")
 
 
 def _take_outputs_back(

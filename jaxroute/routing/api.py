@@ -12,9 +12,9 @@ import jax.numpy as jnp
 
 from jaxroute import checks, ladder, types
 from jaxroute.parallel import mesh
-from jaxroute.routing import pallas_tpu, projection, xla
+from jaxroute.routing import pallas_gpu, pallas_tpu, projection, xla
 
-Implementation = Literal["xla", "pallas_tpu"]
+Implementation = Literal["xla", "pallas_tpu", "pallas_gpu"]
 
 
 def route(
@@ -24,6 +24,7 @@ def route(
   token_mask: jax.Array | None = None,
   implementation: Implementation | None = None,
   interpret: Any = False,
+  with_rank: bool = False,
 ) -> types.Routing:
   """Chooses K experts per token and weighs them; counts what was chosen.
 
@@ -38,16 +39,19 @@ def route(
     expert_bias: `[E]` float32. The dual variable, or None for no bias.
     config: what to compute; static.
     token_mask: `[T]` bool. False marks padding: weight 0, not counted.
-    implementation: "pallas_tpu", "xla", or None for the first of them that can
-      do this here. "pallas_tpu" is a kernel for v5e, v5p and newer, which XLA
-      does not partition: call it on one device, under explicit sharding, by
-      `jaxroute.layer.router` with a partition, or inside `jax.shard_map`. Without
-      a name the kernel is taken only if the program is for such a TPU: that of
-      the mesh in force (`jax.sharding.use_abstract_mesh`), or else the default
-      device, if it is the only one. With a name it is traced anywhere, so that
-      it can be compiled for a TPU elsewhere.
+    implementation: "pallas_tpu", "pallas_gpu", "xla", or None for the first of
+      them that can do this here. "pallas_tpu" is a kernel for v5e, v5p and newer,
+      "pallas_gpu" one for NVIDIA's Hopper and Blackwell (H100, B200), with jax
+      0.11. XLA does not partition a kernel: call it on one device, under explicit
+      sharding, by `jaxroute.layer.router` with a partition, or inside
+      `jax.shard_map`. Without a name a kernel is taken only if the program is for
+      such a device: that of the mesh in force (`jax.sharding.use_abstract_mesh`),
+      or else the default device, if it is the only one. With a name it is traced
+      anywhere, so that it can be compiled for a device elsewhere.
     interpret: whether a kernel is interpreted, on any device: False, True, or
       `pltpu.InterpretParams` for the TPU simulator.
+    with_rank: whether to return `Routing.rank`, if this implementation counts it:
+      "pallas_gpu" does.
 
   Returns:
     A `Routing`; on T = 0 its arrays are empty and `load` is zero.
@@ -75,6 +79,8 @@ def route(
   ladder.check_names(
     "route", get_args(Implementation), implementation, interpret
   )
+  fix = "True asks for `Routing.rank`."
+  with_rank = checks.as_bool("with_rank", with_rank, fix)
   # A token chooses among all experts.
   logits = mesh.whole(logits, 1)
   operands = logits, expert_bias, config, token_mask
@@ -87,10 +93,18 @@ def route(
   def by_pallas_tpu():
     return pallas_tpu.route(*operands, by_name=by_name, interpret=interpret)
 
-  with jax.named_scope("jaxroute.route"):
-    return ladder.climb(
-      "route", {"pallas_tpu": by_pallas_tpu, "xla": by_xla}, implementation
+  def by_pallas_gpu():
+    return pallas_gpu.route(
+      *operands, by_name=by_name, interpret=interpret, with_rank=with_rank
     )
+
+  implementations = {
+    "pallas_tpu": by_pallas_tpu,
+    "pallas_gpu": by_pallas_gpu,
+    "xla": by_xla,
+  }
+  with jax.named_scope("jaxroute.route"):
+    return ladder.climb("route", implementations, implementation)
 
 
 def project_and_route(
@@ -101,6 +115,7 @@ def project_and_route(
   token_mask: jax.Array | None = None,
   implementation: Implementation | None = None,
   interpret: Any = False,
+  with_rank: bool = False,
 ) -> types.Routing:
   """`route` of `project`, in one kernel where there is one.
 
@@ -119,8 +134,9 @@ def project_and_route(
     token_mask: as in `route`.
     implementation: as in `route`. None and "pallas_tpu" take one kernel for
       both where it can do this; else None takes `project` and then the best
-      `route`.
+      `route`, as "pallas_gpu" and "xla" take theirs.
     interpret: as in `route`.
+    with_rank: as in `route`.
 
   Returns:
     A `Routing`. Gradients flow through the weights to `tokens` and
@@ -141,13 +157,12 @@ def project_and_route(
   )
   tokens, router_weight = mesh.whole(tokens, 1), mesh.whole(router_weight)
 
-  def by_xla():
-    if implementation is not None:
+  def one_after_the_other():
+    if implementation == "xla":
       ladder.refuse_to_interpret(interpret)
     logits = projection.project(tokens, router_weight, token_mask)
-    return route(
-      logits, expert_bias, config, token_mask, implementation, interpret
-    )
+    operands = logits, expert_bias, config, token_mask
+    return route(*operands, implementation, interpret, with_rank)
 
   def by_pallas_tpu():
     with jax.named_scope("jaxroute.route"):
@@ -161,11 +176,12 @@ def project_and_route(
         interpret=interpret,
       )
 
-  return ladder.climb(
-    "project_and_route",
-    {"pallas_tpu": by_pallas_tpu, "xla": by_xla},
-    implementation,
-  )
+  implementations = {
+    "pallas_tpu": by_pallas_tpu,
+    "pallas_gpu": one_after_the_other,
+    "xla": one_after_the_other,
+  }
+  return ladder.climb("project_and_route", implementations, implementation)
 
 
 def check_inputs(

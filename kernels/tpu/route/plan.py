@@ -6,7 +6,8 @@ import dataclasses
 from jax.experimental import pallas as pl
 
 from jaxroute import types
-from jaxroute.kernels.tpu import device, networks
+from jaxroute.kernels import networks
+from jaxroute.kernels.tpu import device
 
 WORD_BITS = 32
 """Bits of the int32 words that hold one bit per expert."""

@@ -11,7 +11,8 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from jaxroute.kernels.tpu import device, networks
+from jaxroute.kernels import networks
+from jaxroute.kernels.tpu import device
 from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import layout
 from jaxroute.kernels.tpu.route.plan import Plan

@@ -16,7 +16,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxroute.kernels.tpu import device, networks
+from jaxroute.kernels import networks
+from jaxroute.kernels.tpu import device
 from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import bits, layout
 from jaxroute.kernels.tpu.route.plan import WORD_BITS, Plan

@@ -10,7 +10,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxroute.kernels.tpu import device, networks, registers
+from jaxroute.kernels import networks
+from jaxroute.kernels.tpu import device, registers
 from jaxroute.kernels.tpu.registers import Ref
 from jaxroute.kernels.tpu.route import bits, layout, score
 from jaxroute.kernels.tpu.route.plan import Plan

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxroute.kernels.tpu import networks
+from jaxroute.kernels import networks
 
 pytestmark = pytest.mark.any_jax
 
