@@ -15,7 +15,6 @@ its own.
 
 import concurrent.futures
 import dataclasses
-import functools
 import importlib.metadata
 import importlib.util
 import multiprocessing
@@ -120,13 +119,11 @@ class Program:
   Attributes:
     launches: kernels, copies and fills of one call, by XLA's list of thunks. A
       loop counts once, a conditional by all its branches.
-    copies: how many of the launches are copies and fills.
     temporaries: bytes.
     kernels: of Mosaic GPU, in the order in which they were compiled.
   """
 
   launches: int
-  copies: int
   temporaries: int
   kernels: tuple[Kernel, ...]
 
@@ -182,9 +179,8 @@ def devices(target: str, number: int = 1) -> list[jax.Device]:
   # XLA looks for the CUDA libraries unless told not to.
   os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"
   # The assembler on PATH is taken first: let it be that of the wheel.
-  wheel = str(_wheel_folder())
-  if wheel not in os.environ["PATH"].split(os.pathsep):
-    os.environ["PATH"] = os.pathsep.join((wheel, os.environ["PATH"]))
+  if wheel := _wheel_folder():
+    os.environ["PATH"] = os.pathsep.join((str(wheel), os.environ["PATH"]))
   return topologies.get_topology_desc(
     platform="cuda",
     topology_name="",
@@ -252,12 +248,10 @@ def report(
       compiled = compile_for(target, function, *shapes, dump_to=folder)
     finally:
       del os.environ["MOSAIC_GPU_DUMP_TO"]
-    thunks = _thunks(pathlib.Path(folder))
     memory = compiled.memory_analysis()
     assert memory is not None
     return Program(
-      launches=len(thunks),
-      copies=sum("Copy" in kind or "Mem" in kind for kind in thunks),
+      launches=_launches(pathlib.Path(folder)),
       temporaries=memory.temp_size_in_bytes,
       kernels=_kernels(pathlib.Path(folder), _GPUS[target]),
     )
@@ -330,25 +324,26 @@ device_description_str: "{name}"
 """
 
 
-def _thunks(folder: pathlib.Path) -> list[str]:
-  """The kinds of what XLA launches in one call, in order."""
+def _launches(folder: pathlib.Path) -> int:
+  """How much XLA launches in one call, by the list that it wrote."""
   (path,) = folder.glob("*.thunk_sequence.txt")
   kinds = re.findall(r"^\s*\d+: (k\w+)", path.read_text(), re.MULTILINE)
-  return [kind for kind in kinds if kind not in _CONTAINERS]
+  return sum(kind not in _CONTAINERS for kind in kinds)
 
 
 def _kernels(folder: pathlib.Path, gpu: dict[str, Any]) -> tuple[Kernel, ...]:
   """What Mosaic GPU wrote of its kernels."""
-  read = functools.cache(lambda path: path.read_text())
   kernels = []
   for path in sorted(folder.glob("*.ptx"), key=lambda p: p.stat().st_mtime_ns):
-    ptx, said = read(path), read(path.with_suffix(".ptxas"))
-    log = read(path.with_suffix(".mlir-passes.log"))
+    ptx, said, log, sass = (
+      path.with_suffix(suffix).read_text()
+      for suffix in (".ptx", ".ptxas", ".mlir-passes.log", ".sass_ctrl")
+    )
     threads = int(_find(r"\.maxntid (\d+)", ptx))
     registers = int(_find(r"Used (\d+) registers", said))
     dynamic = int(_find(r"dynamic_shared_memory_size %c(\d+)_i32", log))
-    shared = dynamic + int(_find(r"(\d+) bytes smem|$", said) or 0)
-    spills = re.findall(r"(\d+) bytes spill", said)
+    static = re.search(r"(\d+) bytes smem", said)
+    shared = dynamic + int(static[1] if static else 0)
     # Registers are given out to warps, by 256.
     of_block = threads // 32 * (-(-registers * 32 // 256) * 256)
     room = (
@@ -357,17 +352,16 @@ def _kernels(folder: pathlib.Path, gpu: dict[str, Any]) -> tuple[Kernel, ...]:
       _THREADS_PER_CORE // threads,
       _BLOCKS_PER_CORE,
     )
-    sass = path.with_suffix(".sass_ctrl")
     kernels.append(
       Kernel(
         name=_find(r"\.entry (\w+)\(", ptx).removesuffix("_mosaic_gpu_kernel"),
         threads=threads,
         registers=registers,
-        spills=sum(map(int, spills)),
+        spills=sum(map(int, re.findall(r"(\d+) bytes spill", said))),
         shared_memory=shared,
         blocks_per_core=min(room),
         barriers=len(re.findall(r"\bbar\.sync\b", ptx)),
-        instructions=_instructions(sass.read_text()),
+        instructions=_instructions(sass),
       )
     )
   return tuple(kernels)
