@@ -51,9 +51,10 @@ def grouped_matmul(
     implementation: "ragged_dot" (`jax.lax.ragged_dot`, for TPU), "tiled" (one
       expert's rows at a time, for CPU), "batched" (batches of all experts'
       rows, for NVIDIA GPU), "pallas_gpu" (a kernel for NVIDIA Hopper, compute
-      capability 9.0: bfloat16 and float16, 128 rows or more, D and F multiples
-      of 64 from 128 on, jax 0.11 or newer), or None for the fast one of the
-      platform that the program is lowered for: the kernel where it can run.
+      capability 9.0: bfloat16 and float16, N in multiples of 8, D and F in
+      multiples of 64, all from 128 on, jax 0.11 or newer), or None for the fast
+      one of the platform that the program is lowered for: the kernel where it
+      can run.
       Only "ragged_dot" has forward-mode and second derivatives; only "tiled"
       and "pallas_gpu" cannot take the symbolic N of `jax.export`.
     expected_rows: of all groups together when they are balanced, where that is

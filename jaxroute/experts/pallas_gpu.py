@@ -2,6 +2,7 @@
 """The products of the experts by the kernels for NVIDIA Hopper, on its tensor cores."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,6 +10,7 @@ import jax
 from jaxroute import ladder
 from jaxroute.experts import products as products_lib
 from jaxroute.kernels.gpu import device, grouped
+from jaxroute.parallel import mesh
 
 
 def check_can_run(operands: Any, *, by_name: bool) -> None:
@@ -41,16 +43,20 @@ def products(interpret: Any = None) -> products_lib.Products:
   Returns:
     `Products`, of what `check_can_run` lets pass.
   """
-  matmul = functools.partial(grouped.matmul, interpret=interpret)
-  return products_lib.of(matmul, functools.partial(_outer, interpret))
 
+  def call(
+    kernel: Callable[..., jax.Array], *operands: jax.Array, **static: Any
+  ) -> jax.Array:
+    out = kernel(*operands, **static, interpret=interpret)
+    # Inside `jax.shard_map` the result does not say that it varies.
+    return mesh.vary_alike((out, operands))[0]
 
-def _outer(
-  interpret: Any, lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
-) -> jax.Array:
-  return grouped.outer(
-    lhs, d_out, group_sizes, dtype=lhs.dtype, interpret=interpret
-  )
+  def outer(
+    lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
+  ) -> jax.Array:
+    return call(grouped.outer, lhs, d_out, group_sizes, dtype=lhs.dtype)
+
+  return products_lib.of(functools.partial(call, grouped.matmul), outer)
 
 
 def _unavailable() -> str | None:

@@ -42,8 +42,9 @@ _PACK = 8
 # Rows of the result that are stored at a time.
 _PIECE = 64
 _PIECE_BYTES = 128
-_WIDTH_MULTIPLE = 64
 _MIN_SIZE = 128
+# How much more work may be done in tiles of 128 x 256 than in those of 128 x 128.
+_WORTH = 9 / 8
 # What the pipeline asks for: the registers of a thread that only moves data.
 _MEMORY_REGISTERS = 40
 
@@ -53,7 +54,8 @@ class Tiling(NamedTuple):
 
   Attributes:
     m: rows of a tile, a multiple of 128.
-    n: columns of a tile, a multiple of 64 (`outer`: 128). A thread holds m n / 256 sums.
+    n: columns of a tile, a multiple of 64; of 128 for `outer`. A thread holds
+      m n / 256 sums.
     stages: steps that are in shared memory at a time.
     width: columns of tiles that are walked before the next row of tiles; None
       for all.
@@ -78,33 +80,37 @@ def unsupported(num_rows: Any, widths: Iterable[int], dtype: Any) -> str | None:
   """
   if jnp.dtype(dtype) not in (jnp.bfloat16, jnp.float16):
     return f"the GPU kernel takes bfloat16 and float16, got {jnp.dtype(dtype)}"
-  if not isinstance(num_rows, int) or num_rows < _MIN_SIZE:
-    return f"the GPU kernel takes {_MIN_SIZE} rows or more, got {num_rows}"
-  for width in widths:
-    if width < _MIN_SIZE or width % _WIDTH_MULTIPLE:
+  if not isinstance(num_rows, int):
+    return f"the GPU kernel needs a number of rows, got {num_rows}"
+  sizes = [("a number of rows", num_rows, _PACK)]
+  sizes += [("a width", width, _STEP) for width in widths]
+  for what, size, unit in sizes:
+    if size < _MIN_SIZE or size % unit:
       return (
-        f"the GPU kernel takes widths of {_MIN_SIZE} or more that are multiples of"
-        f" {_WIDTH_MULTIPLE}, got {width}"
+        f"the GPU kernel takes {what} of {_MIN_SIZE} or more, in multiples of {unit},"
+        f" got {size}"
       )
   return None
 
 
 def matmul_tiling(n: int) -> Tiling:
   """The tiling of `matmul` for a result of n columns."""
-  return Tiling(128, _tile_columns(n))
+  return _least_work(1, n, [Tiling(128, 256)])
 
 
 def outer_tiling(m: int, n: int) -> Tiling:
   """The tiling of `outer` for results of m x n."""
-  # The longer side of a tile goes along the side that it fits.
-  if _tile_columns(n) == 256:
-    return Tiling(128, 256)
-  return Tiling(_tile_columns(m), 128)
+  return _least_work(m, n, [Tiling(128, 256), Tiling(256, 128)])
 
 
-def _tile_columns(n: int) -> int:
-  """256, unless more than an eighth of the work would be beyond the last column."""
-  return 256 if pl.cdiv(n, 256) * 256 <= n * 9 / 8 else 128
+def _least_work(m: int, n: int, large: list[Tiling]) -> Tiling:
+  """The large tiling that sticks out least, if its tiles are worth that."""
+
+  def work(tiling: Tiling) -> int:
+    return pl.cdiv(m, tiling.m) * tiling.m * pl.cdiv(n, tiling.n) * tiling.n
+
+  best, small = min(large, key=work), Tiling(128, 128)
+  return best if work(best) <= _WORTH * work(small) else small
 
 
 @functools.partial(
@@ -194,8 +200,7 @@ def matmul(
 
     _run_with_scratch(run, pipeline, (lhs, rhs.at[0]), dtype)
 
-  shape = jax.ShapeDtypeStruct((num_rows, n), dtype)
-  return _call(body, (*tiles, lhs, rhs), shape, interpret)
+  return _call(body, tiles, lhs, rhs, (num_rows, n), dtype, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "tiling", "interpret"))
@@ -288,8 +293,8 @@ def outer(
 
     _run_with_scratch(run, pipeline, (lhs, rhs), dtype)
 
-  shape = jax.ShapeDtypeStruct((len(group_sizes), m, n), dtype)
-  return _call(body, (*groups, lhs, rhs), shape, interpret)
+  shape = len(group_sizes), m, n
+  return _call(body, groups, lhs, rhs, shape, dtype, interpret)
 
 
 class _Groups(NamedTuple):
@@ -463,10 +468,18 @@ def _keep_rows(ref: Any, begin: jax.Array, end: jax.Array) -> None:
   ref[...] = jnp.where(is_kept, values, jnp.zeros_like(values))
 
 
-def _call(body: Any, operands: Any, shape: Any, interpret: Any) -> jax.Array:
+def _call(
+  body: Any,
+  table: Iterable[jax.Array],
+  lhs: jax.Array,
+  rhs: jax.Array,
+  shape: tuple[int, ...],
+  dtype: Any,
+  interpret: Any,
+) -> jax.Array:
   kernel = plgpu.kernel(
     body,
-    out_type=shape,
+    out_type=jax.ShapeDtypeStruct(shape, dtype),
     grid=(device.num_cores(),),
     grid_names=("core",),
     num_threads=3,
@@ -476,4 +489,4 @@ def _call(body: Any, operands: Any, shape: Any, interpret: Any) -> jax.Array:
     ),
     interpret=interpret,
   )
-  return kernel(*operands)
+  return kernel(*table, lhs, rhs)
