@@ -428,8 +428,9 @@ def _sum_and_store(
     )
     for number, (row, column) in enumerate(corners):
       smem = out_smem.at[number % 2]
-      # All but the last piece has been read, so that this one may be written.
-      plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+      # What was here has been read: all of the tile before, of this one all but
+      # the last piece.
+      plgpu.wait_smem_to_gmem(min(number, 1), wait_read_only=True)
       smem[...] = total[row : row + _PIECE, column : column + columns]
       plgpu.commit_smem()
       store(smem, row, column)
