@@ -135,6 +135,16 @@ def test_what_it_cannot_do_is_said_before_tracing(operands, words):
     experts.swiglu(x, params, sizes, implementation="pallas_gpu")
 
 
+@needs_kernels
+def test_another_gpu_is_refused_by_name():
+  words = "'pallas_gpu' cannot: compute capability 9.0 is needed, got 10.0"
+  with _on("NVIDIA B200"), pytest.raises(NotImplementedError, match=words):
+    jax.eval_shape(
+      lambda *args: experts.swiglu(*args, implementation="pallas_gpu"),
+      *_operands(),
+    )
+
+
 @pytest.mark.skipif(device.too_old() is None, reason="this jax has kernels")
 def test_an_older_jax_is_told():
   words = "'pallas_gpu' cannot: jax 0.11 or newer is needed"
@@ -160,6 +170,21 @@ def test_inside_shard_map_and_vmap():
       check_vma=True,
     )
     assert KERNEL in _lowered(mapped, *args)
+
+
+@needs_kernels
+def test_under_remat_in_a_scan_with_64_bits():
+  x, params, sizes = _operands()
+
+  def loss(x, params):
+    def layer(x, _):
+      return x + experts.swiglu(x, params, sizes), None
+
+    out, _ = jax.lax.scan(jax.checkpoint(layer), x, length=2)
+    return jnp.sum(out.astype(jnp.float32))
+
+  with _on("NVIDIA H100 80GB HBM3"), jax.enable_x64(True):
+    assert KERNEL in _lowered(jax.grad(loss, argnums=(0, 1)), x, params)
 
 
 @needs_kernels

@@ -56,7 +56,8 @@ def grouped_matmul(
       one of the platform that the program is lowered for: the kernel where it
       can run.
       Only "ragged_dot" has forward-mode and second derivatives; only "tiled"
-      and "pallas_gpu" cannot take the symbolic N of `jax.export`.
+      and "pallas_gpu" cannot take the symbolic N of `jax.export`, and
+      "pallas_gpu" is lowered for CUDA alone, not for several platforms at once.
     expected_rows: of all groups together when they are balanced, where that is
       far below N, as on one shard of the experts; None for N. It only sizes the
       batches of "batched"; it never changes the result.
