@@ -104,10 +104,9 @@ def kernel_row(name: str) -> Row:
   Returns:
     Column to figure; see the docstring of this script.
   """
-  from jaxroute.kernels.gpu import route as kernel
-
   import jaxroute
   from jaxroute import dispatch
+  from jaxroute.kernels.gpu import route as kernel
 
   target, name = name.split(" ", 1)
   case = CASES[name]

@@ -4,9 +4,8 @@
 Rows come in expert order, `group_sizes` says how many each expert owns. TPU has
 an instruction for that, `jax.lax.ragged_dot`. On CPU and NVIDIA GPUs XLA
 multiplies every row by every expert for it, so there the rows are walked in
-blocks, and Hopper has a kernel. The choice is made when a trace is lowered, so
-that one trace serves every platform; only what an NVIDIA GPU is given is chosen
-before, by the GPU that the program is for.
+blocks; for NVIDIA Hopper there is a kernel, too. The choice is made when a trace
+is lowered, so that one trace serves every platform.
 """
 
 import functools
@@ -52,12 +51,12 @@ def grouped_matmul(
       expert's rows at a time, for CPU), "batched" (batches of all experts'
       rows, for NVIDIA GPU), "pallas_gpu" (a kernel for NVIDIA Hopper, compute
       capability 9.0: bfloat16 and float16, N in multiples of 8, D and F in
-      multiples of 64, all from 128 on, jax 0.11 or newer), or None for the fast
-      one of the platform that the program is lowered for: the kernel where it
-      can run.
-      Only "ragged_dot" has forward-mode and second derivatives; only "tiled"
-      and "pallas_gpu" cannot take the symbolic N of `jax.export`, and
-      "pallas_gpu" is lowered for CUDA alone, not for several platforms at once.
+      multiples of 64, all from 128 on, jax 0.11 or newer), or None for the one of
+      the platform that the program is lowered for. The kernel is not taken
+      without its name: it has not been timed against the batches. Only
+      "ragged_dot" has forward-mode and second derivatives; only "tiled" and
+      "pallas_gpu" cannot take the symbolic N of `jax.export`, and "pallas_gpu" is
+      lowered for CUDA alone, not for several platforms at once.
     expected_rows: of all groups together when they are balanced, where that is
       far below N, as on one shard of the experts; None for N. It only sizes the
       batches of "batched"; it never changes the result.
@@ -201,12 +200,12 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     return lax.platform_dependent(
       *operands,
       cpu=functions["batched" if is_symbolic else "tiled"],
-      cuda=functions[_best_on_cuda(operands)],
+      cuda=functions["batched"],
       default=functions["ragged_dot"],
     )
 
   def by_kernel():
-    pallas_gpu.check_can_run(operands, by_name=True)
+    pallas_gpu.check_can_run(operands)
     return ladder.call_kernel(
       "grouped_matmul", "cuda", functions["pallas_gpu"], False, *operands
     )
@@ -220,14 +219,6 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     {None: by_platform} | by_name | {"pallas_gpu": by_kernel},
     how.implementation,
   )
-
-
-def _best_on_cuda(operands: Any) -> Implementation:
-  try:
-    pallas_gpu.check_can_run(operands, by_name=False)
-  except NotImplementedError:
-    return "batched"
-  return "pallas_gpu"
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
