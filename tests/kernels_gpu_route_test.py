@@ -9,6 +9,7 @@ import gpu_mesh
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jaxroute
@@ -67,16 +68,6 @@ def _both(logits, expert_bias, token_mask, *, config, lanes):
   return out, xla, selection
 
 
-def _ranks(expert_idx, counted):
-  """[T, K]: how many of the same expert, or of none, come before."""
-  seen, ranks = {}, np.zeros_like(expert_idx)
-  for (token, choice), expert in np.ndenumerate(expert_idx):
-    expert = expert if counted[token] else -1
-    ranks[token, choice] = seen.get(expert, 0)
-    seen[expert] = ranks[token, choice] + 1
-  return ranks
-
-
 def _assert_is_right(logits, bias, mask, config, lanes, is_ordinary):
   """Held to XLA; and to the oracle, if no infinity makes weights of its own."""
   out, xla, selection = _both(logits, bias, mask, config=config, lanes=lanes)
@@ -93,7 +84,7 @@ def _assert_is_right(logits, bias, mask, config, lanes, is_ordinary):
   np.testing.assert_array_equal(np.float32(out.chosen), np.float32(chosen))
   assert out.chosen.dtype == x.dtype
   np.testing.assert_array_equal(
-    out.rank, _ranks(xla.expert_idx, xla.token_mask)
+    out.rank, oracle.ranks(xla.expert_idx, xla.token_mask)
   )
   if is_ordinary:
     routing = types.Routing(
