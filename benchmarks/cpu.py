@@ -13,6 +13,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import plain
 import timing
 from absl import app, flags
 
@@ -26,32 +27,6 @@ _SECTION = flags.DEFINE_enum(
   "Which table to print.",
 )
 _REPEATS = flags.DEFINE_integer("repeats", 40, "Timed calls per candidate.")
-
-
-def plain_route(logits, expert_bias, config):
-  """Routing and expert order as one writes them with `lax.top_k` and argsort."""
-  t = logits.shape[0]
-  if config.score_fn == "sigmoid":
-    scores = jax.nn.sigmoid(logits)
-  else:
-    scores = jax.nn.softmax(logits)
-  selection = scores if expert_bias is None else scores + expert_bias
-  if config.num_groups > 1:
-    grouped = selection.reshape(t, config.num_groups, config.group_size)
-    group_score = jax.lax.top_k(grouped, 2)[0].sum(axis=-1)
-    kept = jax.lax.top_k(group_score, config.group_top_k)[1]
-    keep = jax.nn.one_hot(kept, config.num_groups, dtype=jnp.bool_).any(axis=1)
-    grouped = jnp.where(keep[:, :, None], grouped, -jnp.inf)
-    selection = grouped.reshape(t, -1)
-  expert_idx = jax.lax.top_k(selection, config.top_k)[1]
-  weights = jnp.take_along_axis(scores, expert_idx, axis=1)
-  weights = weights / weights.sum(axis=1, keepdims=True) * config.scaling_factor
-  assigned = expert_idx.reshape(-1)
-  load = jnp.bincount(assigned, length=config.num_experts)
-  permutation = jnp.argsort(assigned, stable=True)
-  inverse = jnp.zeros_like(permutation)
-  inverse = inverse.at[permutation].set(jnp.arange(assigned.shape[0]))
-  return expert_idx, weights, load, permutation, inverse
 
 
 def our_route(logits, expert_bias, config):
@@ -86,11 +61,11 @@ def routing_section(repeats: int) -> None:
     e = config.num_experts
     logits = jnp.asarray(rng.normal(size=(8192, e)), jnp.float32)
     bias = jnp.asarray(rng.normal(size=e) * 0.01, jnp.float32)
-    plain = jax.jit(plain_route, static_argnums=2)
+    theirs = jax.jit(plain.route, static_argnums=2)
     ours = jax.jit(our_route, static_argnums=2)
-    check_same_routes(plain(logits, bias, config), ours(logits, bias, config))
+    check_same_routes(theirs(logits, bias, config), ours(logits, bias, config))
     calls = {
-      "plain": lambda f=plain, a=(logits, bias, config): f(*a),
+      "plain": lambda f=theirs, a=(logits, bias, config): f(*a),
       "jaxroute": lambda f=ours, a=(logits, bias, config): f(*a),
     }
     medians = timing.interleaved_medians(calls, repeats)

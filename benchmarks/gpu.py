@@ -1,191 +1,307 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""A SwiGLU layer's experts on an NVIDIA GPU: memory, rows multiplied and time.
+"""Routing, expert order and experts on an NVIDIA GPU: time on the device.
 
-Against `jax.lax.ragged_dot`, and against one expert that gets all the rows:
-dense products, of the layer's FLOPs. On a GPU it prints times:
+The profiler says how long every kernel of a call takes; what a table compares
+runs in one process. The first row is what the others are to be seen against.
 
-  python benchmarks/gpu.py
+  python benchmarks/gpu.py --json=gpu.json
+  python benchmarks/gpu.py --tables=lanes,threshold
 
-Without one it compiles for the GPU that --target describes, given
-jax-cuda13-pjrt and jax-cuda13-plugin. XLA has such files:
-xla/backends/gpu/target_config/specs.
+Without a GPU it compiles the experts for one that --target describes, given
+jax-cuda13-pjrt and jax-cuda13-plugin, and prints memory and work. XLA has such
+files: xla/backends/gpu/target_config/specs.
 
   python benchmarks/gpu.py --target=h100_sxm.txtpb
 """
 
 import functools
+import json
 import os
 import pathlib
+import time
+from unittest import mock
 
+import gpu_experts
+import gpu_profile
+import gpu_report
 import jax
 import jax.numpy as jnp
-import numpy as np
-import timing
+import plain
 from absl import app, flags
 from jax.experimental import topologies
 
-from jaxroute import experts
-from jaxroute.experts import batched
+import jaxroute
+from jaxroute import dispatch
+from jaxroute.routing import xla
 
 _TARGET = flags.DEFINE_string("target", "", "A GPU's description, to compile.")
-_ROWS = flags.DEFINE_integer("rows", 49_152, "N, tokens times K.")
-_EXPERTS = flags.DEFINE_integer("experts", 64, "E.")
-_TOP_K = flags.DEFINE_integer("top_k", 6, "K; no expert gets more than N / K.")
-_MODEL_SIZE = flags.DEFINE_integer("model_size", 512, "D.")
-_HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 256, "F.")
-_REPEATS = flags.DEFINE_integer("repeats", 20, "Timed calls per candidate.")
+_JSON = flags.DEFINE_string("json", "", "Where to write the tables, too.")
+_TABLES = flags.DEFINE_list(
+  "tables", "routing,experts,lanes,threshold,others", "Which to measure."
+)
+_SECONDS = flags.DEFINE_integer(
+  "seconds", 0, "Begin no measurement after so many; 0 measures all."
+)
 
-CANDIDATES = {
-  "dense": "ragged_dot",
-  "jaxroute": "batched",
-  "ragged_dot": "ragged_dot",
+DENSE, BY_DEFAULT = gpu_experts.DENSE, gpu_experts.BY_DEFAULT
+COPY, PLAIN = "copy (x + 1)", "plain JAX"
+ROUTE, ORDER = "route, pallas_gpu", "route and order"
+SOME = COPY, PLAIN, "route, xla", ROUTE
+MOST = *SOME, ORDER
+ALL = *MOST, "route and gradient", "plain JAX, with order"
+
+V3 = jaxroute.RouterConfig(
+  num_experts=256, top_k=8, num_groups=8, group_top_k=4, scaling_factor=2.5
+)
+OTHERS = {
+  "softmax, top-6 of 64": jaxroute.RouterConfig(
+    num_experts=64, top_k=6, score_fn="softmax"
+  ),
+  "softmax, top-10 of 512": jaxroute.RouterConfig(
+    num_experts=512, top_k=10, score_fn="softmax"
+  ),
 }
+SIZES = gpu_experts.Sizes(d=2048, f=1408)
 
 
-def loads() -> dict[str, np.ndarray]:
-  """Name to group sizes, from even ones to the most uneven there are."""
-  n, e = _ROWS.value, _EXPERTS.value
-  shares = {
-    "even": np.ones(e),
-    "MaxVio 0.25": np.where(np.arange(e) < e // 2, 1.25, 0.75),
-    "MaxVio 1": np.linspace(0.0, 2.0, e),
-    "MaxVio 4": np.maximum(0.0, 5 - np.arange(e) * 12.5 / e),
-    "K experts": np.arange(e) < _TOP_K.value,
-  }
-  sizes = {}
-  for name, share in shares.items():
-    ends = np.round(np.cumsum(share) / share.sum() * n)
-    sizes[name] = np.diff(ends, prepend=0).astype(np.int32)
-  return sizes
+def inputs(t: int, config: jaxroute.RouterConfig) -> tuple[jax.Array, ...]:
+  """Random logits and bias."""
+  e = config.num_experts
+  logits = jax.random.normal(jax.random.key(0), (t, e))
+  return logits, jax.random.normal(jax.random.key(1), (e,)) / 100
 
 
-@jax.jit
-def rows_multiplied(group_sizes: jax.Array) -> jax.Array:
-  """Rows in the products of `implementation="batched"`, padding included."""
+def routing(
+  t: int, config: jaxroute.RouterConfig, names: tuple[str, ...]
+) -> gpu_profile.Candidates:
+  """A copy of the logits, plain JAX, and ours in its parts.
 
-  def body(block, total):
-    return total + block.index.size
+  Args:
+    t: T.
+    config: the router.
+    names: of the candidates, in order.
 
-  return batched.for_each_batch(body, jnp.int32(0), group_sizes, _ROWS.value)
+  Returns:
+    What `gpu_profile.measure` takes.
+  """
+  ours = functools.partial(jaxroute.route, implementation="pallas_gpu")
 
-
-def step(implementation, x, params, group_sizes, d_out):
-  """Output and all gradients of the experts."""
-  out, pull = jax.vjp(
-    lambda x, params: experts.swiglu(
-      x, params, group_sizes, implementation=implementation
-    ),
-    x,
-    params,
-  )
-  return out, pull(d_out)
-
-
-def arguments(name: str, dtype: jnp.dtype) -> tuple:
-  """Shapes of `step`'s arguments, for one of the candidates."""
-  n, d, f = _ROWS.value, _MODEL_SIZE.value, _HIDDEN_SIZE.value
-  e = 1 if name == "dense" else _EXPERTS.value
-  rows = jax.ShapeDtypeStruct((n, d), dtype)
-  params = jax.eval_shape(
-    lambda: experts.init_expert_params(jax.random.key(0), e, d, f, dtype)
-  )
-  return rows, params, jax.ShapeDtypeStruct((e,), jnp.int32), rows
-
-
-def compiled(name: str, dtype: jnp.dtype, device: jax.Device):
-  """`step` of a candidate, compiled for a device that need not be here."""
-  sharding = jax.sharding.SingleDeviceSharding(device)
-  args = jax.tree.map(
-    lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding),
-    arguments(name, dtype),
-  )
-  call = jax.jit(functools.partial(step, CANDIDATES[name]))
-  return call.lower(*args).compile()
-
-
-def print_memory(programs: dict[str, dict]) -> None:
-  """GB of temporaries, one column per dtype."""
-  print("\n| temporaries, GB | " + " | ".join(programs) + " |")
-  print("| --- " * (1 + len(programs)) + "|")
-  for name in CANDIDATES:
-    sizes = (
-      p[name].memory_analysis().temp_size_in_bytes for p in programs.values()
+  def order(logits, bias):
+    r = ours(logits, bias, config, with_rank=True)
+    permutation = dispatch.sort_by_expert(
+      r.expert_idx,
+      config.num_experts,
+      r.token_mask,
+      implementation="pallas_gpu",
+      rank=r.rank,
+      load=r.load,
     )
-    print(f"| {name} | " + " | ".join(f"{s / 1e9:.2f}" for s in sizes) + " |")
+    return r, permutation
+
+  def gradient(logits, bias):
+    weights, pull = jax.vjp(lambda x: ours(x, bias, config).weights, logits)
+    return weights, pull(weights)
+
+  functions = {
+    COPY: lambda logits, bias: logits + 1,
+    PLAIN: lambda *args: plain.route(*args, config)[:3],
+    "plain JAX, with order": lambda *args: plain.route(*args, config),
+    "route, xla": lambda *args: xla.route(*args, config, None),
+    ROUTE: lambda *args: ours(*args, config),
+    ORDER: order,
+    "route and gradient": gradient,
+  }
+  args = inputs(t, config)
+  return {name: (functions[name], args) for name in names}
 
 
-def print_rows() -> None:
-  """Rows multiplied for each that there is, one column per distribution."""
-  sizes = loads()
-  print("\n| rows multiplied per row | " + " | ".join(sizes) + " |")
-  print("| --- " * (1 + len(sizes)) + "|")
-  ours = (int(rows_multiplied(s)) / _ROWS.value for s in sizes.values())
-  print("| jaxroute | " + " | ".join(f"{r:.2f}" for r in ours) + " |")
-  theirs = f" {_EXPERTS.value} |" * len(sizes)
-  print(f"| ragged_dot |{theirs}")
+def lanes(t: int, counts: tuple[int, ...]) -> gpu_profile.Candidates:
+  """The kernel alone, with so many threads a token."""
+  from jaxroute.kernels.gpu import route
+
+  args = *inputs(t, V3), jnp.ones(t, jnp.bool_)
+  found: gpu_profile.Candidates = {COPY: (lambda logits, *_: logits + 1, args)}
+  for count in counts:
+    call = functools.partial(route.route, config=V3, lanes=count)
+    found[f"{count} threads a token"] = (call, args)
+  return found
 
 
-def print_times(programs: dict[str, dict]) -> None:
-  """Medians of milliseconds, per dtype and distribution."""
-  for dtype, by_name in programs.items():
-    for title, sizes in loads().items():
-      calls = {}
-      for name, program in by_name.items():
-        shapes = arguments(name, jnp.dtype(dtype))
-        groups = np.int32([_ROWS.value]) if name == "dense" else sizes
-        x, params, _, d_out = jax.tree.map(_random, shapes)
-        args = jax.device_put((x, params, groups, d_out), jax.devices()[0])
-        calls[name] = functools.partial(program, *args)
-      medians = timing.interleaved_medians(calls, _REPEATS.value)
-      timing.print_table(f"{dtype}, {title}", medians, "dense")
+def xla_forms(t: int) -> gpu_profile.Candidates:
+  """The two ways in which the XLA path finds the largest of many and of few keys."""
+
+  def by(few_keys, logits, bias):
+    with mock.patch.object(xla, "_FEW_KEYS", few_keys):
+      return xla.route(logits, bias, V3, None)
+
+  args = inputs(t, V3)
+  return {
+    "sorts, as for few": (functools.partial(by, 2**62), args),
+    "rounds, as for many": (functools.partial(by, 0), args),
+  }
 
 
-def _random(shape):
-  return jax.random.normal(jax.random.key(0), shape.shape).astype(shape.dtype)
+def _v3_title(t: int) -> str:
+  return f"DeepSeek-V3, T={t:,}"
 
 
-def the_device() -> jax.Device:
-  """The GPU, or the one that --target describes.
+def _experts_title(what: str) -> str:
+  return f"Experts, {what}, bfloat16, {SIZES}, MaxVio 1"
+
+
+def _routing_table(
+  title: str, t: int, config: jaxroute.RouterConfig, names: tuple[str, ...]
+) -> gpu_profile.Table:
+  return gpu_profile.Table(title, functools.partial(routing, t, config, names))
+
+
+def all_tables() -> dict[str, list[gpu_profile.Table]]:
+  """A name for --tables to what is measured, in that order."""
+  ways: list[str | None] = [None, "pallas_gpu", "batched"]
+  experts = functools.partial(gpu_experts.candidates, SIZES, ways)
+  return {
+    "routing": [
+      _routing_table(_v3_title(t), t, V3, names)
+      for t, names in ((65_536, ALL), (4_096, ALL), (16, MOST), (128, MOST))
+    ],
+    "experts": [
+      gpu_profile.Table(
+        _experts_title("forward"),
+        functools.partial(experts, with_gradients=False),
+        SIZES.flops,
+      ),
+      gpu_profile.Table(
+        _experts_title("with gradients"),
+        functools.partial(experts, with_gradients=True),
+        3 * SIZES.flops,
+      ),
+    ],
+    "lanes": [
+      gpu_profile.Table(
+        f"{_v3_title(t)}, the kernel alone", functools.partial(lanes, t, counts)
+      )
+      for t, counts in (
+        (65_536, (1, 2, 4, 8)),
+        (4_096, (2, 4, 8)),
+        (16, (4, 8)),
+      )
+    ],
+    "threshold": [
+      gpu_profile.Table(
+        f"{_v3_title(t)}, XLA path", functools.partial(xla_forms, t)
+      )
+      for t in (16, 256, 1_024, 4_096, 16_384, 65_536)
+    ],
+    "others": [
+      _routing_table(f"{name}, T={t:,}", t, config, SOME)
+      for name, config in OTHERS.items()
+      for t in (65_536, 4_096)
+    ],
+  }
+
+
+def bars() -> list[gpu_report.Bar]:
+  """What the kernels are to reach."""
+  large, middle, small = map(_v3_title, (65_536, 4_096, 16))
+  bar = gpu_report.Bar
+  return [
+    bar(large, ROUTE, COPY, 0.85),
+    bar(middle, ROUTE, COPY, 2.6),
+    bar(small, ROUTE, None, 4.5),
+    bar(large, ORDER, COPY, 1.2),
+    bar(middle, ORDER, COPY, 5),
+    bar(small, ORDER, None, 10),
+    bar(large, ROUTE, PLAIN, 35, faster=True),
+    bar(middle, ROUTE, PLAIN, 15, faster=True),
+    bar(small, ROUTE, PLAIN, 3.5, faster=True),
+    *(
+      bar(_experts_title(what), BY_DEFAULT, DENSE, 0.45, faster=True)
+      for what in ("forward", "with gradients")
+    ),
+  ]
+
+
+def measure_all(device: jax.Device) -> None:
+  """Measures the tables of --tables; whatever happens, what was measured is kept.
+
+  Args:
+    device: the GPU.
 
   Raises:
-    absl.app.UsageError: if there is neither.
+    SystemExit: at the end, if something could not be measured.
   """
+  deadline = time.monotonic() + (_SECONDS.value or float("inf"))
+  report = dict(
+    jax=jax.__version__, device=device.device_kind, tables={}, bars=[]
+  )
+
+  def save(title, rows):
+    report["tables"][title] = rows
+    report["bars"] = gpu_report.held(bars(), report["tables"])
+    if _JSON.value:
+      # Whoever ends this process finds a whole file.
+      whole = pathlib.Path(f"{_JSON.value}.tmp")
+      whole.write_text(json.dumps(report, indent=1))
+      whole.replace(_JSON.value)
+
+  tables = all_tables()
+  for name in _TABLES.value:
+    for table in tables[name]:
+      gpu_profile.measure(table, deadline, save)
+  print(gpu_report.bars_table(report["bars"]), flush=True)
+  rows = [row for rows in report["tables"].values() for row in rows]
+  reasons = {row.get("error") for row in rows} - {None, gpu_profile.LEFT_OUT}
+  if reasons:
+    raise SystemExit("not all could be measured: " + "; ".join(reasons))
+
+
+def print_work() -> None:
+  """Rows multiplied for each that there is, one column per load."""
+  sizes = gpu_experts.Sizes()
+  work = gpu_experts.rows_multiplied(sizes)
+  columns = ["rows multiplied per row", *work]
+  rows = [
+    ["batched", *(f"{ratio:.2f}" for ratio in work.values())],
+    ["ragged_dot", *(str(sizes.e) for _ in work)],
+  ]
+  print(gpu_report.markdown(columns, rows), flush=True)
+
+
+def print_memory() -> None:
+  """GB of temporaries on the GPU that --target describes."""
+  # The compiler works without CUDA, but looks for it unless told not to.
+  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+  device = topologies.get_topology_desc(
+    platform="cuda",
+    topology_name="",
+    topology="1x1x1",
+    target_config=pathlib.Path(_TARGET.value).read_text(),
+  ).devices[0]
+  sizes = gpu_experts.Sizes()
+  print(f"jax {jax.__version__}, {device.device_kind}: SwiGLU, {sizes}\n")
+  rows = [
+    [name, *(f"{gb:.2f}" for gb in found)]
+    for name, found in gpu_experts.temporaries(sizes, device).items()
+  ]
+  columns = ["temporaries, GB", "bfloat16", "float32"]
+  print(gpu_report.markdown(columns, rows), flush=True)
+
+
+def main(argv: list[str]) -> None:
+  del argv
   if _TARGET.value:
-    # The compiler works without CUDA, but looks for it unless told not to.
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-    return topologies.get_topology_desc(
-      platform="cuda",
-      topology_name="",
-      topology="1x1x1",
-      target_config=pathlib.Path(_TARGET.value).read_text(),
-    ).devices[0]
+    print_memory()
+    print_work()
+    return
   device = jax.devices()[0]
   if device.platform != "gpu":
     raise app.UsageError(
       f"expected a GPU, found {device.platform}. Give --target to compile for"
       " one that is not here."
     )
-  return device
-
-
-def main(argv: list[str]) -> None:
-  del argv
-  device = the_device()
-  print(
-    f"jax {jax.__version__}, {device.device_kind}: SwiGLU with gradients,"
-    f" N={_ROWS.value}, E={_EXPERTS.value}, D={_MODEL_SIZE.value},"
-    f" F={_HIDDEN_SIZE.value}"
-  )
-  programs = {
-    dtype: {
-      name: compiled(name, jnp.dtype(dtype), device) for name in CANDIDATES
-    }
-    for dtype in ("bfloat16", "float32")
-  }
-  print_memory(programs)
-  print_rows()
-  if not _TARGET.value:
-    print_times(programs)
+  print(f"jax {jax.__version__}, {device.device_kind}\n")
+  print_work()
+  measure_all(device)
 
 
 if __name__ == "__main__":

@@ -1,35 +1,47 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""What every test stands on: eight CPU devices, strict promotion, one compile cache."""
+"""What every test stands on: eight CPU devices, strict promotion, one compile cache.
+
+With JAX_PLATFORMS=cuda or tpu the tests run on that device, compiled as users
+compile; a test of several devices or of a CPU's programs is skipped there. One
+that hangs, or breaks the device for its process, ends the process: under
+pytest-xdist another takes the tests that are left.
+"""
 
 import collections
+import faulthandler
 import os
 import pathlib
 import sys
 
 # Read once, when jax makes its clients, so set before jax is imported.
-os.environ["XLA_FLAGS"] = " ".join(
-  (
-    os.environ.get("XLA_FLAGS", ""),
-    "--xla_force_host_platform_device_count=8",
-  )
-)
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # The TPU compiler works without a TPU, but looks for one unless told not to.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-# All workers, and the programs that tests start, share what they compile. They
-# inherit the environment.
-os.environ.setdefault(
-  "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(sys.prefix) / "jax_cache")
-)
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
-# Most programs here are small, and take longer to optimize than to run.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ["JAX_PLATFORMS"] in ("", "cpu"):
+  os.environ["XLA_FLAGS"] = " ".join(
+    (
+      os.environ.get("XLA_FLAGS", ""),
+      "--xla_force_host_platform_device_count=8",
+    )
+  )
+  # All workers, and the programs that tests start, share what they compile. They
+  # inherit the environment.
+  os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(pathlib.Path(sys.prefix) / "jax_cache")
+  )
+  os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+  # Most programs here are small, and take longer to optimize than to run.
+  os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+else:
+  # An accelerator rounds the factors of a float32 product unless told not to.
+  os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
 
 import hypothesis
 import jax
+import jax.numpy as jnp
 import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -123,13 +135,33 @@ def _strict_dtype_promotion(request):
     yield
 
 
+@pytest.fixture(autouse=True)
+def _device_is_there_for_the_next_test():
+  if jax.default_backend() == "cpu":
+    yield
+    return
+  # Blocked in a kernel, Python would not run a handler of its own.
+  faulthandler.dump_traceback_later(100, exit=True, file=sys.__stderr__)
+  yield
+  faulthandler.cancel_dump_traceback_later()
+  try:
+    jax.block_until_ready(jnp.zeros(1) + 1)
+  except jax.errors.JaxRuntimeError:
+    os._exit(1)
+
+
 def pytest_runtest_setup(item):
-  """Skips a test marked `gpu` or `tpu` where there is none."""
+  """Skips a test that needs another device than there is, or more of them."""
+  there = [device.platform for device in jax.devices()]
   for platform in ("gpu", "tpu"):
-    if item.get_closest_marker(platform):
-      found = {device.platform for device in jax.devices()}
-      if platform not in found:
-        pytest.skip(
-          f"needs a {platform.upper()}, found {sorted(found)}; where there is"
-          " one, set JAX_PLATFORMS to it"
-        )
+    if item.get_closest_marker(platform) and platform not in there:
+      pytest.skip(
+        f"needs a {platform.upper()}, found {sorted(set(there))}; where there is"
+        " one, set JAX_PLATFORMS to it"
+      )
+  cpu = item.get_closest_marker("cpu")
+  if cpu and "cpu" not in there:
+    pytest.skip(f"of a CPU alone: {cpu.args[0]}")
+  needed = item.get_closest_marker("devices")
+  if needed and len(there) < needed.args[0]:
+    pytest.skip(f"needs {needed.args[0]} devices, found {len(there)}")

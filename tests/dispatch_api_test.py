@@ -118,6 +118,7 @@ def test_permutation_is_a_stable_bijection(data):
   assert p.group_sizes.sum() == 3 * mask.sum()
 
 
+@pytest.mark.devices(8)
 def test_shard_map_and_vmap_sort_every_shard():
   idx = _choices(64, 16, 3)
   mesh = jax.make_mesh((8,), ("data",))

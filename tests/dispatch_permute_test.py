@@ -175,6 +175,7 @@ def test_bfloat16_sums_in_float32():
   assert jax.grad(total)(jnp.ones((1, 1), jnp.bfloat16))[0, 0] == 258
 
 
+@pytest.mark.devices(2)
 def test_under_shard_map_and_remat_the_gradients_stay():
   mesh = jax.make_mesh((2,), ("data",))
   x, weights, _, _ = _case(12, 2)

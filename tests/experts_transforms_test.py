@@ -13,6 +13,7 @@ from jaxroute import experts
 pytestmark = pytest.mark.optimized
 
 
+@pytest.mark.devices(4)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_inside_shard_map_with_replicated_parameters(implementation):
   mesh = jax.make_mesh((4,), ("data",))

@@ -238,6 +238,7 @@ def _sharded_inputs(mesh):
   return x, mask, jax.device_put((x, mask), tokens)
 
 
+@pytest.mark.devices(8)
 def test_explicit_sharding_changes_nothing():
   config = cases.family("deepseek_v3")
   mesh = jax.make_mesh((8,), ("data",))
@@ -251,6 +252,7 @@ def test_explicit_sharding_changes_nothing():
   assert actual.load.is_fully_replicated
 
 
+@pytest.mark.devices(8)
 def test_automatic_sharding_changes_nothing():
   config = cases.family("deepseek_v3")
   auto = (jax.sharding.AxisType.Auto,)
@@ -260,6 +262,7 @@ def test_automatic_sharding_changes_nothing():
   _assert_equal(actual, _route(x, _bias(64), config, mask))
 
 
+@pytest.mark.devices(8)
 def test_shard_map_changes_nothing():
   config = cases.family("deepseek_v3")
   mesh = jax.make_mesh((8,), ("data",))
@@ -315,6 +318,7 @@ def test_lowers_for(platform, name):
   assert text.count("stablehlo.sort") == 2
 
 
+@pytest.mark.cpu("a kernel's cutoff costs a store, whether used or not")
 def test_an_unused_cutoff_costs_nothing():
   x, config = jnp.zeros((64, 64)), _config(64, 4)
 

@@ -100,6 +100,7 @@ def test_update_takes_any_pytree_of_biases():
   chex.assert_trees_all_equal_structs(after, state)
 
 
+@pytest.mark.devices(8)
 def test_update_inside_shard_map_sums_before_the_sign():
   # Local signs disagree: device 0 sees (9, 0), the others (0, 1) each.
   rule = dual.sign(0.5)
@@ -121,6 +122,7 @@ def test_update_inside_shard_map_sums_before_the_sign():
   assert text.count("stablehlo.all_reduce") == 1
 
 
+@pytest.mark.devices(8)
 def test_histograms_of_all_layers_and_loads_travel_in_one_all_reduce():
   rule, layers = dual.quantile(), 3
   mesh = jax.make_mesh((8,), ("data",))
@@ -156,6 +158,7 @@ def test_histograms_of_all_layers_and_loads_travel_in_one_all_reduce():
   assert np.any(expected.expert_bias)
 
 
+@pytest.mark.devices(8)
 def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
   rule = dual.sign(0.5)
   mesh = jax.make_mesh((8,), ("data",))

@@ -4,8 +4,8 @@
 Rows come in expert order, `group_sizes` says how many each expert owns. TPU has
 an instruction for that, `jax.lax.ragged_dot`. On CPU and NVIDIA GPUs XLA
 multiplies every row by every expert for it, so there the rows are walked in
-blocks. The choice is made when a trace is lowered, so that one trace serves
-every platform.
+blocks; for NVIDIA Hopper there is a kernel, too. The choice is made when a trace
+is lowered, so that one trace serves every platform.
 """
 
 import functools
@@ -15,11 +15,18 @@ import jax
 from jax import lax
 
 from jaxroute import checks, ladder
-from jaxroute.experts import batched, blocks, products, ragged_dot, tiled
+from jaxroute.experts import (
+  batched,
+  blocks,
+  pallas_gpu,
+  products,
+  ragged_dot,
+  tiled,
+)
 from jaxroute.experts.params import ExpertParams, check_params
 from jaxroute.parallel import mesh
 
-Implementation = Literal["ragged_dot", "tiled", "batched"]
+Implementation = Literal["ragged_dot", "tiled", "batched", "pallas_gpu"]
 
 
 def grouped_matmul(
@@ -42,9 +49,14 @@ def grouped_matmul(
     group_sizes: `[E]` int32. At most N in sum; gets no gradient.
     implementation: "ragged_dot" (`jax.lax.ragged_dot`, for TPU), "tiled" (one
       expert's rows at a time, for CPU), "batched" (batches of all experts'
-      rows, for NVIDIA GPU), or None for the fast one of the platform that the
-      program is lowered for. Only "ragged_dot" has forward-mode and second
-      derivatives; only "tiled" cannot take the symbolic N of `jax.export`.
+      rows, for NVIDIA GPU), "pallas_gpu" (a kernel for NVIDIA Hopper, compute
+      capability 9.0: bfloat16 and float16, N in multiples of 8, D and F in
+      multiples of 64, all from 128 on, jax 0.11 or newer), or None for the one of
+      the platform that the program is lowered for. The kernel is not taken
+      without its name: it has not been timed against the batches. Only
+      "ragged_dot" has forward-mode and second derivatives; only "tiled" and
+      "pallas_gpu" cannot take the symbolic N of `jax.export`, and "pallas_gpu" is
+      lowered for CUDA alone, not for several platforms at once.
     expected_rows: of all groups together when they are balanced, where that is
       far below N, as on one shard of the experts; None for N. It only sizes the
       batches of "batched"; it never changes the result.
@@ -56,6 +68,7 @@ def grouped_matmul(
 
   Raises:
     ValueError: if a rank, shape or dtype does not fit.
+    NotImplementedError: if the implementation asked for cannot do this.
 
   Example:
     >>> import jax.numpy as jnp
@@ -80,7 +93,7 @@ def grouped_matmul(
   with jax.named_scope("jaxroute.grouped_matmul"):
     if implementation == "ragged_dot":
       return ragged_dot.PRODUCTS.matmul(lhs, rhs, group_sizes, dtype=dtype)
-    return _grouped_matmul(how, dtype, lhs, rhs, group_sizes)
+    return _grouped_matmul(how, dtype, False, lhs, rhs, group_sizes)
 
 
 def swiglu(
@@ -106,6 +119,7 @@ def swiglu(
 
   Raises:
     ValueError: if a rank, shape or dtype does not fit.
+    NotImplementedError: if the implementation asked for cannot do this.
   """
   checks.check_array("x", x, "[N, D]", "floating point", "Flatten axes into N.")
   check_params("params", params, x.shape[1], dtype=x.dtype.name)
@@ -170,6 +184,7 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     "ragged_dot": ragged_dot.PRODUCTS,
     "tiled": tiled.PRODUCTS,
     "batched": batched.products(how.expected_rows),
+    "pallas_gpu": pallas_gpu.products(),
   }
   # One by one in a batch: there the loops of all would go on until the longest
   # is done, and copy what they carry.
@@ -189,45 +204,63 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
       default=functions["ragged_dot"],
     )
 
+  def by_kernel():
+    pallas_gpu.check_can_run(operands)
+    return ladder.call_kernel(
+      "grouped_matmul", "cuda", functions["pallas_gpu"], False, *operands
+    )
+
   by_name = {
     name: functools.partial(function, *operands)
     for name, function in functions.items()
   }
   return ladder.climb(
-    "grouped_matmul", {None: by_platform} | by_name, how.implementation
+    "grouped_matmul",
+    {None: by_platform} | by_name | {"pallas_gpu": by_kernel},
+    how.implementation,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _grouped_matmul(
   how: _How,
   dtype: Any,
+  transpose_rhs: bool,
   lhs: jax.Array,
   rhs: jax.Array,
   group_sizes: jax.Array,
 ) -> jax.Array:
-  return _call(how, "matmul", lhs, rhs, group_sizes, dtype=dtype)
+  static = dict(dtype=dtype, transpose_rhs=transpose_rhs)
+  return _call(how, "matmul", lhs, rhs, group_sizes, **static)
 
 
 def _grouped_matmul_fwd(
   how: _How,
   dtype: Any,
+  transpose_rhs: bool,
   lhs: jax.Array,
   rhs: jax.Array,
   group_sizes: jax.Array,
 ) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  out = _grouped_matmul(how, dtype, lhs, rhs, group_sizes)
+  out = _grouped_matmul(how, dtype, transpose_rhs, lhs, rhs, group_sizes)
   return out, (lhs, rhs, group_sizes)
 
 
 def _grouped_matmul_bwd(
-  how: _How, dtype: Any, residuals: tuple[jax.Array, ...], d_out: jax.Array
+  how: _How,
+  dtype: Any,
+  transpose_rhs: bool,
+  residuals: tuple[jax.Array, ...],
+  d_out: jax.Array,
 ) -> tuple[jax.Array | None, ...]:
   del dtype
   lhs, rhs, group_sizes = residuals
   d_out = d_out.astype(lhs.dtype)
-  d_lhs = _grouped_matmul(how, lhs.dtype, d_out, rhs.mT, group_sizes)
-  d_rhs = _call(how, "outer", lhs, d_out, group_sizes)
+  d_lhs = _grouped_matmul(
+    how, lhs.dtype, not transpose_rhs, d_out, rhs, group_sizes
+  )
+  pair = (d_out, lhs) if transpose_rhs else (lhs, d_out)
+  d_rhs = _call(how, "outer", *pair, group_sizes)
   return d_lhs, d_rhs, None
 
 

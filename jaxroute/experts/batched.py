@@ -40,18 +40,16 @@ _CHUNK_SHARE_OF_R = fractions.Fraction(1, 2)
 _ROW_MULTIPLE = 8
 
 
-class RowBatch(NamedTuple):
-  """Up to R rows of each of B experts; a `blocks.Block`.
+class FirstBatch(NamedTuple):
+  """Up to R rows of each of all E experts; a `blocks.Block`.
 
   Attributes:
-    experts: `[B]` int32, E for a chunk that is not there; None for all E in
-      order.
-    index: `[B, R]` int32. Row numbers; an empty slot has a number of its own,
-      from N on.
+    index: `[E, R]` int32. Row numbers; N for an empty slot.
+    slot: `[N]` int32. Where in the batch a row is; E R for a row that is not.
   """
 
-  experts: jax.Array | None
   index: jax.Array
+  slot: jax.Array
 
   def read(self, x: jax.Array) -> jax.Array:
     """See `blocks.Block`."""
@@ -59,29 +57,67 @@ class RowBatch(NamedTuple):
 
   def write(self, x: jax.Array, rows: jax.Array) -> jax.Array:
     """See `blocks.Block`."""
-    return x.at[self.index].set(
-      rows.astype(x.dtype), mode="drop", unique_indices=True
+    # Each row fetches its own: that is faster than a scatter of all slots.
+    rows = rows.reshape(-1, *rows.shape[2:]).astype(x.dtype)
+    is_here = jnp.expand_dims(
+      self.slot < rows.shape[0], tuple(range(1, x.ndim))
     )
+    return jnp.where(is_here, rows.at[self.slot].get(mode="clip"), x)
 
   def gather_weights(self, w: jax.Array) -> jax.Array:
     """See `blocks.Block`."""
-    return w if self.experts is None else w.at[self.experts].get(mode="clip")
+    return w
 
   def accumulate(self, w: jax.Array, value: jax.Array) -> jax.Array:
     """See `blocks.Block`."""
-    if self.experts is None:
-      return w + value
-    # A scatter of all chunks would add those of one expert in an order that
-    # changes from run to run. They are summed before, and one of them is
-    # scattered.
-    is_same = self.experts[:, None] == self.experts[None]
-    total = jnp.sum(
-      jnp.where(is_same[:, :, None, None], value[None], 0), axis=1
-    )
-    chunk = jnp.arange(is_same.shape[0], dtype=jnp.int32)
-    is_first = jnp.argmax(is_same, axis=1).astype(jnp.int32) == chunk
-    target = jnp.where(is_first, self.experts, w.shape[0] + chunk)
-    return w.at[target].add(total, mode="drop", unique_indices=True)
+    return w + value
+
+
+class ChunkBatch(NamedTuple):
+  """B chunks of R consecutive rows, of one expert each; a `blocks.Block`.
+
+  Attributes:
+    experts: `[B]` int32.
+    start: `[B]` int32, the first row.
+    mask: `[B, R]` bool. Which of the rows belong to the chunk.
+  """
+
+  experts: jax.Array
+  start: jax.Array
+  mask: jax.Array
+
+  def read(self, x: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
+    row = self.start[:, None] + _arange(self.mask.shape[1])
+    index = jnp.where(self.mask, row, x.shape[0])
+    return x.at[index].get(mode="fill", fill_value=0)
+
+  def write(self, x: jax.Array, rows: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
+    rows = rows.astype(x.dtype)
+    mask = jnp.expand_dims(self.mask, tuple(range(2, rows.ndim)))
+
+    # Rows of a chunk are written as one slice, which is faster than a scatter.
+    def write_chunk(i: jax.Array, x: jax.Array) -> jax.Array:
+      old = lax.dynamic_slice_in_dim(x, self.start[i], rows.shape[1])
+      new = jnp.where(mask[i], rows[i], old)
+      return lax.dynamic_update_slice_in_dim(x, new, self.start[i], 0)
+
+    return lax.fori_loop(0, rows.shape[0], write_chunk, x)
+
+  def gather_weights(self, w: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
+    return w[self.experts]
+
+  def accumulate(self, w: jax.Array, value: jax.Array) -> jax.Array:
+    """See `blocks.Block`."""
+
+    # One after the other: a scatter would add the chunks of one expert in an
+    # order that changes from run to run. A chunk that is not there adds 0.
+    def add_chunk(i: jax.Array, w: jax.Array) -> jax.Array:
+      return w.at[self.experts[i]].add(value[i])
+
+    return lax.fori_loop(0, value.shape[0], add_chunk, w)
 
 
 class _Chunks(NamedTuple):
@@ -126,7 +162,7 @@ def for_each_batch(
   """Folds `body(batch, carry)` over batches that cover every group exactly.
 
   Args:
-    body: of a `RowBatch` and the carry; returns the carry.
+    body: of a `FirstBatch` or a `ChunkBatch`, and the carry; returns the carry.
     carry: pytree of arrays.
     group_sizes: `[E]` int32. At most N in sum.
     n: N.
@@ -146,10 +182,12 @@ def for_each_batch(
     rows = min(n, rows)
   ends = jnp.cumsum(group_sizes)
   begins = ends - group_sizes
-  carry = body(RowBatch(None, _row_index(begins, ends, rows, n)), carry)
+  carry = body(_first_batch(begins, ends, rows, n), carry)
   if rows == n:
     return carry
-  chunks = _cut(begins + rows, ends, _round_up(rows, _CHUNK_SHARE_OF_R))
+  # At most N of a symbolic size, too.
+  chunk_rows = jax.core.min_dim(n, _round_up(rows, _CHUNK_SHARE_OF_R))
+  chunks = _cut(begins + rows, ends, chunk_rows)
   batch_size = math.ceil(_CHUNKS_PER_EXPERT * num_experts)
 
   def has_more(state: tuple[jax.Array, Any]) -> jax.Array:
@@ -159,7 +197,9 @@ def for_each_batch(
   def run_batch(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
     next_chunk, carry = state
     numbers = next_chunk + jnp.arange(batch_size, dtype=jnp.int32)
-    return next_chunk + batch_size, body(_batch(numbers, chunks, n), carry)
+    return next_chunk + batch_size, body(
+      _chunk_batch(numbers, chunks, n), carry
+    )
 
   start = blocks.zeros((), jnp.int32, group_sizes), carry
   return lax.while_loop(has_more, run_batch, start)[1]
@@ -171,17 +211,35 @@ def _cut(begins: jax.Array, ends: jax.Array, rows: int) -> _Chunks:
   return _Chunks(rows, begins, ends, count, jnp.cumsum(count))
 
 
-def _batch(numbers: jax.Array, chunks: _Chunks, n: int) -> RowBatch:
+def _first_batch(
+  begins: jax.Array, ends: jax.Array, rows: int, n: int
+) -> FirstBatch:
+  index = begins[:, None] + _arange(rows)
+  index = jnp.where(index < ends[:, None], index, n)
+  num_experts = begins.shape[0]
+  row = jnp.arange(n, dtype=jnp.int32)
+  expert = jnp.sum(ends[None] <= row[:, None], axis=1, dtype=jnp.int32)
+  in_expert = row - begins.at[expert].get(mode="clip")
+  is_here = (expert < num_experts) & (in_expert < rows)
+  slot = jnp.where(is_here, expert * rows + in_expert, num_experts * rows)
+  return FirstBatch(index, slot)
+
+
+def _chunk_batch(numbers: jax.Array, chunks: _Chunks, n: int) -> ChunkBatch:
   """The chunks of some numbers, `[B]` int32."""
-  experts = jnp.sum(
+  e = jnp.sum(
     chunks.num_before[None] <= numbers[:, None], axis=1, dtype=jnp.int32
   )
   # Past the last chunk e is the last expert, and `begin` is its end or beyond:
   # the chunk is empty.
-  e = jnp.minimum(experts, chunks.count.shape[0] - 1)
+  e = jnp.minimum(e, chunks.count.shape[0] - 1)
   in_expert = numbers - chunks.num_before[e] + chunks.count[e]
   begin = chunks.first_row[e] + in_expert * chunks.rows
-  return RowBatch(experts, _row_index(begin, chunks.end[e], chunks.rows, n))
+  # A chunk that would stick out at the end starts earlier and masks more.
+  start = jnp.minimum(begin, n - chunks.rows)
+  row = start[:, None] + _arange(chunks.rows)
+  end = jnp.minimum(begin + chunks.rows, chunks.end[e])
+  return ChunkBatch(e, start, (begin[:, None] <= row) & (row < end[:, None]))
 
 
 def _round_up(rows: int, share: fractions.Fraction) -> int:
@@ -190,11 +248,6 @@ def _round_up(rows: int, share: fractions.Fraction) -> int:
   return max(-(-share.numerator * rows // unit), 1) * _ROW_MULTIPLE
 
 
-def _row_index(
-  begins: jax.Array, ends: jax.Array, rows: int, n: int
-) -> jax.Array:
-  """`[B, rows]`: row numbers from `begins` on; past `ends` distinct, from n on."""
-  slot = jnp.arange(begins.shape[0] * rows, dtype=jnp.int32)
-  slot = slot.reshape(-1, rows)
-  row = begins[:, None] + slot[:1]
-  return jnp.where(row < ends[:, None], row, n + slot)
+def _arange(size: int) -> jax.Array:
+  """`[1, size]` int32, to be added to the first of so many numbers."""
+  return jnp.arange(size, dtype=jnp.int32)[None]

@@ -84,8 +84,10 @@ def _matmul(
   group_sizes: jax.Array,
   *,
   dtype: Any,
+  transpose_rhs: bool = False,
 ) -> jax.Array:
   n = lhs.shape[0]
+  rhs = rhs.mT if transpose_rhs else rhs
 
   def body(block: Block, out: jax.Array) -> jax.Array:
     return block.write(out, dot(block.read(lhs), block.gather_weights(rhs)))

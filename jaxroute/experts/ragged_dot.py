@@ -13,7 +13,6 @@ from jax import lax
 
 from jaxroute import multilinear
 from jaxroute.experts import products
-from jaxroute.experts.params import ExpertParams
 
 
 def _owned(x: jax.Array, group_sizes: jax.Array) -> jax.Array:
@@ -69,8 +68,14 @@ _FORM = multilinear.Form(
 
 
 def _matmul(
-  lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, *, dtype: Any
+  lhs: jax.Array,
+  rhs: jax.Array,
+  group_sizes: jax.Array,
+  *,
+  dtype: Any,
+  transpose_rhs: bool = False,
 ) -> jax.Array:
+  rhs = rhs.mT if transpose_rhs else rhs
   dtypes = lhs.dtype, rhs.dtype, jnp.dtype(dtype)
   return multilinear.derivative(_FORM, 2, [lhs, rhs], [group_sizes], dtypes)
 
@@ -82,44 +87,4 @@ def _outer(
   return multilinear.derivative(_FORM, 1, [lhs, d_out], [group_sizes], dtypes)
 
 
-def _swiglu(
-  x: jax.Array, params: ExpertParams, group_sizes: jax.Array, *, keep: bool
-) -> tuple[jax.Array, tuple[jax.Array, ...]]:
-  # The backward pass computes anew what lies between two products.
-  @jax.checkpoint
-  def down(gate: jax.Array, up: jax.Array, w_down: jax.Array) -> jax.Array:
-    gate, up = gate.astype(jnp.float32), up.astype(jnp.float32)
-    hidden = products.gate_hidden(gate, up).astype(x.dtype)
-    return _matmul(hidden, w_down, group_sizes, dtype=x.dtype)
-
-  gate = _matmul(x, params.w_gate, group_sizes, dtype=x.dtype)
-  up = _matmul(x, params.w_up, group_sizes, dtype=x.dtype)
-  return down(gate, up, params.w_down), (gate, up) if keep else ()
-
-
-def _swiglu_gradient(
-  x: jax.Array,
-  kept: tuple[jax.Array, ...],
-  params: ExpertParams,
-  group_sizes: jax.Array,
-  d_out: jax.Array,
-) -> tuple[jax.Array, ExpertParams]:
-  gate, up = kept
-
-  def back(d_out: jax.Array, w: jax.Array) -> jax.Array:
-    return _matmul(d_out, w.mT, group_sizes, dtype=jnp.float32)
-
-  hidden, d_gate, d_up = (
-    v.astype(x.dtype)
-    for v in products.gate_hidden_pullback(gate, up, back(d_out, params.w_down))
-  )
-  d_x = back(d_gate, params.w_gate) + back(d_up, params.w_up)
-  d_params = ExpertParams(
-    w_gate=_outer(x, d_gate, group_sizes),
-    w_up=_outer(x, d_up, group_sizes),
-    w_down=_outer(hidden, d_out, group_sizes),
-  )
-  return d_x.astype(x.dtype), d_params
-
-
-PRODUCTS = products.Products(_matmul, _outer, _swiglu, _swiglu_gradient)
+PRODUCTS = products.of(_matmul, _outer)

@@ -64,3 +64,16 @@ def too_old() -> str | None:
   if version >= (0, 11):
     return None
   return f"jax 0.11 or newer is needed, got {jax.__version__}"
+
+
+def num_cores() -> int:
+  """Streaming multiprocessors of the GPU that the program is for.
+
+  Returns:
+    Those of the abstract device of the mesh in force or, if there is none, of the
+    default device; of a full H100 or H200 where that is no GPU.
+  """
+  abstract = jax.sharding.get_abstract_mesh().abstract_device
+  if abstract is not None and abstract.num_cores:
+    return abstract.num_cores
+  return getattr(jax.devices()[0], "core_count", None) or 132

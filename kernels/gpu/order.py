@@ -5,9 +5,10 @@
 tile of tokens, and `order` its row in expert order from that. Both take assignments
 flat, as `[N]`.
 
-In `rank` a block is for some tiles in succession, which are counted together as well:
-a *super-tile*. It adds up the counts of the super-tiles before its own, then of its
-tiles. In `order` a block adds up the loads of all experts, which are few.
+In `rank` a block is for some tiles in succession. It begins by adding up the counts of
+all tiles in front. The routing kernel has summed these in spans of two lengths, so that
+there are few rows to add. In `order` a block adds up the loads of all experts. Both
+load much before they use any of it, for memory is far.
 """
 
 import functools
@@ -23,21 +24,28 @@ from jaxroute.kernels.gpu.threads import THREADS, WARP, Ref, Threads, full
 MAX_EXPERTS = 1024
 """What `order` has threads for."""
 
-# Loads from memory that a thread has under way at once.
-_LOADS = 8
-# Assignments for a thread of `order`.
+SPANS = 8, 128
+"""Tiles whose counts are summed together: those of a block of `rank`, and of 16."""
+
+# Numbers that a thread loads from memory at once.
+_LOADS = 48
+# Assignments that a thread of `rank` has at once, and of `order` in all.
 _ROUNDS = 4
+
+
+def span_rows(tiles: int) -> tuple[int, ...]:
+  """Spans of each length that so many tiles have."""
+  return tuple(-(-tiles // span) for span in SPANS)
 
 
 def rank(
   expert_idx: jax.Array,
   tile_rank: jax.Array,
   counts: jax.Array,
-  super_counts: jax.Array,
+  span_counts: jax.Array,
   *,
   num_experts: int,
   tile_choices: int,
-  super_tiles: int,
   interpret: bool,
 ) -> jax.Array:
   """Ranks of assignments within their expert, or among all that are not counted.
@@ -48,10 +56,10 @@ def rank(
       among those that are not counted.
     counts: `[tiles * pitch]` int32: of every tile, assignments of E experts, and of
       those that are not counted.
-    super_counts: `[super-tiles * pitch]` int32: sums of `super_tiles` of these.
+    span_counts: `[spans * pitch]` int32: their sums over spans of the first length,
+      and then of the second.
     num_experts: E.
     tile_choices: assignments of a tile.
-    super_tiles: tiles of a super-tile.
     interpret: whether Pallas interprets the kernel.
 
   Returns:
@@ -60,44 +68,57 @@ def rank(
   n = expert_idx.shape[0]
   tiles = -(-n // tile_choices)
   pitch = counts.shape[0] // tiles
-  columns = num_experts + 1
+  block_tiles, long_span = SPANS
+  blocks, _ = span_rows(tiles)
   ops = _threads(interpret)
 
   def kernel(
     expert_ref: Ref,
     counts_ref: Ref,
-    super_counts_ref: Ref,
+    span_counts_ref: Ref,
     rank_ref: Ref,
+    *,
     first_ref: Ref,
   ) -> None:
-    super_tile = lax.axis_index("block")
-    thread = ops.index()
-    for first in range(0, columns, THREADS):
-      column = first + thread
-      is_column = threads.as_words(column < columns)
-      column = jnp.minimum(column, columns - 1)
-      total = _sum_rows(ops, super_counts_ref, column, pitch, super_tile)
-      for tile in range(super_tiles):
-        ops.scatter(first_ref, tile * columns + column, total, is_column)
-        row = jnp.minimum(super_tile * super_tiles + tile, tiles - 1)
-        total = total + ops.gather(counts_ref, row * pitch + column)
+    block, thread = lax.axis_index("block"), ops.index()
+    columns = [first + thread for first in range(0, num_experts + 1, THREADS)]
+    # The long spans in front, and the short ones behind these.
+    long_spans = lax.div(block, long_span // block_tiles)
+    short_spans = long_spans * (long_span // block_tiles), block
+    totals = [full(0, jnp.int32) for _ in columns]
+    for begin, end in ((blocks, blocks + long_spans), short_spans):
+      totals = _add_rows(
+        ops, span_counts_ref, columns, pitch, begin, end, totals
+      )
+    for tile in range(block_tiles):
+      row = jnp.minimum(block * block_tiles + tile, tiles - 1) * pitch
+      for i, column in enumerate(columns):
+        is_column = threads.as_words(column <= num_experts)
+        ops.scatter(first_ref, tile * pitch + column, totals[i], is_column)
+        index = row + jnp.minimum(column, num_experts)
+        totals[i] = totals[i] + ops.gather(counts_ref, index)
     ops.block_barrier()
-    choices = super_tiles * tile_choices
+    choices = block_tiles * tile_choices
 
-    def run_round(round_: jax.Array, carry: int) -> int:
-      local = round_ * THREADS + thread
-      index = super_tile * choices + local
-      is_here = threads.as_words((local < choices) & (index < n))
-      index, local = jnp.minimum(index, n - 1), jnp.minimum(local, choices - 1)
-      expert, rank = (ops.gather(x, index) for x in (expert_ref, rank_ref))
-      column = jnp.where(rank < 0, num_experts, expert)
-      rank = jnp.where(rank < 0, ~rank, rank)
-      tile = lax.div(local, jnp.full_like(local, tile_choices))
-      rank = rank + ops.gather(first_ref, tile * columns + column)
-      ops.scatter(rank_ref, index, rank, is_here)
+    def run_rounds(step: jax.Array, carry: int) -> int:
+      loaded = []
+      for i in range(_ROUNDS):
+        local = (step * _ROUNDS + i) * THREADS + thread
+        index = block * choices + local
+        is_here = threads.as_words((local < choices) & (index < n))
+        index = jnp.minimum(index, n - 1)
+        expert, rank = (ops.gather(x, index) for x in (expert_ref, rank_ref))
+        loaded.append((local, index, is_here, expert, rank))
+      for local, index, is_here, expert, rank in loaded:
+        column = jnp.where(rank < 0, num_experts, expert)
+        rank = jnp.where(rank < 0, ~rank, rank)
+        tile = lax.div(local, jnp.full_like(local, tile_choices))
+        tile = jnp.minimum(tile, block_tiles - 1)
+        rank = rank + ops.gather(first_ref, tile * pitch + column)
+        ops.scatter(rank_ref, index, rank, is_here)
       return carry
 
-    lax.fori_loop(0, -(-choices // THREADS), run_round, 0)
+    lax.fori_loop(0, -(-choices // (_ROUNDS * THREADS)), run_rounds, 0)
 
   # In place: a thread reads what it writes.
   ranks = jax.new_ref(tile_rank)
@@ -105,29 +126,42 @@ def rank(
     kernel,
     (),
     name="rank",
-    blocks=-(-tiles // super_tiles),
-    scratch_types={"first_ref": _words(super_tiles * columns)},
+    blocks=blocks,
+    scratch_types={"first_ref": _words(block_tiles * pitch)},
     interpret=interpret,
-  )(expert_idx, counts, super_counts, ranks)
+  )(expert_idx, counts, span_counts, ranks)
   return ranks[...]
 
 
-def _sum_rows(
-  ops: Threads, ref: Ref, column: jax.Array, pitch: int, rows: jax.Array
-) -> jax.Array:
-  """Sums the first `rows` rows of a table, for every thread in its column."""
+def _add_rows(
+  ops: Threads,
+  ref: Ref,
+  columns: list[jax.Array],
+  pitch: int,
+  begin: jax.Array | int,
+  end: jax.Array | int,
+  totals: list[jax.Array],
+) -> list[jax.Array]:
+  """Adds the rows from `begin` to `end` of a table, every thread in its columns."""
+  at_once = max(_LOADS // len(columns), 1)
 
-  def add(step: jax.Array, total: jax.Array) -> jax.Array:
-    for i in range(_LOADS):
-      row = step * _LOADS + i
-      is_row = row < rows
-      value = ops.gather(ref, jnp.where(is_row, row, 0) * pitch + column)
-      total = total + jnp.where(is_row, value, 0)
-    return total
+  def add(
+    step: jax.Array, totals: tuple[jax.Array, ...]
+  ) -> tuple[jax.Array, ...]:
+    for i in range(at_once):
+      row = begin + step * at_once + i
+      first = jnp.where(row < end, row, 0) * pitch
+      values = [
+        ops.gather(ref, first + jnp.minimum(x, pitch - 1)) for x in columns
+      ]
+      totals = tuple(
+        total + jnp.where(row < end, value, 0)
+        for total, value in zip(totals, values, strict=True)
+      )
+    return totals
 
-  return lax.fori_loop(
-    0, lax.div(rows + (_LOADS - 1), _LOADS), add, full(0, jnp.int32)
-  )
+  steps = lax.div(end - begin + (at_once - 1), at_once)
+  return list(lax.fori_loop(0, steps, add, tuple(totals)))
 
 
 def order(
@@ -176,9 +210,7 @@ def order(
     thread, number = ops.index(), lax.axis_index("block")
     # One block is enough to write what all find.
     sizes = sizes_ref, full(0, jnp.int32) + jnp.where(number == 0, 1, 0)
-    owned, counted = _starts(
-      ops, load_ref, sizes, start_ref, warp_ref, capacity
-    )
+    loaded = []
     for round_ in range(_ROUNDS):
       index = number * block + round_ * THREADS + thread
       is_here = threads.as_words(index < n)
@@ -188,6 +220,11 @@ def order(
       if mask_ref:
         token = lax.div(index, jnp.full_like(index, top_k))
         is_counted = is_counted & (ops.gather(mask_ref[0], token) != 0)
+      loaded.append((index, is_here, expert, rank, is_counted))
+    owned, counted = _starts(
+      ops, load_ref, sizes, start_ref, warp_ref, capacity
+    )
+    for index, is_here, expert, rank, is_counted in loaded:
       expert = jnp.where(is_counted, expert, 0)
       row = ops.gather(start_ref, expert) + rank
       if capacity is not None:

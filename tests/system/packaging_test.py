@@ -33,6 +33,7 @@ PROJECT_FILES = (
   "WORKSPACE",
   "benchmarks/*.json",
   "benchmarks/**/*.py",
+  "benchmarks/*.sh",
   "docs/**/*.md",
   "docs/**/*.png",
   "examples/**/*.md",

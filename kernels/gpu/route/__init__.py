@@ -25,7 +25,7 @@ are few.
                                  softmax_sums,      chosen (out)
                                  token_mask (in)
   6      count.transpose_chosen  is_counted         bits
-         count.count             bits               ranks; load, counts, super_counts
+         count.count             bits               ranks; load, counts, span_counts
                                                     (out)
   7      count.write_ranks       bits, ranks,       rank (out)
                                  chosen

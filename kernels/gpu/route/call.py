@@ -134,8 +134,8 @@ def _operands(
   if plan.tiles > 1:
     sums["load"] = _zeros(plan.num_experts)
     if plan.with_rank:
-      super_tiles = -(-plan.tiles // plan.super_tiles)
-      sums["super_counts"] = _zeros(super_tiles * plan.count_pitch)
+      spans = sum(order.span_rows(plan.tiles))
+      sums["span_counts"] = _zeros(spans * plan.count_pitch)
   return arrays | sums, sums
 
 
@@ -175,10 +175,9 @@ def _outputs(
       results["expert_idx"],
       rank,
       results["counts"],
-      sums["super_counts"][...],
+      sums["span_counts"][...],
       num_experts=plan.num_experts,
       tile_choices=plan.tile_tokens * plan.config.top_k,
-      super_tiles=plan.super_tiles,
       interpret=plan.interpret,
     )
   return Outputs(

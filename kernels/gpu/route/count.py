@@ -7,7 +7,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
-from jaxroute.kernels.gpu import threads
+from jaxroute.kernels.gpu import order, threads
 from jaxroute.kernels.gpu.route import weigh
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.select import UNREACHABLE
@@ -39,7 +39,7 @@ def transpose_chosen(tile: Tile, picked: list[jax.Array]) -> None:
 def count(tile: Tile) -> None:
   """Counts the assignments of every expert.
 
-  Reads `bits` and writes `ranks`. Adds to `load` and `super_counts` of the operands; of
+  Reads `bits` and writes `ranks`. Adds to `load` and `span_counts` of the operands; of
   the results, writes `counts`, and `load` if there is one block.
 
   Args:
@@ -67,13 +67,19 @@ def count(tile: Tile) -> None:
     if plan.with_rank:
       index = tile.number * plan.count_pitch + expert
       plan.threads.scatter(results.counts, index, total, is_counter)
-      super_tile = lax.div(tile.number, plan.super_tiles)
-      plan.threads.add_to(
-        operands.super_counts,
-        super_tile * plan.count_pitch + expert,
-        total,
-        is_counter,
-      )
+      _add_to_spans(tile, expert, total, is_counter)
+
+
+def _add_to_spans(
+  tile: Tile, expert: jax.Array, total: jax.Array, keep: jax.Array
+) -> None:
+  """Adds counts to the spans of tiles that this one is in."""
+  plan, first_row = tile.plan, 0
+  for span, rows in zip(order.SPANS, order.span_rows(plan.tiles), strict=True):
+    row = first_row + lax.div(tile.number, span)
+    index = row * plan.count_pitch + expert
+    plan.threads.add_to(tile.operands.span_counts, index, total, keep)
+    first_row += rows
 
 
 def _rows_of(tile: Tile, expert: jax.Array, warp: jax.Array) -> jax.Array:

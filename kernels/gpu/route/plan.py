@@ -149,12 +149,6 @@ class Plan:
     """Counts of a tile in memory: of E experts and of what is not counted."""
     return -(-(self.num_experts + 1) // 8) * 8
 
-  @property
-  def super_tiles(self) -> int:
-    """Tiles whose counts are also summed together; `order.rank` has them at once."""
-    fitting = MAX_SHARED_BYTES // (4 * (self.num_experts + 1))
-    return min(max(8, -(-self.tiles // 256)), fitting)
-
 
 def _widths(config: types.RouterConfig, dtype: Any) -> tuple[int, ...]:
   """Chunks that memory can be copied in, the widest first."""

@@ -22,8 +22,8 @@ class Operands:
     expert_bias: `[E]` float32, not padded; None if there is none.
     token_mask: `[T]` bool, not padded; None if there is none.
     load: `[E]` int32, which blocks add to; None if there is one block only.
-    super_counts: `[super-tiles * count_pitch]` int32, which blocks add to; None
-      without a rank, or if there is one block only.
+    span_counts: `[spans * count_pitch]` int32, which blocks add to; see
+      `order.SPANS`. None without a rank, or if there is one block only.
   """
 
   rows: Ref
@@ -31,7 +31,7 @@ class Operands:
   expert_bias: Ref = None
   token_mask: Ref = None
   load: Ref = None
-  super_counts: Ref = None
+  span_counts: Ref = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,168 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Races, bad accesses and bad barriers of the GPU's kernels, by compute-sanitizer.
+
+  python benchmarks/gpu_racecheck.py
+
+runs small routings of every kind of program, and experts, under NVIDIA's tool, which
+watches every access to shared memory, and fails if it reports anything. It takes some
+minutes on a Hopper or newer GPU; the tool comes with the CUDA toolkit.
+"""
+
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+TOOLS = ("racecheck", "memcheck", "synccheck")
+# T, E, K, threads a token, and what else the router is. Programs differ by them:
+# in the lists they keep, in how lists are merged, and in what they store.
+CASES = (
+  (300, 8, 2, 1, {}),
+  (300, 60, 6, 1, {}),
+  (300, 64, 6, 2, dict(score_fn="softmax")),
+  (300, 128, 1, 1, {}),
+  (300, 128, 4, 2, dict(score_fn="softmax", score_after_top_k=True)),
+  (131, 160, 6, 1, dict(num_groups=8, group_top_k=3)),
+  (300, 256, 8, 1, {}),
+  (300, 256, 8, 2, dict(num_groups=8, group_top_k=4)),
+  (131, 256, 8, 4, dict(num_groups=8, group_top_k=4)),
+  (17, 256, 8, 8, dict(num_groups=8, group_top_k=4)),
+  (131, 256, 8, 2, dict(score_fn="sqrtsoftplus")),
+  (131, 256, 16, 2, {}),
+  (131, 512, 10, 4, {}),
+  (65, 1024, 8, 8, {}),
+)
+
+
+def run_cases() -> None:
+  """Runs every case; this is what the tool watches."""
+  import jax
+  import numpy as np
+
+  import jaxroute
+
+  rng = np.random.default_rng(0)
+  for t, e, k, lanes, fields in CASES:
+    config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
+    logits = np.round(4 * rng.normal(size=(t, e))).astype(np.float32) / 2
+    logits[::7, ::3] = np.nan
+    bias = rng.normal(size=e).astype(np.float32) / 8
+    args = jax.device_put((logits, bias, rng.random(t) < 0.8))
+    jax.block_until_ready((_route(args, config, lanes), _order(args, config)))
+  jax.block_until_ready(_experts())
+  print(
+    f"ran {len(CASES)} routers, and experts, on {jax.devices()[0].device_kind}"
+  )
+
+
+def _route(args, config, lanes):
+  from jaxroute.kernels.gpu import route
+
+  return route.route(
+    *args, config=config, with_chosen=True, with_rank=True, lanes=lanes
+  )
+
+
+def _order(args, config):
+  import jaxroute
+  from jaxroute import dispatch
+
+  logits, bias, mask = args
+  kernels = dict(implementation="pallas_gpu")
+  r = jaxroute.route(logits, bias, config, mask, with_rank=True, **kernels)
+  return dispatch.sort_by_expert(
+    r.expert_idx,
+    config.num_experts,
+    r.token_mask,
+    rank=r.rank,
+    load=r.load,
+    **kernels,
+  )
+
+
+def _experts():
+  import jax
+  import jax.numpy as jnp
+
+  from jaxroute import experts
+
+  key, dtype = jax.random.key(0), jnp.bfloat16
+  x = jax.random.normal(key, (700, 256), dtype)
+  params = experts.init_expert_params(key, 4, 256, 128, dtype)
+  sizes = jnp.array([300, 0, 129, 171], jnp.int32)
+
+  def swiglu(x, params):
+    return experts.swiglu(x, params, sizes, implementation="pallas_gpu")
+
+  out, pull = jax.vjp(swiglu, x, params)
+  return out, pull(out)
+
+
+def find_tool() -> str:
+  """The path of compute-sanitizer.
+
+  Raises:
+    SystemExit: if there is none.
+  """
+  toolkits = sorted(pathlib.Path("/usr/local").glob("cuda*/bin"), reverse=True)
+  folders = [os.environ.get("PATH", ""), *map(str, toolkits)]
+  found = shutil.which("compute-sanitizer", path=os.pathsep.join(folders))
+  if not found:
+    raise SystemExit(
+      "gpu_racecheck: expected compute-sanitizer on the path or in"
+      " /usr/local/cuda*/bin, found none. It is part of the CUDA toolkit; on"
+      " Debian and Ubuntu: apt-get install cuda-sanitizer-13-0."
+    )
+  return found
+
+
+def reported(output: str) -> int | None:
+  """How many hazards or errors the tool counted; None if it did not come that far."""
+  counts = re.findall(r"^=+ \w+ SUMMARY: (\d+) ", output, re.MULTILINE)
+  return sum(map(int, counts)) if counts else None
+
+
+def check(sanitizer: str, tool: str) -> bool:
+  """Runs the cases under a tool, prints what it found, and tells if that is nothing."""
+  done = subprocess.run(
+    [sanitizer, "--tool", tool, "--error-exitcode", "99", "--print-limit", "20"]
+    + [sys.executable, __file__, "--run"],
+    cwd=ROOT,
+    # An allocation for every array, so that what lies beside one is not memory.
+    env=os.environ
+    | dict(
+      JAX_PLATFORMS="cuda",
+      PYTHONPATH=str(ROOT),
+      XLA_PYTHON_CLIENT_ALLOCATOR="platform",
+      XLA_PYTHON_CLIENT_PREALLOCATE="false",
+    ),
+    stderr=subprocess.STDOUT,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  count = reported(done.stdout)
+  is_clean = done.returncode == 0 and count == 0
+  if not is_clean:
+    print(*done.stdout.splitlines()[-60:], sep="\n")
+  found = "it did not finish" if count is None else f"{count} found"
+  print(f"{tool}: {found}, exit code {done.returncode}", flush=True)
+  return is_clean
+
+
+def main() -> None:
+  if sys.argv[1:] == ["--run"]:
+    run_cases()
+    return
+  if sys.argv[1:]:
+    raise SystemExit("usage: python benchmarks/gpu_racecheck.py")
+  sanitizer = find_tool()
+  clean = [check(sanitizer, tool) for tool in TOOLS]
+  if not all(clean):
+    raise SystemExit("gpu_racecheck: failed")
+
+
+if __name__ == "__main__":
+  main()

@@ -1,0 +1,91 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The routers that a GPU's kernel is held to on the device, and their inputs."""
+
+import dataclasses
+
+import cases
+import conformance
+import jax.numpy as jnp
+import numpy as np
+
+from jaxroute.types import RouterConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One compiled program of `route`, and what its inputs are like.
+
+  Attributes:
+    t: T.
+    config: the router.
+    dtype: of the logits.
+    has_bias: whether there is an `expert_bias`.
+    has_mask: whether there is a `token_mask`.
+  """
+
+  t: int
+  config: RouterConfig
+  dtype: str
+  has_bias: bool
+  has_mask: bool
+
+  def inputs(self, seed: int) -> tuple[np.ndarray | None, ...]:
+    """Logits of the kind that the seed comes to, bias and token mask."""
+    e = self.config.num_experts
+    kind = cases.KINDS[seed % len(cases.KINDS)]
+    logits = cases.logits(kind, self.t, e, seed).astype(jnp.dtype(self.dtype))
+    mask = np.random.default_rng(seed).random(self.t) < 0.8
+    return (
+      logits,
+      conformance.bias(e, seed) if self.has_bias else None,
+      mask if self.has_mask else None,
+    )
+
+
+def _of(
+  t,
+  num_experts,
+  top_k,
+  family=None,
+  *,
+  dtype="float32",
+  bias=True,
+  mask=True,
+  **kwargs,
+):
+  fields = dict(num_experts=num_experts, top_k=top_k) | kwargs
+  if family:
+    fields = cases.FAMILIES[family] | fields
+  return Case(t, RouterConfig(**fields), dtype, bias, mask)
+
+
+_OF_20 = dict(num_groups=8, group_top_k=3)
+
+# T is one token, fewer than a tile, whole tiles, no multiple of anything, or so
+# large that a token has fewer threads.
+CASES = {
+  "V3, T=1": _of(1, 256, 8, "deepseek_v3"),
+  "V3, T=15": _of(15, 256, 8, "deepseek_v3"),
+  "V3, T=4096": _of(4096, 256, 8, "deepseek_v3", mask=False),
+  "V3, T=17003": _of(17_003, 256, 8, "deepseek_v3"),
+  "V3, bfloat16": _of(301, 256, 8, "deepseek_v3", dtype="bfloat16"),
+  "V2, 8 groups of 20, K=6": _of(203, 160, 6, "deepseek_v2", **_OF_20),
+  "sigmoid, 8 groups of 20, K=6": _of(129, 160, 6, **_OF_20),
+  "megatron, 4 groups of 16": _of(130, 64, 8, "megatron_groups"),
+  "sigmoid, 2 of 8": _of(257, 8, 2),
+  "sigmoid, 6 of 60": _of(200, 60, 6),
+  "softmax, 4 of 60, bfloat16": _of(33, 60, 4, "olmoe", dtype="bfloat16"),
+  "softmax, 6 of 64, T=34001": _of(34_001, 64, 6, score_fn="softmax"),
+  "softmax + bias in logits, float16": _of(128, 64, 8, "lfb", dtype="float16"),
+  "softmax after, 8 of 128": _of(131, 128, 8, "mixtral", bias=False),
+  "sqrtsoftplus, 8 of 256": _of(190, 256, 8, "deepseek_v4"),
+  "sigmoid, 8 of 384": _of(129, 384, 8, scaling_factor=2.827),
+  "softmax, 10 of 512": _of(77, 512, 10, "longcat", bias=False),
+  "sigmoid, 10 of 512": _of(4100, 512, 10, mask=False),
+  "sigmoid, 8 of 1024": _of(50, 1024, 8),
+  "sigmoid, 16 of 256": _of(100, 256, 16, normalize_weights=False),
+  "sigmoid, 1 of 128": _of(513, 128, 1),
+  "sigmoid + bias in logits": _of(31, 64, 8, "sigmoid_logit_bias"),
+  "sigmoid after": _of(65, 64, 8, "sigmoid_after"),
+  "sigmoid, multiplied logits": _of(64, 64, 8, logit_multiplier=0.5),
+}
