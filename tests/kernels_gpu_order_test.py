@@ -127,8 +127,8 @@ def _route_and_order(logits, mask, *, config, lanes, capacity):
   return out, permutation
 
 
-def test_ranks_of_many_tiles_and_super_tiles():
-  # Tiles of 32 tokens: two super-tiles of eight, and a part of one.
+def test_ranks_of_many_tiles():
+  # Tiles of 32 tokens: two short spans of eight, and a part of one.
   t, e, lanes, capacity = 605, 32, 4, 20
   rng = np.random.default_rng(0)
   config = types.RouterConfig(num_experts=e, top_k=2)
@@ -155,9 +155,9 @@ def test_ranks_of_many_tiles_and_super_tiles():
   _assert_is_whole(ours)
 
 
-def test_ranks_of_several_super_tiles_of_few_experts():
+def test_ranks_behind_long_and_short_spans():
   # What the routing kernel gives to `order.rank`, counted here.
-  n, e, choices, tiles_of_super, pitch = 2000, 5, 64, 3, 8
+  n, e, choices, pitch = 2500, 5, 8, 8
   rng = np.random.default_rng(0)
   expert_idx = rng.integers(0, e, n).astype(np.int32)
   counted = rng.random(n) < 0.8
@@ -169,15 +169,17 @@ def test_ranks_of_several_super_tiles_of_few_experts():
     local[i] = counts[i // choices, key]
     counts[i // choices, key] += 1
   local = np.where(counted, local, ~local)
-  supers = -(-tiles // tiles_of_super)
-  padded = np.zeros((supers * tiles_of_super, pitch), np.int32)
-  padded[:tiles] = counts
+  spans = []
+  for length, rows in zip(order.SPANS, order.span_rows(tiles), strict=True):
+    padded = np.zeros((rows * length, pitch), np.int32)
+    padded[:tiles] = counts
+    spans.append(padded.reshape(rows, length, pitch).sum(axis=1))
+  assert len(spans[1]) > 2
   ranks = order.rank(
     *(jnp.asarray(x) for x in (expert_idx, local, counts.ravel())),
-    jnp.asarray(padded.reshape(supers, -1, pitch).sum(axis=1).ravel()),
+    jnp.asarray(np.int32(np.concatenate(spans)).ravel()),
     num_experts=e,
     tile_choices=choices,
-    super_tiles=tiles_of_super,
     interpret=True,
   )
   expected = oracle.ranks(keys[:, None], np.ones(n, bool))[:, 0]

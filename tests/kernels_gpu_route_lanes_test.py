@@ -10,6 +10,7 @@ import pytest
 from hypothesis import strategies as st
 
 from jaxroute import types
+from jaxroute.kernels.gpu import order
 from jaxroute.kernels.gpu.route import lanes as lanes_lib
 from jaxroute.kernels.gpu.route import plan as plan_lib
 from jaxroute.kernels.gpu.route import refs
@@ -80,9 +81,9 @@ def _assert_is_sound(config, tokens, dtype):
     # A group is of one thread.
     assert plan.groups * lanes == config.num_groups
     assert lanes == 1 or plan.part % config.group_size == 0
-  # `order.rank` keeps the counts of a super-tile in shared memory.
-  assert plan.super_tiles * (config.num_experts + 1) * 4 <= _HARDWARE_BYTES
-  assert plan.super_tiles >= 1
+  # `order.rank` keeps the counts of a short span in shared memory.
+  assert plan.count_pitch > config.num_experts
+  assert order.SPANS[0] * plan.count_pitch * 4 <= _HARDWARE_BYTES
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
