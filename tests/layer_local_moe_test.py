@@ -209,3 +209,25 @@ def test_identity_experts_give_back_the_tokens():
     dispatch.dispatch(x, order), identity, order.group_sizes
   )
   experts_cases.assert_close(dispatch.combine(rows, weights, order), x)
+
+
+@pytest.mark.parametrize("capacity", (None, 7))
+def test_known_ranks_change_nothing(capacity):
+  t, k = 40, 3
+  expert_idx, weights = _choices(1, t, k)
+  mask = np.arange(t) % 3 != 0
+  routing = _routing(expert_idx, weights, mask)
+  ranked = dataclasses.replace(routing, rank=oracle.ranks(expert_idx, mask))
+  x, params = experts_cases.normal(0, t, D), experts_cases.params()
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _moe(x, ranked, params, capacity=capacity),
+    _moe(x, routing, params, capacity=capacity),
+  )
+  # Of a part of the experts they are not the ranks.
+  half = jax.tree.map(lambda w: w[: E // 2], params)
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    _moe(x, ranked, half, capacity=capacity),
+    _moe(x, routing, half, capacity=capacity),
+  )

@@ -103,23 +103,23 @@ def _params(fixed, letters="E ", optional=False):
 
 
 def _routing(fixed):
-  arrays = dict(
-    expert_idx=_array("T K", "int", fixed),
-    weights=_array("T K", "float32", fixed),
-    load=_array("E", "counts", "E" if "E" in fixed else ""),
-    token_mask=_array("T", "bool", fixed),
-  )
-
   def make(load, **fields):
     counts = jaxroute.Counts(load=load)
     return jaxroute.Routing(counts=counts, cutoff=jnp.zeros(6), **fields)
 
-  return _tree(make, **arrays)
+  return _tree(
+    make,
+    expert_idx=_array("T K", "int", fixed),
+    weights=_array("T K", "float32", fixed),
+    load=_array("E", "counts", "E" if "E" in fixed else ""),
+    token_mask=_array("T", "bool", fixed),
+    rank=_array("T K", "int32", "T K", optional=True),
+  )
 
 
 _config = _one_of(_CONFIG, "sigmoid", dict(num_experts=4, top_k=2))
 _implementation = _one_of("xla", "tpu", optional=True)
-_interpret = _one_of(False, "yes", 1)
+_flag = _one_of(False, "yes", 1)
 _mask = _array("T", "bool", "T", optional=True)
 _logits = _array("T E", fixed="E")
 _bias = _array("E", "float32", "E", optional=True)
@@ -145,13 +145,13 @@ _steps = _array("S", "any", host=True)
 _history = _array("S Lyr E", "any", "S", host=True)
 _lines = dict(xlabel=_one_of("step"), ylabel=_one_of("loss"))
 _pair = (np.arange(3), np.arange(3.0))
-
 _routes = dict(
   expert_bias=_bias,
   config=_config,
   token_mask=_mask,
   implementation=_implementation,
-  interpret=_interpret,
+  interpret=_flag,
+  with_rank=_flag,
 )
 
 CALLS = {
@@ -178,7 +178,9 @@ CALLS = {
     token_mask=_mask,
     capacity=_int(2, optional=True),
     implementation=_implementation,
-    interpret=_interpret,
+    interpret=_flag,
+    rank=_array("T K", "int32", "T K", optional=True),
+    load=_array("E", "counts", "E", optional=True),
   ),
   dispatch.expert_capacity: dict(
     config=_config,
@@ -218,7 +220,7 @@ CALLS = {
     config=_config,
     token_mask=Argument(None, [jnp.ones(3), jnp.ones(3, bool), "a", {}, 1], 1),
     implementation=_implementation,
-    fuse_projection=_one_of(False, "yes", 1),
+    fuse_projection=_flag,
     partition=_one_of(None, "data", optional=True),
   ),
   layer.moe: dict(
@@ -337,7 +339,7 @@ CALLS = {
   plot.bias_curves: dict(steps=_steps, expert_bias=_history),
   plot.curves: dict(
     series=_one_of({"a": _pair}, "a", {"a": _pair[:1]}, {"a": (1, 2)}),
-    log_scale=_one_of(False, "yes", 1),
+    log_scale=_flag,
     window=_int(1),
     **_lines,
   ),
@@ -347,13 +349,12 @@ CALLS = {
   ),
 }
 
-
 _initializer = _one_of(jax.nn.initializers.normal(), "normal")
 _router = dict(
   config=_config,
   kernel_init=_initializer,
   implementation=_implementation,
-  fuse_projection=_one_of(False, "yes", 1),
+  fuse_projection=_flag,
   partition=_one_of(None, "data", optional=True),
 )
 _moe = dict(

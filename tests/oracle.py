@@ -221,6 +221,21 @@ def histogram(selection, config, token_mask):
   return counts
 
 
+def ranks(expert_idx, counted):
+  """[T, K] int32: how many of the same expert, or of no expert, come before.
+
+  Args:
+    expert_idx: [T, K].
+    counted: [T] bool. Assignments of the others are of no expert.
+  """
+  seen, found = {}, np.zeros(expert_idx.shape, np.int32)
+  for (token, choice), expert in np.ndenumerate(expert_idx):
+    expert = expert if counted[token] else -1
+    found[token, choice] = seen.get(expert, 0)
+    seen[expert] = found[token, choice] + 1
+  return found
+
+
 def quantile_step(price, rank):
   """[E] elements of a rank in every column of [T, E], inf left out."""
   found = []

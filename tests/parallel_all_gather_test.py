@@ -6,6 +6,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
 
 import jaxroute
@@ -98,6 +99,46 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(kind, name):
     grads,
     grads1,
   )
+
+
+@pytest.mark.parametrize("name", PARTITIONS)
+def test_known_ranks_change_nothing_on_a_mesh(name, monkeypatch):
+  partition, (x, kernel, bias, params, mask) = PARTITIONS[name], _inputs()
+  routing, _ = layer.router(x, kernel, bias, CONFIG, mask)
+  # Every token shard has ranks of its own.
+  shards = 4 if name == "data" else 1
+  found = zip(
+    np.split(np.asarray(routing.expert_idx), shards),
+    np.split(np.asarray(routing.token_mask), shards),
+    strict=True,
+  )
+  rank = np.concatenate([oracle.ranks(*shard) for shard in found])
+  ranked = dataclasses.replace(routing, rank=jnp.asarray(rank))
+  loads, local_moe = [], layer.local_moe
+
+  def spy(x, routing, params, **kwargs):
+    if routing.rank is not None:
+      assert routing.rank.shape == (x.shape[0], K)
+      jax.debug.callback(loads.append, routing.load)
+    return local_moe(x, routing, params, **kwargs)
+
+  monkeypatch.setattr(layer, "local_moe", spy)
+
+  @jax.jit
+  def run(x, routing, params):
+    return layer.moe(x, routing, params, config=CONFIG, partition=partition)
+
+  with jax.set_mesh(_mesh(jax.sharding.AxisType.Auto)):
+    (y, sizes), (expected, load) = (
+      run(x, routes, params) for routes in (ranked, routing)
+    )
+  np.testing.assert_array_equal(y, expected)
+  np.testing.assert_array_equal(sizes, load)
+  # They are used where a device has all experts, with the load of its tokens.
+  jax.effects_barrier()
+  assert len(loads) == (8 if name == "data" else 0)
+  if loads:
+    np.testing.assert_array_equal(np.sum(loads, axis=0), 2 * routing.load)
 
 
 def test_capacity_is_per_token_shard_and_counted():

@@ -110,8 +110,8 @@ def sort_by_expert(
     rank: `[T, K]` int32. `Routing.rank` of these assignments, if there is one: how
       many of the same expert come before; of those that no expert receives, how
       many of these. It is not checked, and only "pallas_gpu" reads it.
-    load: `[E]` int32. `Routing.load` of these assignments, which "pallas_gpu" needs
-      beside `rank`.
+    load: `[E]` int32 or int64. `Routing.load` of these assignments, which
+      "pallas_gpu" needs beside `rank`.
 
   Returns:
     A `Permutation`, with `group_sizes = min(load, C)`. The order of the rows that
@@ -135,7 +135,10 @@ def sort_by_expert(
     checks.check_array("rank", rank, "[T, K]", "int32", fix, **sizes)
   if load is not None:
     fix = "Pass `Routing.load` of these `expert_idx`, or leave it out."
-    checks.check_array("load", load, "[E]", "int32", fix, E=num_experts)
+    checks.check_array(
+      "load", load, "[E]", "int32 or int64", fix, E=num_experts
+    )
+    load = load.astype(jnp.int32)
   names = get_args(Implementation)
   ladder.check_names("sort_by_expert", names, implementation, interpret)
   return _sort_by_expert(

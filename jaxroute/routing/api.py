@@ -289,12 +289,15 @@ def check_routing(
   sizes = dict(T=num_tokens)
   if config is not None:
     sizes |= dict(K=config.top_k, E=config.num_experts)
-  for field, shape, dtype in (
+  fields = [
     ("expert_idx", "[T, K]", "integer"),
     ("weights", "[T, K]", "float32"),
     ("token_mask", "[T]", "bool"),
     ("load", "[E]", "int32 or int64"),
-  ):
+  ]
+  if routing.rank is not None:
+    fields.append(("rank", "[T, K]", "int32"))
+  for field, shape, dtype in fields:
     value = getattr(routing, field)
     checks.check_array(f"routing.{field}", value, shape, dtype, fix, **sizes)
     if field == "expert_idx":
