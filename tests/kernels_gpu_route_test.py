@@ -155,7 +155,6 @@ def test_it_is_the_oracle_and_xla_bit_for_bit(name):
   "fields",
   (
     dict(),
-    dict(score_fn="sqrtsoftplus", normalize_weights=False),
     dict(score_fn="softmax", normalize_weights=False),
   ),
   ids=str,

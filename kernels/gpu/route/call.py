@@ -75,13 +75,22 @@ def route(
     config: one that is not `unsupported`; static.
     with_chosen: whether to return the logits of the chosen experts; static.
     with_rank: whether to return ranks; static.
-    lanes: threads for a token, 1, 2, 4 or 8; None to choose by shape; static.
+    lanes: threads for a token, of `lanes.possible`; None to choose by shape; static.
     interpret: whether Pallas interprets the kernel.
 
   Returns:
     `Outputs`. No gradient is defined.
+
+  Raises:
+    ValueError: if so many threads cannot share a token.
   """
   tokens = logits.shape[0]
+  possible = lanes_lib.possible(config, logits.dtype)
+  if lanes is not None and lanes not in possible:
+    raise ValueError(
+      f"`lanes` must be one of {possible} for this router, got {lanes}. Leave it"
+      " out to choose by shape."
+    )
   plan = Plan(
     config=config,
     tokens=tokens,

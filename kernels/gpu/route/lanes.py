@@ -38,7 +38,7 @@ def unsupported(config: types.RouterConfig, dtype: Any) -> str | None:
   if config.logit_soft_cap is not None:
     # Mosaic's tanh is another than XLA's, and its last bits would change routes.
     return "`logit_soft_cap` is not supported"
-  if not _possible(config, dtype):
+  if not possible(config, dtype):
     return (
       f"{config.num_groups} groups of {config.group_size} experts do not fit into"
       " shared memory"
@@ -62,17 +62,26 @@ def choose(config: types.RouterConfig, tokens: int, dtype: Any) -> int:
   Returns:
     1, 2, 4 or 8.
   """
-  possible = _possible(config, dtype)
-  for lanes in possible:
+  candidates = possible(config, dtype)
+  for lanes in candidates:
     blocks = tokens * lanes // THREADS
     if config.num_experts // lanes <= _FEW_EXPERTS and blocks >= _ENOUGH_BLOCKS:
       return lanes
-  large = [n for n in possible if config.num_experts // n >= _MIN_EXPERTS]
-  return max(large, default=possible[0])
+  large = [n for n in candidates if config.num_experts // n >= _MIN_EXPERTS]
+  return max(large, default=candidates[0])
 
 
-def _possible(config: types.RouterConfig, dtype: Any) -> list[int]:
-  """Numbers of threads that can share a token, with the least padding there is."""
+def possible(config: types.RouterConfig, dtype: Any) -> list[int]:
+  """Lists the numbers of threads that can share a token, the least first.
+
+  Args:
+    config: what to compute.
+    dtype: of the logits.
+
+  Returns:
+    Some of 1, 2, 4 and 8: where every group lies within a part of the experts, shared
+    memory is enough, and experts are padded no more than they have to be.
+  """
   plans = [
     Plan(
       config=config,
