@@ -141,7 +141,11 @@ def _takes_kernel(implementation=None, t=4, k=2):
   # A function of its own, so that nothing is cached.
   def call(idx):
     return api._sort_by_expert.__wrapped__(
-      idx, 8, None, None, implementation, False
+      *(idx, None, None, None),
+      num_experts=8,
+      capacity=None,
+      implementation=implementation,
+      interpret=False,
     )
 
   return "jaxroute_rows" in str(jax.make_jaxpr(call)(idx))

@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import gpu_suite
 import pytest
@@ -94,8 +95,15 @@ def test_times_that_were_not_taken_are_named():
 
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path):
-  code = "import subprocess, time; subprocess.run(['sleep', '60'])"
-  found = gpu_suite.Part(["-c", code], tmp_path / "log").finish(1.0)
+  code = (
+    "import subprocess; subprocess.run('echo started; sleep 60', shell=True)"
+  )
+  log = tmp_path / "log"
+  part = gpu_suite.Part(["-c", code], log)
+  # Before, Python is not ready to be interrupted.
+  while "started" not in log.read_text():
+    time.sleep(0.1)
+  found = part.finish(0.0)
   assert found["code"] is None
   assert found["seconds"] < 20
   assert any("KeyboardInterrupt" in line for line in found["tail"])
