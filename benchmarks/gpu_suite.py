@@ -117,6 +117,9 @@ class Part:
 
   def __init__(self, command: Sequence[str], log: pathlib.Path | None = None):
     self._log, self._start = log, time.monotonic()
+    # What a shell starts in the background ignores interrupts, and what that starts.
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+      signal.signal(signal.SIGINT, signal.default_int_handler)
     with contextlib.ExitStack() as stack:
       self._process = subprocess.Popen(
         [sys.executable, *command],
