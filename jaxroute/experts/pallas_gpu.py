@@ -2,7 +2,6 @@
 """The products of the experts by the kernels for NVIDIA Hopper, on its tensor cores."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +9,6 @@ import jax
 from jaxroute import ladder
 from jaxroute.experts import products as products_lib
 from jaxroute.kernels.gpu import device, grouped
-from jaxroute.parallel import mesh
 
 
 def check_can_run(operands: Any) -> None:
@@ -46,21 +44,15 @@ def products(interpret: Any = None) -> products_lib.Products:
     `Products`, of what `check_can_run` lets pass.
   """
 
-  def call(
-    kernel: Callable[..., jax.Array], *operands: jax.Array, **static: Any
-  ) -> jax.Array:
-    # Kernels are written in words of 32 bits.
-    with jax.enable_x64(False):
-      out = kernel(*operands, **static, interpret=interpret)
-    # Inside `jax.shard_map` the result does not say that it varies.
-    return mesh.vary_alike((out, operands))[0]
-
   def outer(
     lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
   ) -> jax.Array:
-    return call(grouped.outer, lhs, d_out, group_sizes, dtype=lhs.dtype)
+    return grouped.outer(
+      lhs, d_out, group_sizes, dtype=lhs.dtype, interpret=interpret
+    )
 
-  return products_lib.of(functools.partial(call, grouped.matmul), outer)
+  matmul = functools.partial(grouped.matmul, interpret=interpret)
+  return products_lib.of(matmul, outer)
 
 
 def _other_gpu() -> str | None:

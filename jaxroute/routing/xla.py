@@ -156,7 +156,9 @@ def _masked_key() -> jax.Array:
 def _largest_keys(keys: jax.Array, count: int) -> jax.Array:
   """The `count` largest of `[..., n]` keys, in one reduction, best first."""
 
-  def merge(a, b):
+  def merge(
+    a: tuple[jax.Array, ...], b: tuple[jax.Array, ...]
+  ) -> tuple[jax.typing.ArrayLike, ...]:
     # The i-th largest of two sorted lists.
     merged = []
     for i in range(count):

@@ -70,7 +70,7 @@ def rank(
   pitch = counts.shape[0] // tiles
   block_tiles, long_span = SPANS
   blocks, _ = span_rows(tiles)
-  ops = _threads(interpret)
+  ops = twins.operations(interpret)
 
   def kernel(
     expert_ref: Ref,
@@ -194,7 +194,7 @@ def order(
   n, num_experts = expert_idx.shape[0], load.shape[0]
   if n == 0:
     return jnp.zeros_like(load), *(jnp.zeros(0, jnp.int32),) * 2
-  ops = _threads(interpret)
+  ops = twins.operations(interpret)
   block = _ROUNDS * THREADS
   masks = () if token_mask is None else (token_mask,)
 
@@ -319,10 +319,6 @@ def _scan(
   for i, value in enumerate(sums):
     before = before + jnp.where(warp > i, value, 0)
   return before, functools.reduce(jnp.add, sums)
-
-
-def _threads(interpret: bool) -> Threads:
-  return twins.Twins() if interpret else Threads()
 
 
 def _words(size: int) -> Any:

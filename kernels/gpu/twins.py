@@ -80,5 +80,10 @@ class Twins(Threads):
     return (x < y).astype(jnp.int32)
 
 
+def operations(interpret: bool) -> Threads:
+  """The operations of a kernel that is interpreted, or compiled."""
+  return Twins() if interpret else Threads()
+
+
 def _lanes() -> jax.Array:
   return jnp.arange(WARP, dtype=jnp.int32)[None]

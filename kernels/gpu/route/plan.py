@@ -47,7 +47,7 @@ class Plan:
   @property
   def threads(self) -> Threads:
     """The operations of a thread."""
-    return twins.Twins() if self.interpret else Threads()
+    return twins.operations(self.interpret)
 
   @property
   def num_experts(self) -> int:
