@@ -16,12 +16,12 @@ int32 whatever the dtype of the model.
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import jax
 
 from jaxroute import checks
+from jaxroute.partition import Partition as Partition
 
 ScoreFn = Literal["softmax", "sigmoid", "sqrtsoftplus"]
 BiasSpace = Literal["scores", "logits"]
@@ -307,46 +307,6 @@ class MoEOutput:
   routing: Routing
   logits: jax.Array | None
   group_sizes: jax.Array
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Partition:
-  """How a layer's tokens and experts lie on the mesh in force (`jax.set_mesh`).
-
-  Attributes:
-    token_axes: mesh axes that the leading axis of the tokens is sharded over.
-      The name of a single one is taken for a tuple of it.
-    expert_axis: mesh axis that the experts' parameters are sharded over, or
-      None if every device holds all. It may be one of `token_axes`.
-
-  Raises:
-    ValueError: if these are no names of mesh axes, or one is given twice.
-  """
-
-  token_axes: tuple[str, ...] = ()
-  expert_axis: str | None = None
-
-  def __post_init__(self):
-    axes = self.token_axes
-    if isinstance(axes, str):
-      axes = (axes,)
-    if not isinstance(axes, Sequence) or not all(
-      isinstance(axis, str) for axis in axes
-    ):
-      raise ValueError(
-        "`token_axes` must be a tuple of names of mesh axes, got"
-        f" {self.token_axes!r}. Take () if every device has all tokens."
-      )
-    if len(set(axes)) < len(axes):
-      raise ValueError(
-        f"`token_axes` must name every mesh axis once, got {self.token_axes!r}."
-      )
-    if not isinstance(self.expert_axis, str | None):
-      raise ValueError(
-        "`expert_axis` must be the name of one mesh axis, or None if every"
-        f" device holds all experts, got {self.expert_axis!r}."
-      )
-    object.__setattr__(self, "token_axes", tuple(axes))
 
 
 @jax.tree_util.register_dataclass

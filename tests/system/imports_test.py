@@ -24,7 +24,8 @@ _CALLS_ROUTE = {"types", "routing", "scores", "metrics"}
 # `checks`.
 _ALLOWED = {
   "checks": set(),
-  "types": set(),
+  "partition": set(),
+  "types": {"partition"},
   "kernels": {"types", "kernels"},
   "parallel": {"types", "parallel"},
   "ladder": {"parallel"},
