@@ -12,6 +12,7 @@
 the others that it divides.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -19,8 +20,17 @@ import jax
 from jaxroute import checks, types
 from jaxroute.parallel import mesh as mesh_lib
 
-# By the name of an expert's parameter, which of its dimensions is F.
-_HIDDEN = {"w_gate": -1, "w_up": -1, "w_down": -2}
+LOGICAL_AXES: dict[str, tuple[str | None, ...]] = {
+  "kernel": ("embed", None),
+  "w_gate": ("expert", "embed", "mlp"),
+  "w_up": ("expert", "embed", "mlp"),
+  "w_down": ("expert", "mlp", "embed"),
+  "shared_gate": ("embed", "mlp"),
+  "shared_up": ("embed", "mlp"),
+  "shared_down": ("mlp", "embed"),
+}
+"""The names of axes, for Flax's rules, by the names of a layer's parameters."""
+
 # A router's variables, which every device needs whole.
 _WHOLE = {"expert_bias", "load", "histogram"}
 
@@ -103,6 +113,30 @@ def shardings(
   return jax.tree.unflatten(structure, map(place, leaves))
 
 
+def hidden_specs(
+  params: types.PyTree,
+  partition: types.Partition,
+  mesh: jax.sharding.AbstractMesh,
+) -> types.PyTree:
+  """How experts' parameters lie while a layer runs that `tensor_axis` shards.
+
+  Args:
+    params: `ExpertParams` of `[E, ...]`.
+    partition: its `tensor_axis` is used.
+    mesh: that has it.
+
+  Returns:
+    `jax.P`s, in the structure of `params`.
+
+  Raises:
+    ValueError: if the axis does not divide F.
+  """
+  gathered = dataclasses.replace(partition, fsdp_axis=None)
+  return jax.tree_util.tree_map_with_path(
+    lambda path, w: _spec(w, _names(path)[-1], gathered, mesh), params
+  )
+
+
 def _names(path: tuple[Any, ...]) -> Path:
   """A path of JAX's, by names alone."""
   return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
@@ -110,11 +144,10 @@ def _names(path: tuple[Any, ...]) -> Path:
 
 def _layers(found: list[tuple[tuple[Any, ...], Any]]) -> set[Path]:
   """Where "w_gate" is an expert's: beside a router, and in a dataclass."""
-  attributes = [p for p, _ in found if p and hasattr(p[-1], "name")]
-  routers = [p for p, _ in found if _names(p[-2:]) == ("router", "kernel")]
-  return {_names(p[:-1]) for p in attributes} | {
-    _names(p[:-2]) for p in routers
-  }
+  paths = [path for path, _ in found]
+  routers = [p for p in paths if _names(p[-2:]) == ("router", "kernel")]
+  fields = [p for p in paths if p and hasattr(p[-1], "name")]
+  return {_names(p[:-2]) for p in routers} | {_names(p[:-1]) for p in fields}
 
 
 def _is_boxed(x: Any) -> bool:
@@ -129,17 +162,20 @@ def _shape(x: Any) -> tuple[int, ...]:
   return getattr(array, "shape", ())
 
 
-def _logical_axes(x: Any) -> tuple[str | None, ...]:
-  """A name or None for each axis of an array, by the box that it is in."""
+def _logical_axes(x: Any, name: str | None) -> tuple[str | None, ...]:
+  """A name or None for each axis of an array, by its box or by its own name."""
   rank = len(_shape(x))
-  names: Any = ()
+  axes: Any = None
   if hasattr(x, "get_metadata"):  # an nnx.Variable
-    names = x.get_metadata().get("out_sharding")
+    axes = x.get_metadata().get("out_sharding")
   elif hasattr(x, "unbox"):  # an nn.LogicallyPartitioned
-    names = getattr(x, "names", ())
-  if not isinstance(names, tuple | jax.P) or len(names) > rank:
-    names = ()
-  return (None,) * (rank - len(names)) + tuple(names)
+    axes = getattr(x, "names", None)
+  if not isinstance(axes, tuple | jax.P):
+    axes = LOGICAL_AXES.get(name or "", ())
+  if len(axes) > rank:
+    axes = ()
+  # Axes of a scan, which nobody need name, come first.
+  return (None,) * (rank - len(axes)) + tuple(axes)
 
 
 def _spec(
@@ -156,32 +192,25 @@ def _spec(
     partition: see `shardings`.
     mesh: see there.
   """
-  shape, logical = _shape(x), _logical_axes(x)
+  shape, logical = _shape(x), _logical_axes(x, name)
   axes: list[str | None] = [None] * len(shape)
-  expert = hidden = None
+  first = 0
+
+  def shard(axis: str, what: str, mesh_axis: str | None) -> None:
+    if axis in logical and mesh_axis is not None:
+      i = logical.index(axis)
+      mesh_lib.check_divides(what, shape[i], mesh, (mesh_axis,))
+      axes[i] = mesh_axis
+
   if "expert" in logical:
-    expert = logical.index("expert")
-    hidden = logical.index("mlp") if "mlp" in logical else None
-  elif name in _HIDDEN and len(shape) >= 3:
-    expert, hidden = len(shape) - 3, len(shape) + _HIDDEN[name]
-  if expert is not None and partition.expert_axis is not None:
-    axes[expert] = partition.expert_axis
-    mesh_lib.check_divides(
-      "experts", shape[expert], mesh, (partition.expert_axis,)
-    )
-  if hidden is not None and partition.tensor_axis is not None:
-    axes[hidden] = partition.tensor_axis
-    mesh_lib.check_divides(
-      "units of an expert's width F",
-      shape[hidden],
-      mesh,
-      (partition.tensor_axis,),
-    )
+    first = logical.index("expert")
+    shard("expert", "experts", partition.expert_axis)
+    shard("mlp", "units of an expert's width F", partition.tensor_axis)
   if partition.fsdp_axis is not None and len(shape) > 1:
     size = mesh.shape[partition.fsdp_axis]
     fit = [
       (shape[i], i)
-      for i in range(expert or 0, len(shape))
+      for i in range(first, len(shape))
       if axes[i] is None and logical[i] != "layers" and shape[i] % size == 0
     ]
     if fit:
