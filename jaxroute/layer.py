@@ -12,7 +12,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxroute import checks, dispatch, experts, ladder, types
+from jaxroute import checks, dispatch, experts, ladder, remat, types
 from jaxroute import routing as routing_lib
 from jaxroute.parallel import all_gather
 from jaxroute.parallel import mesh as mesh_lib
@@ -119,7 +119,9 @@ def router(
     partition=partition,
   )
   if partition is not None:
-    counts = routes.counts.made_of(parts)
+    # A loss that wants the load would have it summed again in the backward pass.
+    load = remat.checkpoint_name("load", routes.load)
+    counts = dataclasses.replace(routes.counts, load=load).made_of(parts)
     routes = dataclasses.replace(routes, counts=counts)
   return routes, logits
 

@@ -33,7 +33,7 @@ _ALLOWED = {
   "scores": {"types"},
   "remat": set(),
   **{name: _BELOW | {name} for name in _OPERATIONS},
-  "layer": {"types", "ladder", "parallel", *_OPERATIONS},
+  "layer": {"types", "ladder", "parallel", "remat", *_OPERATIONS},
   "linen": {"types", "layer", "routing", "experts", "counts", "step", "train"},
   "nnx": {"types", "layer", "routing", "experts", "nnx_step"},
   "nnx_step": {"types", "step", "train"},
