@@ -17,6 +17,7 @@ import oracle
 import pytest
 from flax import linen as nn
 from jax.sharding import AxisType
+from ragged import emulated_ragged  # noqa: F401
 
 import jaxroute
 from jaxroute import dual, linen
@@ -26,30 +27,24 @@ CONFIG = jaxroute.RouterConfig(num_experts=E, top_k=2)
 RULE = dual.sign(2.0**-7)
 AXES = ("data", "expert")
 MESHES = {1: (1, 1), 2: (1, 2), 4: (2, 2), 8: (4, 2)}
-PARTITIONS = {
-  # Tokens are sharded over "data" alone, and the experts' parts are summed.
-  "sum": jaxroute.Partition(token_axes="data", expert_axis="expert"),
-  "all_gather": jaxroute.Partition(
-    token_axes=AXES, expert_axis="expert", exchange="all_gather"
-  ),
-}
-for _name in ("equal", "ragged"): PARTITIONS[_name] = PARTITIONS["all_gather"]  # TEMP
+# How tokens get to the experts of other devices.
+EXCHANGES = (None, "all_gather", "equal", "ragged")
 AUTO, EXPLICIT = AxisType.Auto, AxisType.Explicit
 # Devices, exchange, micro-batches, padding, rematerialisation, kind of axes.
 RUNS = [
-  (1, "sum", 1, False, False, AUTO),
+  (1, None, 1, False, False, AUTO),
   (1, "all_gather", 2, False, True, EXPLICIT),
   (1, "equal", 4, True, True, EXPLICIT),
   (1, "ragged", 1, True, False, AUTO),
-  (2, "sum", 2, True, False, EXPLICIT),
+  (2, None, 2, True, False, EXPLICIT),
   (2, "all_gather", 1, True, True, AUTO),
   (2, "equal", 1, False, True, AUTO),
   (2, "ragged", 4, False, False, EXPLICIT),
-  (4, "sum", 4, False, True, AUTO),
+  (4, None, 4, False, True, AUTO),
   (4, "all_gather", 1, False, False, EXPLICIT),
   (4, "equal", 1, True, False, EXPLICIT),
   (4, "ragged", 2, True, True, AUTO),
-  (8, "sum", 1, True, True, EXPLICIT),
+  (8, None, 1, True, True, EXPLICIT),
   (8, "all_gather", 4, True, False, AUTO),
   (8, "equal", 2, False, False, AUTO),
   (8, "ragged", 1, False, True, EXPLICIT),
@@ -65,6 +60,14 @@ class _Layer(nn.Module):
   def __call__(self, total, x, token_mask):
     moe = linen.MoE(CONFIG, hidden_size=F, partition=self.partition, name="moe")
     return total + moe(x, token_mask)[0], None
+
+
+def _partition(exchange):
+  """Where there is no exchange, the devices of "expert" have the same tokens."""
+  token_axes = AXES if exchange else AXES[:1]
+  return jaxroute.Partition(
+    token_axes=token_axes, expert_axis="expert", exchange=exchange
+  )
 
 
 def _model(partition, remat):
@@ -171,13 +174,14 @@ def _expected():
 def test_every_two_settings_meet_in_a_run():
   assert len(RUNS) <= 16
   columns = [set(column) for column in zip(*RUNS, strict=True)]
-  assert columns[0] == set(MESHES) and columns[1] == set(PARTITIONS)
+  assert columns[0] == set(MESHES) and columns[1] == set(EXCHANGES)
   for i, j in itertools.combinations(range(len(columns)), 2):
     wanted = set(itertools.product(columns[i], columns[j]))
     assert {(run[i], run[j]) for run in RUNS} == wanted
 
 
 @pytest.mark.devices(8)
+@pytest.mark.usefixtures("emulated_ragged")
 @pytest.mark.parametrize(
   "devices, exchange, micro_batches, padding, remat, kind", RUNS
 )
@@ -188,7 +192,7 @@ def test_the_bias_takes_one_way(
     MESHES[devices], AXES, (kind, kind), devices=jax.devices()[:devices]
   )
   with jax.set_mesh(mesh):
-    found = _trajectory(PARTITIONS[exchange], micro_batches, padding, remat)
+    found = _trajectory(_partition(exchange), micro_batches, padding, remat)
   for array, expected in zip(found, _expected(), strict=True):
     np.testing.assert_array_equal(array, expected)
   assert len(np.unique(expected)) > 4
