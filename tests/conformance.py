@@ -32,12 +32,17 @@ def rows(values, on_every_jax=_ON_EVERY_JAX):
     values: a shape, a name of a family, ... each.
     on_every_jax: those that it gets.
 
-  Yields:
-    The parameters.
+  Returns:
+    A list of the parameters.
   """
-  for value in values:
-    marks = () if value in on_every_jax else pytest.mark.any_jax
-    yield pytest.param(value, marks=marks, id=str(value))
+  return [
+    pytest.param(
+      value,
+      marks=() if value in on_every_jax else pytest.mark.any_jax,
+      id=str(value),
+    )
+    for value in values
+  ]
 
 
 def bias(num_experts, seed=1):
