@@ -30,6 +30,8 @@ import tpu_cycles
 import tpu_programs
 from absl import app, flags
 
+import jaxroute
+
 _JSON = flags.DEFINE_string("json", "", "Where to write the tables, too.")
 _SECONDS = flags.DEFINE_integer(
   "seconds", 0, "Begin no measurement after so many; 0 measures all."
@@ -86,17 +88,16 @@ def candidates(case: str, t: int, interpret: bool) -> gpu_profile.Candidates:
   Returns:
     What `gpu_profile.measure` takes.
   """
-  config = tpu_cycles.config_of(case)
+  _, e, k, fields = tpu_cycles.CASES[case]
+  config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
   programs = tpu_programs.programs(config, interpret)
 
   def operand(i, shape):
     key = jax.random.key(i)
     if shape.dtype == jnp.int32:
       # K distinct experts a token.
-      choose = functools.partial(
-        jax.random.permutation, x=config.num_experts, independent=True
-      )
-      return jax.vmap(choose)(jax.random.split(key, t))[:, : config.top_k]
+      choose = functools.partial(jax.random.permutation, x=e, independent=True)
+      return jax.vmap(choose)(jax.random.split(key, t))[:, :k]
     return jax.random.normal(key, shape.shape, shape.dtype)
 
   def operands(name):

@@ -110,7 +110,7 @@ def libtpu_version() -> str:
   return importlib.metadata.version("libtpu")
 
 
-def config_of(case: str) -> Any:
+def _config(case: str) -> Any:
   """The `RouterConfig` of a case."""
   import jaxroute
 
@@ -139,7 +139,7 @@ def compile_for(generation: str, case: str, candidate: str):
   )
   mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
   whole = jax.NamedSharding(mesh, jax.P())
-  config = config_of(case)
+  config = _config(case)
   arguments = [
     jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole)
     for x in tpu_programs.shapes(CASES[case][0], config, candidate)
@@ -154,7 +154,7 @@ def _child(generation: str, case: str, candidate: str, folder: str) -> None:
   """Compiles, and writes what the compiler says to `folder`/result.json."""
   from jaxroute.kernels.tpu.route import plan as plan_lib
 
-  plan = plan_lib.Plan(config=config_of(case), tokens=CASES[case][0])
+  plan = plan_lib.Plan(config=_config(case), tokens=CASES[case][0])
   compiled = compile_for(generation, case, candidate)
   memory = compiled.memory_analysis()
   # The compiler estimates one of several ops that are the same.
