@@ -12,7 +12,7 @@ from absl import flags
 
 pytestmark = pytest.mark.any_jax
 
-ROOT = pathlib.Path(__file__).resolve().parents[1]
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "examples" / "launch"
 # Notes a line for each call, each argument in brackets.
 STUB = """#!/usr/bin/env bash
