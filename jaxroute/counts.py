@@ -33,9 +33,9 @@ def of_layers(layers: Any, total: types.Counts) -> types.Counts:
       "`routing` must hold the counts of at least one layer, got none. Pass the"
       " routing of every layer at once."
     )
-  parts = [c.parts for c in found]
-  if None not in parts and len({p.load.shape[-2] for p in parts}) == 1:
-    found = add_shards(parts)
+  apart = [c.parts for c in found if c.parts is not None]
+  if len(apart) == len(found) and _shards(apart) is not None:
+    found = add_shards(apart)
   if total.histogram is None:
     found = [types.Counts(load=c.load) for c in found]
   elif any(c.histogram is None for c in found):
@@ -104,8 +104,7 @@ def of_parts(parts: types.Parts, total: types.Counts) -> types.Counts:
   def structure(counts: types.Counts | types.Parts) -> Any:
     return jax.tree.structure((counts.load, counts.histogram))
 
-  shards = {x.shape[-2] for x in jax.tree.leaves(parts.load)}
-  if structure(parts) != structure(total) or len(shards) != 1:
+  if structure(parts) != structure(total) or _shards([parts]) is None:
     return total
   return add_shards([parts])[0].made_of(parts)
 
@@ -130,7 +129,7 @@ def add_shards(parts: Sequence[types.Parts]) -> list[types.Counts]:
     for p in parts
   ]
   leaves, structure = jax.tree.flatten(apart)
-  shards = leaves[0].shape[0]
+  shards = _shards(parts)
   rows = jnp.concatenate([x.reshape(shards, -1) for x in leaves], axis=1)
   total = jnp.sum(rows, axis=0, dtype=rows.dtype)
   ends = np.cumsum([math.prod(x.shape[1:]) for x in leaves])
@@ -168,6 +167,12 @@ def like_bias(counts: types.Counts, expert_bias: types.PyTree) -> types.Counts:
     shapes = [(*shape, types.HISTOGRAM_BINS) for shape in shapes]
     histogram = _in_structure("histogram", histogram, shapes, expert_bias)
   return types.Counts(load=load, histogram=histogram)
+
+
+def _shards(parts: Sequence[types.Parts]) -> int | None:
+  """S, if all have the same."""
+  found = {x.shape[-2] for p in parts for x in jax.tree.leaves(p.load)}
+  return found.pop() if len(found) == 1 else None
 
 
 def _of_layer(layer: Any) -> types.Counts:

@@ -40,8 +40,9 @@ def router(
     fuse_projection: whether to leave out the logits, so that one kernel can do
       both where there is one; see `jaxroute.routing.project_and_route`.
     partition: how tokens lie on the mesh in force: every device routes its own,
-      by a kernel where there is one, and one all-reduce sums the counts. None
-      for one device, to leave it to the compiler, or where the axes of the mesh
+      by a kernel where there is one. One all-reduce sums the counts where they are
+      used; `Counts.parts` are not summed yet. None for one device, to leave it to
+      the compiler, or where the axes of the mesh
       are explicit, for tokens that lie as `x` does.
 
   Returns:

@@ -6,7 +6,9 @@ The bias and the load live in collections of their own, "expert_bias" and
 forward pass only reads the bias. It counts when the caller makes "load"
 mutable, as with BatchNorm's statistics; initialisation never counts. A third
 collection, "histogram", is there if the `RouterConfig` has histograms, and is
-made mutable like "load":
+made mutable like "load". Where tokens are sharded, "load_parts" and
+"histogram_parts" have what each shard counted in this call, `[..., S, E]`, of which
+`counts` makes one sum for all layers:
 
     variables = model.init(key, x)
     state = jaxroute.linen.init_router_state(variables, rule)
