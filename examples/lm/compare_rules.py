@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import checkpoint as checkpoint_lib
+import command
 import config as config_lib
 import jax
 import numpy as np
@@ -105,6 +106,8 @@ def config_of(arm: str, seed: int) -> config_lib.Config:
     seed=seed,
     decay_steps=steps,
     eval_every=steps,
+    # Times are of one device.
+    mesh="data=1",
     out=str(pathlib.Path(_OUT.value) / f"{folder}_{seed}"),
   )
 
@@ -215,4 +218,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=command.parse_flags)
