@@ -40,11 +40,12 @@ def test_the_last_two_are_kept_and_the_last_is_restored(saved):
   (saved / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
   checkpoints = checkpoint_lib.Checkpoints(saved, {"seed": 0})
   checkpoints.check()
-  assert sorted(os.listdir(saved / "checkpoints")) == ["2", "3"]
   assert checkpoints.last_step == 3
   jax.tree.map(
     np.testing.assert_array_equal, checkpoints.restore(_shapes()), _state(3)
   )
+  checkpoints.save(4, _state(4))
+  assert sorted(os.listdir(saved / "checkpoints")) == ["3", "4"]
   checkpoints.clear()
   assert checkpoints.last_step == 0
 

@@ -99,6 +99,7 @@ def config_of(arm: str, seed: int) -> config_lib.Config:
     settings["steps"] = _STEPS.value
   steps = settings["steps"]
   settings.setdefault("save_every", steps)
+  settings.setdefault("mesh", "data=1")  # times are of one device
   folder = "".join(c if c.isalnum() or c == "-" else "_" for c in arm)
   return config_lib.Config(
     **settings,
@@ -106,8 +107,6 @@ def config_of(arm: str, seed: int) -> config_lib.Config:
     seed=seed,
     decay_steps=steps,
     eval_every=steps,
-    # Times are of one device.
-    mesh="data=1",
     out=str(pathlib.Path(_OUT.value) / f"{folder}_{seed}"),
   )
 
