@@ -4,7 +4,7 @@
 | array | logical axes | sharded over |
 | --- | --- | --- |
 | tokens, expert_idx, weights, token_mask | tokens, ... | `token_axes` |
-| expert parameters | experts, ... | `expert_axis` |
+| expert parameters | experts, D, F | `expert_axis`, or `tensor_axis` on F |
 | expert_bias, load | experts | nothing: replicated, global |
 | group_sizes | experts | `expert_axis` |
 
@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from jaxroute import types
 from jaxroute.parallel import mesh as mesh_lib
+from jaxroute.parallel import placement
 
 # (tokens, their routing, parameters of experts) -> (output, group_sizes)
 RunExperts = Callable[
@@ -45,7 +46,10 @@ def map_experts(
       device.
     x: `[T, D]`, to be sharded over `partition.token_axes`.
     routing: of those tokens.
-    params: pytree of `[E, ...]`, to be sharded over `partition.expert_axis`.
+    params: pytree of `[E, ...]`, to be sharded over `partition.expert_axis`; an
+      `ExpertParams` if there is a `tensor_axis`, which then shards F: every device
+      has a slice of all experts, and one all-reduce, in the dtype of `x`, sums
+      their outputs.
     partition: layout on the mesh of `jax.set_mesh`.
 
   Returns:
@@ -53,7 +57,7 @@ def map_experts(
     `[E]` int32.
 
   Raises:
-    ValueError: if no mesh is in force, it lacks an axis, or T or E does not
+    ValueError: if no mesh is in force, it lacks an axis, or T, E or F does not
       divide.
   """
   mesh = mesh_lib.mesh_of(partition, x)
@@ -63,13 +67,19 @@ def map_experts(
   mesh_lib.check_divides("tokens", x.shape[0], mesh, tokens)
   mesh_lib.check_divides("experts", num_experts, mesh, expert_axes)
   over_tokens, over_experts = jax.P(tokens or None), jax.P(expert)
+  over_params: types.PyTree = over_experts
+  if partition.tensor_axis is not None:
+    over_params = placement.hidden_specs(params, partition, mesh)
 
   def run_shard(
     x: jax.Array, routing: types.Routing, params: types.PyTree
   ) -> tuple[jax.Array, jax.Array]:
     x, routing = _bring_tokens(x, routing, params, partition)
     out, group_sizes = run_experts(x, routing, params)
-    return _take_outputs_back(out, group_sizes, partition)
+    out, group_sizes = _take_outputs_back(out, group_sizes, partition)
+    if partition.tensor_axis is not None:
+      out = jax.lax.psum(out, partition.tensor_axis)
+    return out, group_sizes
 
   # The load is of the global batch already; no expert needs a histogram.
   routing = dataclasses.replace(routing, counts=types.Counts(load=routing.load))
@@ -79,7 +89,7 @@ def map_experts(
     run_shard,
     (x, routing, params),
     mesh=mesh,
-    in_specs=(over_tokens, routes, over_experts),
+    in_specs=(over_tokens, routes, over_params),
     out_specs=(over_tokens, over_experts),
   )
 
