@@ -68,26 +68,26 @@ def start(flag_values: flags.FlagValues = flags.FLAGS) -> None:
       cannot be found.
   """
   f = flag_values
-  given = {
-    "coordinator_address": f.coordinator or None,
-    "num_processes": f.num_processes,
-    "process_id": f.process_id,
-  }
-  if all(value is None for value in given.values()) and not _several():
+  given = [f.coordinator or None, f.num_processes, f.process_id]
+  explicit = any(value is not None for value in given)
+  if not explicit and not _several():
     return
-  if f.coordinator and not re.fullmatch(r"\S+:[0-9]+", f.coordinator):
-    raise SetupError(f"--coordinator must be HOST:PORT, got {f.coordinator!r}.")
+  if explicit:
+    is_address = re.fullmatch(r"\S+:[0-9]+", f.coordinator)
+    if not is_address or None in given or not 0 <= given[2] < given[1]:
+      raise SetupError(
+        "--coordinator=HOST:PORT, --num_processes=N and --process_id from 0 to"
+        f" N - 1 go together, got {f.coordinator!r}, {given[1]} and {given[2]}. On"
+        " Cloud TPU and under srun leave all three out."
+      )
   try:
     jax.distributed.initialize(
-      **given,
-      heartbeat_timeout_seconds=f.heartbeat_seconds,
-      shutdown_timeout_seconds=f.heartbeat_seconds,
+      *given, heartbeat_timeout_seconds=f.heartbeat_seconds
     )
   except (ValueError, RuntimeError) as error:
     raise SetupError(
       f"the processes did not find each other: {error} Give each of N processes"
-      " --coordinator=HOST:PORT --num_processes=N and its own --process_id, from"
-      " 0 to N - 1; on Cloud TPU and under srun leave all three out."
+      " --coordinator=HOST:PORT, --num_processes=N and its own --process_id."
     ) from error
 
 

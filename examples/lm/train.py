@@ -129,11 +129,12 @@ def _run(
       state = _loop(config, corpus, trainer, state, checkpoints, log, stop)
   prompt = corpus.validation[: config.seq_len]
   written = trainer.sample(state, prompt)
-  if not isinstance(log, metrics_log_lib.MetricsLog):
-    return {}
-  sample = sample_lib.describe(prompt, written)
-  _, active = header_lib.parameter_counts(config, params)
-  return results_lib.write(config, corpus, log.rows, sample, active)
+  with hosts.together():
+    if not isinstance(log, metrics_log_lib.MetricsLog):
+      return {}
+    sample = sample_lib.describe(prompt, written)
+    _, active = header_lib.parameter_counts(config, params)
+    return results_lib.write(config, corpus, log.rows, sample, active)
 
 
 def _open(
@@ -258,8 +259,9 @@ def main(argv: Sequence[str]) -> None:
     with hosts.together():
       configs = command.from_flags()
     summaries = [train(config) for config in configs]
-    if hosts.is_first():
-      results_lib.show(configs, summaries)
+    with hosts.together():
+      if hosts.is_first():
+        results_lib.show(configs, summaries)
   except config_lib.SetupError as error:
     _exit(2, str(error))
   except config_lib.SaveError as error:

@@ -19,6 +19,7 @@ import sample as sample_lib
 
 import jaxroute
 import jaxroute.linen
+from jaxroute import parallel
 
 # Enough to tell how far biases are from the best; scores of all tokens of a large
 # batch would not fit a device.
@@ -94,7 +95,11 @@ class Trainer:
     )
     init = self._on_mesh(self._init)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    placed = model_lib.shardings(shapes, partition, mesh)
+    if mesh is None:
+      placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+      placed = jax.tree.map(lambda _: placed, shapes)
+    else:
+      placed = parallel.shardings(shapes, partition, mesh)
     self.shapes = jax.tree.map(
       lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
       shapes,
