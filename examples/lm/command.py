@@ -71,7 +71,7 @@ def from_flags(
   """
   names = [field.name for field in dataclasses.fields(Config)]
   values: dict[str, Any] = {name: flag_values[name].value for name in names}
-  size = flag_values["size"].value
+  size = str(flag_values["size"].value)
   values |= {
     name: value
     for name, value in sizes.SIZES[size].items()

@@ -68,21 +68,24 @@ def start(flag_values: flags.FlagValues = flags.FLAGS) -> None:
       cannot be found.
   """
   f = flag_values
-  given = [f.coordinator or None, f.num_processes, f.process_id]
-  explicit = any(value is not None for value in given)
-  if not explicit and not _several():
-    return
-  if explicit:
-    is_address = re.fullmatch(r"\S+:[0-9]+", f.coordinator)
-    if not is_address or None in given or not 0 <= given[2] < given[1]:
-      raise SetupError(
-        "--coordinator=HOST:PORT, --num_processes=N and --process_id from 0 to"
-        f" N - 1 go together, got {f.coordinator!r}, {given[1]} and {given[2]}. On"
-        " Cloud TPU and under srun leave all three out."
-      )
+  address, count, number = f.coordinator or None, f.num_processes, f.process_id
+  if (address, count, number) == (None, None, None):
+    if not _several():
+      return
+  elif (
+    not re.fullmatch(r"\S+:[0-9]+", f.coordinator)
+    or count is None
+    or number is None
+    or not 0 <= number < count
+  ):
+    raise SetupError(
+      "--coordinator=HOST:PORT, --num_processes=N and --process_id from 0 to N - 1"
+      f" go together, got {f.coordinator!r}, {count} and {number}. On Cloud TPU and"
+      " under srun leave all three out."
+    )
   try:
     jax.distributed.initialize(
-      *given, heartbeat_timeout_seconds=f.heartbeat_seconds
+      address, count, number, heartbeat_timeout_seconds=f.heartbeat_seconds
     )
   except (ValueError, RuntimeError) as error:
     raise SetupError(

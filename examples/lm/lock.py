@@ -68,7 +68,7 @@ def _lock(descriptor: int) -> bool:
   except BlockingIOError:
     return False
   except OSError as error:
-    _say_unlocked(error.strerror)
+    _say_unlocked(error.strerror or str(error))
   return True
 
 

@@ -6,6 +6,7 @@ writes for a folder there is written to one of this machine, and copied: metrics
 at every checkpoint, the rest at the end. Checkpoints go there directly.
 """
 
+import atexit
 import functools
 import os
 import pathlib
@@ -45,7 +46,7 @@ def local(out: str | os.PathLike[str]) -> pathlib.Path:
   """Where this machine writes what belongs into a folder."""
   if not is_remote(out):
     return pathlib.Path(out)
-  return pathlib.Path(_stand_in(os.fspath(out)).name)
+  return _stand_in(os.fspath(out))
 
 
 def fetch(out: str, name: str) -> pathlib.Path:
@@ -54,7 +55,7 @@ def fetch(out: str, name: str) -> pathlib.Path:
   if is_remote(out):
     path.unlink(missing_ok=True)
     if there.exists():
-      there.copy(path)
+      path.write_bytes(there.read_bytes())
   return path
 
 
@@ -74,9 +75,12 @@ def publish(out: str | os.PathLike[str]) -> None:
 
 
 @functools.cache
-def _stand_in(out: str) -> tempfile.TemporaryDirectory[str]:
+def _stand_in(out: str) -> pathlib.Path:
   """The folder of this machine for one in a bucket; gone with the process."""
-  return tempfile.TemporaryDirectory(prefix="run-", ignore_cleanup_errors=True)
+  del out
+  folder = tempfile.mkdtemp(prefix="run-")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  return pathlib.Path(folder)
 
 
 @functools.cache

@@ -95,7 +95,7 @@ class Trainer:
     )
     init = self._on_mesh(self._init)
     shapes = jax.eval_shape(init, jax.random.key(0))
-    if mesh is None:
+    if mesh is None or partition is None:
       placed = jax.sharding.SingleDeviceSharding(jax.devices()[0])
       placed = jax.tree.map(lambda _: placed, shapes)
     else:
@@ -134,7 +134,7 @@ class Trainer:
     return jax.make_array_from_callback(
       (c.batch_size, c.seq_len + 1),
       jax.NamedSharding(self._mesh, jax.P(self._mesh.axis_names)),
-      lambda index: rows(index[0]),
+      lambda index: rows((index or ())[0]),
     )
 
   def scores(self, state: jaxroute.TrainState, batch: jax.Array) -> np.ndarray:
