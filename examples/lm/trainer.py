@@ -131,10 +131,14 @@ class Trainer:
     if self._mesh is None:
       return jnp.asarray(rows(slice(None)))
     c = self._config
+
+    def part(index: Any) -> np.ndarray:
+      return rows(index[0])
+
     return jax.make_array_from_callback(
       (c.batch_size, c.seq_len + 1),
       jax.NamedSharding(self._mesh, jax.P(self._mesh.axis_names)),
-      lambda index: rows((index or ())[0]),
+      part,
     )
 
   def scores(self, state: jaxroute.TrainState, batch: jax.Array) -> np.ndarray:
