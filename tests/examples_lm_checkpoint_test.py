@@ -184,6 +184,20 @@ def test_a_checkpoint_under_another_step_is_damaged(saved, capsys):
   assert again.last_step == 4 and again.log_end == {"bytes": 7}
 
 
+def test_what_one_process_finds_damaged_no_other_takes(
+  saved, monkeypatch, capsys
+):
+  answers = iter([None, "its state cannot be read"])
+  monkeypatch.setattr(
+    checkpoint_lib.hosts, "gather", lambda mine: [mine, next(answers, None)]
+  )
+  checkpoints = checkpoint_lib.Checkpoints(saved, {"seed": 0})
+  state = checkpoints.restore(_shapes())
+  jax.tree.map(np.testing.assert_array_equal, state, _state(2))
+  assert "(its state cannot be read, in process 1)" in capsys.readouterr().err
+  assert os.listdir(saved / "damaged_checkpoints") == ["3"]
+
+
 def test_without_a_whole_checkpoint_nothing_is_changed(saved):
   for step in ("2", "3"):
     shutil.rmtree(saved / "checkpoints" / step / "state")

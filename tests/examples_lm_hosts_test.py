@@ -230,5 +230,14 @@ def test_one_process_starts_nothing(monkeypatch):
   monkeypatch.setattr(hosts.jax.distributed, "initialize", fail)
   hosts.start(_flags())
   hosts.agree({"--steps": 3})
-  with pytest.raises(config_lib.SaveError), hosts.together():
+  with pytest.raises(config_lib.SaveError, match="full"), hosts.together():
     raise config_lib.SaveError("full")
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize("kind", [config_lib.SaveError, config_lib.SetupError])
+def test_what_one_process_raises_all_raise(monkeypatch, kind):
+  there = [kind.__name__, "no"]
+  monkeypatch.setattr(hosts, "gather", lambda here: [here, there])
+  with pytest.raises(kind, match="process 1: no"), hosts.together():
+    pass
