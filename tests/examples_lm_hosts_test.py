@@ -100,7 +100,8 @@ def _config(folder, name):
 def test_two_processes_train_what_one_does(trained, corpus, folder, tmp_path):
   config = _config(folder, "unbroken")
   alone = config_lib.Config(
-    **lm_hosts.SETTINGS | {"data": str(corpus), "out": str(tmp_path)}
+    **lm_hosts.SETTINGS
+    | {"data": str(corpus), "out": str(tmp_path), "mesh": "data=1"}
   )
   lm_runs.train(alone)
   rows, expected = (lm_runs.rows(c.out) for c in (config, alone))

@@ -29,6 +29,8 @@ MESH = "data=2,expert=2"
 STEPS = 8
 SETTINGS = lm_runs.TINY | {
   "steps": STEPS,
+  # The programs are those of the other tests, on another mesh.
+  "decay_steps": lm_runs.STEPS,
   "eval_every": 4,
   "eval_batches": 2,
   "save_every": 4,
@@ -117,7 +119,7 @@ def resume(process, corpus, folder):
       signal.raise_signal(signal.SIGINT)
 
   on_step(action)
-  run(data=corpus, out=folder / "stopped", steps=400, decay_steps=STEPS)
+  run(data=corpus, out=folder / "stopped", steps=400)
 
 
 def main():
