@@ -40,11 +40,12 @@ def test_the_last_two_are_kept_and_the_last_is_restored(saved):
   (saved / "checkpoints" / "4.orbax-checkpoint-tmp").mkdir()
   checkpoints = checkpoint_lib.Checkpoints(saved, {"seed": 0})
   checkpoints.check()
-  assert sorted(os.listdir(saved / "checkpoints")) == ["2", "3"]
   assert checkpoints.last_step == 3
   jax.tree.map(
     np.testing.assert_array_equal, checkpoints.restore(_shapes()), _state(3)
   )
+  checkpoints.save(4, _state(4))
+  assert sorted(os.listdir(saved / "checkpoints")) == ["3", "4"]
   checkpoints.clear()
   assert checkpoints.last_step == 0
 
@@ -181,6 +182,20 @@ def test_a_checkpoint_under_another_step_is_damaged(saved, capsys):
   again = checkpoint_lib.Checkpoints(saved, {"seed": 0})
   again.restore(_shapes())
   assert again.last_step == 4 and again.log_end == {"bytes": 7}
+
+
+def test_what_one_process_finds_damaged_no_other_takes(
+  saved, monkeypatch, capsys
+):
+  answers = iter([None, "its state cannot be read"])
+  monkeypatch.setattr(
+    checkpoint_lib.hosts, "gather", lambda mine: [mine, next(answers, None)]
+  )
+  checkpoints = checkpoint_lib.Checkpoints(saved, {"seed": 0})
+  state = checkpoints.restore(_shapes())
+  jax.tree.map(np.testing.assert_array_equal, state, _state(2))
+  assert "(its state cannot be read, in process 1)" in capsys.readouterr().err
+  assert os.listdir(saved / "damaged_checkpoints") == ["3"]
 
 
 def test_without_a_whole_checkpoint_nothing_is_changed(saved):

@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 
+import command
 import config as config_lib
 import lm_runs
 import pytest
@@ -38,16 +39,36 @@ CONFIG = config_lib.Config(
     ({"seed": 2**32}, "--seed must be finite and at most 4294967295"),
     ({"seed": -1}, "--seed must be at least 0"),
     ({"batch_size": 2**25, "seq_len": 64}, "--batch_size=.* since loads are"),
-    ({"out": ""}, "--out must be a local folder, got ''"),
-    ({"out": "gs://bucket/run"}, "--out must be a local folder, got 'gs://"),
-    ({"out": "caf\udce9"}, "--out must be a local folder"),
-    ({"mesh": ""}, "--mesh must be DATA,EXPERT"),
-    ({"mesh": "1,1,1"}, "--mesh must be DATA,EXPERT"),
-    ({"mesh": "0,1"}, "--mesh must be DATA,EXPERT"),
-    ({"mesh": "9" * 5000 + ",1"}, "--mesh must be DATA,EXPERT"),
-    ({"mesh": "2"}, "--mesh must be DATA,EXPERT, two positive integers"),
-    ({"mesh": "3,1"}, "--batch_size=4 must be divisible by"),
-    ({"mesh": "1,3"}, "--num_experts=8 must be divisible by the 3"),
+    ({"out": ""}, "--out must be a folder, .* got ''"),
+    (
+      {"out": "gs://bucket"},
+      "--out must be .* or gs://BUCKET/FOLDER, got 'gs:",
+    ),
+    ({"out": "s3://bucket/run"}, "--out must be .* got 's3://bucket/run'"),
+    ({"out": "caf\udce9"}, "--out must be a folder"),
+    ({"mesh": "1,1"}, "--mesh must be data=D or data=D,expert=X"),
+    ({"mesh": "expert=2"}, "--mesh must be data=D or data=D,expert=X"),
+    ({"mesh": "data=2,model=2"}, "--mesh must be .* got 'data=2,model=2'"),
+    ({"mesh": "data=0"}, "--mesh must be .* Use --mesh=data=1 for one device"),
+    ({"mesh": "data=" + "9" * 5000}, "--mesh must be data=D or"),
+    (
+      {"mesh": "data=3"},
+      "--batch_size=4 must be divisible by .* the 3 devices of --mesh=data=3."
+      " Type --batch_size=6, or take fewer devices, as by --mesh=data=2",
+    ),
+    (
+      {"mesh": "data=2,expert=4"},
+      "must be divisible .* the 8 devices of --mesh",
+    ),
+    (
+      {"mesh": "data=1,expert=3", "batch_size": 6},
+      "--num_experts=8 must be divisible by the 3",
+    ),
+    (
+      {"dtype": "float16"},
+      "--dtype must be float32 or bfloat16, got 'float16'",
+    ),
+    ({"num_groups": 3}, "--num_groups must divide"),
     ({"num_heads": 32}, "--num_heads=32 must divide --model_size=32"),
   ],
 )
@@ -68,9 +89,9 @@ def test_a_run_is_known_by_what_its_steps_depend_on():
 def _parsed(*arguments):
   """The runs of a command line."""
   values = flags.FlagValues()
-  config_lib.define_flags(values)
+  command.define_flags(values)
   values(["train.py", *arguments])
-  return config_lib.from_flags(values)
+  return command.from_flags(values)
 
 
 @pytest.mark.parametrize(
@@ -82,7 +103,15 @@ def _parsed(*arguments):
     (["--rule=none", "--out=a/b"], ["a/b"]),
     (["--rule=none,sign", "--out=a"], ["a/none", "a/sign"]),
     # What a run may be resumed with is not in its name.
-    (["--steps=700", "--mesh=2,2"], ["runs/lm/proportional"]),
+    (["--steps=700", "--mesh=data=2"], ["runs/lm/proportional"]),
+    (
+      ["--out=gs://b/c", "--rule=none,sign"],
+      ["gs://b/c/none", "gs://b/c/sign"],
+    ),
+    (
+      ["--size=lfb_1b", "--top_k=4", "--remat"],
+      ["runs/lm,size=lfb_1b,top_k=4/proportional"],
+    ),
     (
       ["--seed=1", "--data=/usr/share/a text"],
       ["runs/lm,data=_usr_share_a_text,seed=1/proportional"],
@@ -128,7 +157,7 @@ def test_more_devices_than_there_are_is_named(tmp_path):
   config = dataclasses.replace(
     CONFIG,
     batch_size=16,
-    mesh="16,1",
+    mesh="data=16",
     data=str(corpus),
     out=str(tmp_path / "o"),
   )
@@ -149,9 +178,9 @@ def test_a_wrong_flag_is_named(capsys, monkeypatch, argument, message):
   parsed = flags.FlagValues()
   flags.DEFINE_integer("steps", 1, "", flag_values=parsed)
   flags.DEFINE_bool("resume", True, "", flag_values=parsed)
-  monkeypatch.setattr(config_lib.flags, "FLAGS", parsed)
+  monkeypatch.setattr(command.flags, "FLAGS", parsed)
   with pytest.raises(SystemExit) as error:
-    config_lib.parse_flags(["/path/train.py", argument])
+    command.parse_flags(["/path/train.py", argument])
   assert error.value.code == 2
   assert capsys.readouterr().err.startswith(f"train.py: {message}")
 

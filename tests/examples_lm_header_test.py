@@ -12,7 +12,7 @@ import pytest
 pytestmark = [pytest.mark.any_jax, pytest.mark.implicit_promotion]
 
 CONFIG = config_lib.Config(
-  batch_size=16, model_size=32, num_heads=2, out="runs/a b"
+  batch_size=16, model_size=32, num_heads=2, out="runs/a b", mesh="data=1"
 )
 
 
@@ -51,19 +51,22 @@ def test_it_says_what_is_trained_and_where_it_is_found():
   "change, count, text",
   [
     ({}, 1, "uses 1 of 1, cpu"),
-    ({}, 8, "uses 1 of 8, cpu; --mesh=8,1 would use all"),
-    ({"micro_batches": 4}, 8, "uses 1 of 8, cpu; --mesh=4,2 would use all"),
-    ({"mesh": "4,2"}, 8, "uses 8 of 8, cpu"),
-    ({}, 7, "uses 1 of 7, cpu; no --mesh over all divides the batch and the"),
+    ({"mesh": ""}, 8, "uses 8 of 8, cpu, as --mesh=data=8"),
+    (
+      {"mesh": "", "fsdp": True},
+      8,
+      "uses 8 of 8, cpu, as --mesh=data=8 --fsdp",
+    ),
+    (
+      {"mesh": "data=2,expert=2"},
+      8,
+      "uses 4 of 8, cpu, as --mesh=data=2,expert=2; without --mesh all are used",
+    ),
   ],
 )
-def test_it_says_which_devices_stand_idle(change, count, text):
-  config = dataclasses.replace(CONFIG, **change)
-  found = _header(config, device_count=count)["devices"]
-  assert found.startswith(text)
-  if "would use" in found:
-    mesh = found.split("--mesh=")[1].split()[0]
-    dataclasses.replace(config, mesh=mesh)  # which checks it
+def test_it_says_which_devices_are_used(change, count, text):
+  config = dataclasses.replace(CONFIG, **change).on_devices(count)
+  assert _header(config, device_count=count)["devices"] == text
 
 
 def test_it_says_how_far_the_run_goes():

@@ -4,7 +4,9 @@
 import json
 import pathlib
 
+import command
 import config as config_lib
+import hosts
 import numpy as np
 import pytest
 import report as report_lib
@@ -47,10 +49,11 @@ def _train(config):
 
 def _main(monkeypatch, *arguments):
   values = flags.FlagValues()
-  config_lib.define_flags(values)
+  command.define_flags(values)
   values(["train.py", *arguments])
-  configs = config_lib.from_flags(values)
-  monkeypatch.setattr(config_lib, "from_flags", lambda: configs)
+  configs = command.from_flags(values)
+  monkeypatch.setattr(command, "from_flags", lambda: configs)
+  monkeypatch.setattr(hosts, "start", lambda: None)
   monkeypatch.setattr(train_lib, "train", _train)
   train_lib.main(["train.py"])
 

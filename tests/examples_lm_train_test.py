@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 import pytest
 import report as report_lib
 import train as train_lib
+import trainer as trainer_lib
 from lm_runs import STEPS, TINY
 
 from jaxroute import assignment
@@ -339,7 +340,7 @@ def test_no_other_run_may_use_the_folder(config):
 
 
 def test_a_run_may_move_to_a_mesh_which_changes_nothing(config, unbroken):
-  lm_runs.train(dataclasses.replace(config, mesh="2,2"))
+  lm_runs.train(dataclasses.replace(config, mesh="data=2,expert=2"))
   rows, expected = lm_runs.rows(config.out), lm_runs.rows(unbroken.out)
   assert rows[50]["step"] == 50 and rows[51]["step"] == 51
   assert rows[51]["load"] == expected[51]["load"]
@@ -348,14 +349,14 @@ def test_a_run_may_move_to_a_mesh_which_changes_nothing(config, unbroken):
       other["bits_per_byte"], rel=2e-3
     )
   # What one mesh has saved, another and a single device can read.
-  for mesh in ("1,4", "1,1"):
+  for mesh in ("data=1,expert=4", "data=1"):
     lm_runs.train(dataclasses.replace(config, mesh=mesh))
 
 
 def test_experts_are_sharded_and_nothing_else(unbroken):
-  config = dataclasses.replace(unbroken, mesh="2,2")
-  with train_lib._mesh(config) as mesh:
-    state = lm_runs.trainer(config, mesh).init(jax.random.key(0))
+  config = dataclasses.replace(unbroken, mesh="data=2,expert=2")
+  mesh = trainer_lib.make_mesh(config)
+  state = lm_runs.trainer(config, mesh).init(jax.random.key(0))
   sharded = {
     path[-1].key
     for path, leaf in jax.tree_util.tree_leaves_with_path(state)

@@ -4,7 +4,9 @@
 Beside the state lie the settings of the run and the number of this format, so
 that a run is never continued with other settings, nor from arrays of another
 structure; and checksums of all of it, so that it is never continued from arrays
-that the disk has changed.
+that the disk has changed. All processes write a checkpoint and read it, each
+what its devices hold, and take the same one for damaged. The structure does not
+depend on the mesh, so a run may go on with another.
 """
 
 import contextlib
@@ -14,7 +16,6 @@ import hashlib
 import json
 import logging
 import os
-import pathlib
 import re
 import shutil
 import sys
@@ -22,9 +23,12 @@ from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import checksum
+import hosts
 import jax
 import orbax.checkpoint as ocp
-from config import SetupError
+import storage
+from config import SaveError, SetupError
+from etils import epath
 
 # To be raised whenever the structure of what is saved changes.
 FORMAT = 3
@@ -32,25 +36,21 @@ FORMAT = 3
 _T = TypeVar("_T")
 
 
-class SaveError(OSError):
-  """A save failed, on a full disk say; shown without a traceback."""
-
-
 class Checkpoints:
-  """The checkpoints of one run.
+  """The checkpoints of one run; all processes call everything.
 
   Args:
-    out: the folder of the run.
+    out: the folder of the run, the same in all processes.
     identity: the settings, JSON-like, that a run can only be resumed with.
 
   Attributes:
     log_end: what was saved with the state that was restored, None if none was.
   """
 
-  def __init__(self, out: pathlib.Path, identity: dict[str, Any]):
+  def __init__(self, out: str | os.PathLike[str], identity: dict[str, Any]):
     self._out = out
-    self._folder = out.absolute() / "checkpoints"
-    self._set_aside = out.absolute() / "damaged_checkpoints"
+    self._folder = storage.absolute(out) / "checkpoints"
+    self._set_aside = storage.absolute(out) / "damaged_checkpoints"
     self._identity = identity
     # Step to what is wrong with its checkpoint.
     self._damage: dict[int, str] = {}
@@ -68,7 +68,8 @@ class Checkpoints:
     with saving("deleting checkpoints", self._out), _quiet():
       for step in self._manager.all_steps():
         self._manager.delete(step)
-    shutil.rmtree(self._set_aside, ignore_errors=True)
+    if hosts.is_first():
+      self._set_aside.rmtree(missing_ok=True)
 
   def check(self) -> None:
     """Raises SetupError if the newest checkpoint cannot be continued from."""
@@ -93,11 +94,13 @@ class Checkpoints:
 
     def read(step: int) -> tuple[Any, dict[str, Any]]:
       settings = self._settings(step)
-      state = self._read(step, state=ocp.args.StandardRestore(shapes))
-      found = checksum.checksums(state)
-      wrong = [k for k, v in settings["arrays"].items() if found.get(k) != v]
-      if wrong:
-        raise _DamagedError(f"not as they were saved: {', '.join(wrong[:3])}")
+      with _same_damage():
+        state = self._read_state(step, shapes)
+      with _same_damage():
+        found = checksum.checksums(state)
+        wrong = [k for k, v in settings["arrays"].items() if found.get(k) != v]
+        if wrong:
+          raise _DamagedError(f"not as they were saved: {', '.join(wrong[:3])}")
       return state, settings["log"]
 
     state, self.log_end = self._newest_whole(read)
@@ -121,15 +124,19 @@ class Checkpoints:
       with saving(f"saving step {step}", self._out), _quiet():
         self._write(step, state, log_end)
     except BaseException:
-      for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
-        shutil.rmtree(part, ignore_errors=True)
+      if hosts.is_first():
+        with contextlib.suppress(OSError):
+          for part in self._folder.glob(f"{step}.orbax-checkpoint-tmp*"):
+            part.rmtree()
       raise
 
   def _write(self, step: int, state: Any, log_end: Any) -> None:
     # The array store prints at length if the disk turns out full halfway.
     needed = sum(x.nbytes for x in jax.tree.leaves(state)) + 2**16
-    if shutil.disk_usage(self._folder).free < needed:
-      raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    with hosts.together(), saving(f"saving step {step}", self._out):
+      is_local = not storage.is_remote(self._out)
+      if is_local and shutil.disk_usage(self._folder).free < needed:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     settings = {
       "format": FORMAT,
       "step": step,
@@ -156,8 +163,9 @@ class Checkpoints:
       lightweight_initialize=True,
     )
     with saving("preparing the folder of checkpoints", self._out), _quiet():
-      self._folder.mkdir(parents=True, exist_ok=True)
-      return ocp.CheckpointManager(self._folder, options=options)
+      if hosts.is_first():
+        self._folder.mkdir(parents=True, exist_ok=True)
+      return _Manager(self._folder, options=options)
 
   def _newest_whole(self, read: Callable[[int], _T]) -> _T:
     """What `read` makes of the newest step that it does not find damaged."""
@@ -175,27 +183,26 @@ class Checkpoints:
       " back from a copy, or --resume=false to start the run anew."
     )
 
-  def _read(self, step: int, **item: Any) -> Any:
-    """An item of a checkpoint, by its name and what Orbax is to do for it."""
-    (name,) = item
+  def _read_state(self, step: int, shapes: Any) -> Any:
+    """The state of a checkpoint, read where its shardings put it.
+
+    The manager would wait for processes that have found theirs damaged.
+    """
+    handler = ocp.StandardCheckpointHandler()
     try:
-      return self._manager.restore(step, args=ocp.args.Composite(**item))[name]
+      return handler.restore(
+        self._folder / str(step) / "state",
+        args=ocp.args.StandardRestore(shapes),
+      )
     # What Orbax and the array store raise for a damaged file has no common type.
     except Exception as error:
-      reason = re.split(r" \[|\n", str(error).strip())[0][-100:]
-      raise _DamagedError(
-        f"its {name} cannot be read: {type(error).__name__}: {reason}"
-      ) from error
+      raise _unreadable("state", error) from error
 
   def _settings(self, step: int) -> dict[str, Any]:
     """What lies beside the state, if the run can be continued from it."""
-    settings = self._read(step, settings=ocp.args.JsonRestore())
-    if not isinstance(settings, dict):
-      raise _DamagedError("its settings are not as they were saved")
-    found, digest = settings.get("format"), settings.pop("sha256", None)
-    # Formats before 3 had no digest.
-    if digest != _digest(settings) and (digest or found == FORMAT):
-      raise _DamagedError("its settings are not as they were saved")
+    with _same_damage():
+      settings = self._read_settings(step)
+    found = settings.get("format")
     if found != FORMAT:
       raise SetupError(
         f"--out={self._out} holds checkpoints"
@@ -203,8 +210,6 @@ class Checkpoints:
         f" expected format {FORMAT}: another version of this program wrote them."
         " Choose another --out, or --resume=false to delete that run."
       )
-    if settings["step"] != step:
-      raise _DamagedError(f"it was saved as step {settings['step']}")
     saved = settings["identity"]
     differing = [
       f"--{name}: {saved.get(name)!r} there, {self._identity.get(name)!r} here"
@@ -219,26 +224,82 @@ class Checkpoints:
       )
     return settings
 
+  def _read_settings(self, step: int) -> dict[str, Any]:
+    path = self._folder / str(step) / "settings" / "metadata"
+    try:
+      settings = json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+      raise _unreadable("settings", error) from error
+    if not isinstance(settings, dict):
+      raise _DamagedError("its settings are not as they were saved")
+    digest, is_ours = (
+      settings.pop("sha256", None),
+      settings.get("format") == FORMAT,
+    )
+    # Formats before 3 had no digest.
+    if digest != _digest(settings) and (digest or is_ours):
+      raise _DamagedError("its settings are not as they were saved")
+    if is_ours and settings["step"] != step:
+      raise _DamagedError(f"it was saved as step {settings['step']}")
+    return settings
+
   def _move_damaged(self) -> None:
     """Moves damaged checkpoints aside, whose steps will be saved again."""
-    for step, why in self._damage.items():
-      with saving("moving a damaged checkpoint", self._out):
-        self._set_aside.mkdir(exist_ok=True)
-        shutil.rmtree(self._set_aside / str(step), ignore_errors=True)
-        (self._folder / str(step)).rename(self._set_aside / str(step))
-      print(
-        f"--out={self._out}: the checkpoint of step {step} is damaged ({why})."
-        f" It is now in {self._set_aside}; the run continues from step"
-        f" {self.last_step}.",
-        file=sys.stderr,
-      )
-    if self._damage:
-      self._damage.clear()
-      self._manager = self._open()
+    if not self._damage:
+      return
+    with hosts.together():
+      if hosts.is_first():
+        for step, why in self._damage.items():
+          self._move(step, why)
+    self._damage.clear()
+    self._manager = self._open()
+
+  def _move(self, step: int, why: str) -> None:
+    with saving("moving a damaged checkpoint", self._out):
+      self._set_aside.mkdir(exist_ok=True)
+      (self._set_aside / str(step)).rmtree(missing_ok=True)
+      (self._folder / str(step)).rename(self._set_aside / str(step))
+    print(
+      f"--out={self._out}: the checkpoint of step {step} is damaged ({why})."
+      f" It is now in {self._set_aside}; the run continues from step"
+      f" {self.last_step}.",
+      file=sys.stderr,
+    )
+
+
+class _Manager(ocp.CheckpointManager):
+  """Saves when it is told to: whether to stop is asked once a step, by `Stop`."""
+
+  def reached_preemption(self, step: int) -> bool:
+    del step
+    return False
 
 
 class _DamagedError(Exception):
   """A checkpoint is not what was saved; the text says in what way."""
+
+
+def _unreadable(name: str, error: Exception) -> _DamagedError:
+  reason = re.split(r" \[|\n", str(error).strip())[0][-100:]
+  return _DamagedError(
+    f"its {name} cannot be read: {type(error).__name__}: {reason}"
+  )
+
+
+@contextlib.contextmanager
+def _same_damage() -> Iterator[None]:
+  """Has all processes find the damage that any of them finds."""
+  found = None
+  try:
+    yield
+  except _DamagedError as error:
+    found = error
+  everyone = hosts.gather(None if found is None else str(found))
+  if found is not None:
+    raise found
+  for i, why in enumerate(everyone):
+    if why is not None:
+      raise _DamagedError(f"{why}, in process {i}")
 
 
 def _digest(settings: dict[str, Any]) -> str:
@@ -246,13 +307,13 @@ def _digest(settings: dict[str, Any]) -> str:
   return hashlib.sha256(text.encode()).hexdigest()
 
 
-def saved_identity(out: pathlib.Path) -> dict[str, Any]:
+def saved_identity(out: str | os.PathLike[str]) -> dict[str, Any]:
   """The settings that the run in a folder was begun with, {} if it has none.
 
   Args:
     out: the folder of the run.
   """
-  found = (out / "checkpoints").glob("*/settings/metadata")
+  found = (epath.Path(out) / "checkpoints").glob("*/settings/metadata")
   of_step = {int(p.parts[-3]): p for p in found if p.parts[-3].isdecimal()}
   for step in sorted(of_step, reverse=True):
     # A file may be damaged in any way.
@@ -264,7 +325,7 @@ def saved_identity(out: pathlib.Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def saving(doing: str, out: pathlib.Path) -> Iterator[None]:
+def saving(doing: str, out: str | os.PathLike[str]) -> Iterator[None]:
   """Turns what a disk raises into a `SaveError` or, if not full, a `SetupError`.
 
   Args:

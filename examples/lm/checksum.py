@@ -25,6 +25,7 @@ def checksums(tree: Any) -> dict[str, str]:
     The path of every leaf to its dtype, shape and checksum, as text.
   """
   leaves = jax.tree_util.tree_leaves_with_path(tree)
+  # The sums are whole in every process; of arrays that are, too, in each its own.
   sums = jax.device_get(_sums([leaf for _, leaf in leaves]))
   return {
     jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)} {value:08x}"

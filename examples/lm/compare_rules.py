@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import checkpoint as checkpoint_lib
+import command
 import config as config_lib
 import jax
 import numpy as np
@@ -98,6 +99,7 @@ def config_of(arm: str, seed: int) -> config_lib.Config:
     settings["steps"] = _STEPS.value
   steps = settings["steps"]
   settings.setdefault("save_every", steps)
+  settings.setdefault("mesh", "data=1")  # times are of one device
   folder = "".join(c if c.isalnum() or c == "-" else "_" for c in arm)
   return config_lib.Config(
     **settings,
@@ -215,4 +217,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=config_lib.parse_flags)
+  app.run(main, flags_parser=command.parse_flags)

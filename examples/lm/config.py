@@ -2,15 +2,11 @@
 """The settings of `train.py`: one dataclass, from which the flags are made."""
 
 import dataclasses
-import pathlib
 import re
-import sys
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import optax
-from absl import flags
 
 import jaxroute
 from jaxroute import dual, types
@@ -38,6 +34,10 @@ class SetupError(ValueError):
   """Something the user has to change; shown without a traceback."""
 
 
+class SaveError(OSError):
+  """A save failed, on a full disk say; shown without a traceback."""
+
+
 def _flag(default: Any, help_text: str, *, free: bool = False) -> Any:
   """A field that is also a flag.
 
@@ -62,7 +62,8 @@ class Config:
   out: str = _flag(
     "runs/lm",
     "Folder of checkpoints, metrics and figures; of a folder for each rule if"
-    " --rule lists several. By default it is named by rule and settings.",
+    " --rule lists several. By default it is named by rule and settings. A folder"
+    " that all hosts see, or gs://BUCKET/FOLDER.",
     free=True,
   )
   steps: int = _flag(
@@ -75,6 +76,8 @@ class Config:
   num_heads: int = _flag(4, "Attention heads.")
   num_experts: int = _flag(16, "E, routed experts per layer.")
   top_k: int = _flag(2, "K, routed experts per token.")
+  num_groups: int = _flag(1, "Groups of experts.")
+  group_top_k: int = _flag(1, "Groups that a token may use experts of.")
   expert_size: int = _flag(64, "F, hidden width of a routed expert.")
   shared_size: int = _flag(64, "Hidden width of the shared expert; 0: none.")
   score_fn: types.ScoreFn = _flag(
@@ -98,9 +101,24 @@ class Config:
   micro_batches: int = _flag(1, "Parts a batch is processed in, in turn.")
   seed: int = _flag(0, "Of the parameters and of the order of the data.")
   mesh: str = _flag(
-    "1,1",
-    "DATA,EXPERT: devices the batch and the experts are sharded over.",
+    "",
+    "data=D or data=D,expert=X: the batch is sharded over D * X devices, and the"
+    " experts over X. By default D is all devices.",
     free=True,
+  )
+  fsdp: bool = _flag(
+    False,
+    "Shard parameters and optimizer over the data devices too.",
+    free=True,
+  )
+  remat: bool = _flag(
+    False,
+    "Compute layers again for their gradients, but for the routes; saves memory.",
+    free=True,
+  )
+  dtype: str = _flag(
+    "float32",
+    "float32 or bfloat16, of the computation; parameters are float32.",
   )
   eval_every: int = _flag(150, "Steps between validations.", free=True)
   eval_batches: int = _flag(48, "Batches of a validation, at most.", free=True)
@@ -118,8 +136,16 @@ class Config:
     self._check_ranges()
     # The array store takes no other names.
     is_text = self.out == self.out.encode(errors="replace").decode()
-    if not self.out or "://" in self.out or not is_text:
-      raise SetupError(f"--out must be a local folder, got {self.out!r}.")
+    is_known = re.fullmatch("gs://[^/]+/.+", self.out) or "://" not in self.out
+    if not self.out or not is_known or not is_text:
+      raise SetupError(
+        "--out must be a folder, of this machine or gs://BUCKET/FOLDER, got"
+        f" {self.out!r}."
+      )
+    if self.dtype not in ("float32", "bfloat16"):
+      raise SetupError(
+        f"--dtype must be float32 or bfloat16, got {self.dtype!r}."
+      )
     if self.model_size % (2 * self.num_heads):
       raise SetupError(
         f"--num_heads={self.num_heads} must divide --model_size="
@@ -129,17 +155,8 @@ class Config:
       raise SetupError(
         f"--rule must be one of {', '.join(RULES)}, got {self.rule!r}."
       )
-    data, expert = self.mesh_shape
-    if self.batch_size % (self.micro_batches * data):
-      raise SetupError(
-        f"--batch_size={self.batch_size} must be divisible by --micro_batches="
-        f"{self.micro_batches} times the {data} data devices of --mesh."
-      )
-    if self.num_experts % expert:
-      raise SetupError(
-        f"--num_experts={self.num_experts} must be divisible by the {expert}"
-        " expert devices of --mesh."
-      )
+    if self.mesh:
+      self._check_divides(*self.mesh_shape)
     for make in (lambda: self.router, self.make_rule):
       try:
         make()
@@ -148,6 +165,26 @@ class Config:
         raise SetupError(
           str(error).replace("`", "--", 1).replace("`", "", 1)
         ) from error
+
+  def _check_divides(self, data: int, expert: int):
+    devices, unit = data * expert, self.micro_batches * data * expert
+    if self.batch_size % unit:
+      fewer = max(
+        n
+        for n in range(1, devices + 1)
+        if self.batch_size % (self.micro_batches * n) == 0 or n == 1
+      )
+      raise SetupError(
+        f"--batch_size={self.batch_size} must be divisible by --micro_batches="
+        f"{self.micro_batches} times the {devices} devices of --mesh={self.mesh}."
+        f" Type --batch_size={-(-self.batch_size // unit) * unit}, or take fewer"
+        f" devices, as by --mesh=data={fewer}."
+      )
+    if self.num_experts % expert:
+      raise SetupError(
+        f"--num_experts={self.num_experts} must be divisible by the {expert}"
+        " expert devices of --mesh."
+      )
 
   def _check_ranges(self):
     least_1 = (
@@ -186,13 +223,26 @@ class Config:
   @property
   def mesh_shape(self) -> tuple[int, int]:
     """Devices along "data" and "expert"."""
-    if not re.fullmatch("0*[1-9][0-9]{0,8},0*[1-9][0-9]{0,8}", self.mesh):
+    count = "0*([1-9][0-9]{0,8})"
+    found = re.fullmatch(f"data={count}(?:,expert={count})?", self.mesh)
+    if not found:
       raise SetupError(
-        f"--mesh must be DATA,EXPERT, two positive integers, got {self.mesh!r}."
-        " Use --mesh=1,1 for one device."
+        "--mesh must be data=D or data=D,expert=X, two positive integers, got"
+        f" {self.mesh[:100]!r}. Use --mesh=data=1 for one device, and leave it out"
+        " for all."
       )
-    data, expert = self.mesh.split(",")
-    return int(data), int(expert)
+    return int(found[1]), int(found[2] or 1)
+
+  def on_devices(self, count: int) -> "Config":
+    """The settings with a mesh: theirs or, if they leave it open, of all devices.
+
+    Args:
+      count: devices that there are.
+
+    Raises:
+      SetupError: if the batch does not divide over them.
+    """
+    return dataclasses.replace(self, mesh=self.mesh or f"data={count}")
 
   @property
   def router(self) -> jaxroute.RouterConfig:
@@ -201,6 +251,8 @@ class Config:
       num_experts=self.num_experts,
       top_k=self.top_k,
       score_fn=self.score_fn,
+      num_groups=self.num_groups,
+      group_top_k=self.group_top_k,
       histogram=self.rule == "quantile",
     )
 
@@ -244,6 +296,10 @@ class Config:
       for f in dataclasses.fields(self)
       if not f.metadata["free"]
     }
+    # Runs from before there were these settings had their defaults.
+    for name in ("dtype", "num_groups", "group_top_k"):
+      if settings[name] == Config.__dataclass_fields__[name].default:
+        del settings[name]
     return settings | {"decay_steps": self.schedule_steps}
 
   def continuing(self, saved: dict[str, Any]) -> "Config":
@@ -257,76 +313,3 @@ class Config:
     """
     decay_steps = self.decay_steps or saved.get("decay_steps", 0)
     return dataclasses.replace(self, decay_steps=decay_steps)
-
-
-def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
-  """Defines the flag of every field of `Config`.
-
-  Args:
-    flag_values: where they are defined.
-  """
-  define: dict[type, Any] = {
-    bool: flags.DEFINE_bool,
-    int: flags.DEFINE_integer,
-    float: flags.DEFINE_float,
-    str: flags.DEFINE_string,
-  }
-  for field in dataclasses.fields(Config):
-    default: Any = field.default
-    define[type(default)](
-      field.name, default, field.metadata["help"], flag_values=flag_values
-    )
-
-
-def parse_flags(argv: Sequence[str]) -> list[str]:
-  """What of the command line is no flag; exits with 2 if a flag is wrong."""
-  try:
-    return flags.FLAGS(argv)
-  except flags.Error as error:
-    program = pathlib.Path(argv[0]).name
-    print(f"{program}: {error} See --help.", file=sys.stderr)
-    sys.exit(2)
-
-
-def from_flags(
-  flag_values: flags.FlagValues = flags.FLAGS,
-) -> tuple[Config, ...]:
-  """The runs of the command line: one for every rule that --rule lists.
-
-  Args:
-    flag_values: the flags of `define_flags`, parsed.
-
-  Returns:
-    A `Config` for each. Each run has a folder named by its rule, in --out; one
-    rule with an --out is in that folder itself.
-
-  Raises:
-    SetupError: if a setting is impossible.
-  """
-  names = [field.name for field in dataclasses.fields(Config)]
-  values: dict[str, Any] = {name: flag_values[name].value for name in names}
-  rules = values["rule"].split(",")
-  if len(set(rules)) < len(rules):
-    raise SetupError(f"--rule={values['rule']} lists a rule twice.")
-  configs = tuple(Config(**values | {"rule": rule}) for rule in rules)
-  folder = pathlib.Path(values["out"])
-  if not flag_values["out"].present:
-    folder = folder.with_name(folder.name + _differences(configs[0]))
-  elif len(rules) == 1:
-    return configs
-  return tuple(
-    dataclasses.replace(c, out=str(folder / c.rule)) for c in configs
-  )
-
-
-def _differences(config: Config) -> str:
-  """Names the settings but the rule that make a run another than the default."""
-  parts = []
-  for field in dataclasses.fields(Config):
-    value = getattr(config, field.name)
-    fixed = not field.metadata["free"] and field.name != "rule"
-    if fixed and value != field.default:
-      # A path has slashes, and may be too long for a name.
-      text = re.sub(r"[^\w.-]", "_", str(value))[-40:]
-      parts.append(f",{field.name}={text}")
-  return "".join(parts)

@@ -45,13 +45,20 @@ class Corpus:
   sha256: str
   description: str
 
-  def batch(self, config: Config, step: int) -> np.ndarray:
-    """`[batch_size, seq_len + 1]` uint8: random windows, by seed and step."""
+  def batch(
+    self, config: Config, step: int, rows: slice = slice(None)
+  ) -> np.ndarray:
+    """`[batch_size, seq_len + 1]` uint8: random windows, by seed and step.
+
+    Args:
+      config: the settings.
+      step: of training.
+      rows: those to return; a process needs those of its devices only.
+    """
     rng = np.random.default_rng((config.seed, step))
     last = len(self.train) - config.seq_len
-    return _windows(
-      self.train, rng.integers(0, last, config.batch_size), config.seq_len
-    )
+    starts = rng.integers(0, last, config.batch_size)
+    return _windows(self.train, starts[rows], config.seq_len)
 
   def validation_batches(self, config: Config) -> np.ndarray:
     """`[batches, batch_size, seq_len + 1]` uint8: evenly spaced windows.

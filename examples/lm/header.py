@@ -67,17 +67,15 @@ def parameter_counts(config: Config, params: Any) -> tuple[int, int]:
 def _devices(config: Config, count: int) -> str:
   used = math.prod(config.mesh_shape)
   text = f"uses {used} of {count}, {jax.devices()[0].device_kind}"
-  if used == count:
-    return text
-  for data in range(count, 0, -1):
-    expert = count // data
-    if (
-      data * expert == count
-      and config.batch_size % (config.micro_batches * data) == 0
-      and config.num_experts % expert == 0
-    ):
-      return f"{text}; --mesh={data},{expert} would use all"
-  return f"{text}; no --mesh over all divides the batch and the experts"
+  if used > 1:
+    text += f", as --mesh={config.mesh}{' --fsdp' if config.fsdp else ''}"
+  if jax.process_count() > 1:
+    text += (
+      f"; {jax.local_device_count()} in each of {jax.process_count()} processes"
+    )
+  if used < count:
+    text += "; without --mesh all are used"
+  return text
 
 
 def _steps(config: Config, last_step: int) -> str:

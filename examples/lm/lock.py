@@ -4,11 +4,11 @@
 import contextlib
 import errno
 import os
-import pathlib
 import sys
 from collections.abc import Iterator
 
-import jax
+import hosts
+import storage
 from checkpoint import saving
 from config import SetupError
 
@@ -22,11 +22,11 @@ NAME = "run.lock"
 
 
 @contextlib.contextmanager
-def claim(out: pathlib.Path) -> Iterator[None]:
+def claim(out: str | os.PathLike[str]) -> Iterator[None]:
   """Makes the folder, and keeps other runs out of it.
 
   The lock is the system's and is gone with the process, however that ends. Of
-  several processes of one run, the first holds it.
+  several processes of one run, the first holds it. A bucket has no locks.
 
   Args:
     out: the folder of the run.
@@ -34,12 +34,20 @@ def claim(out: pathlib.Path) -> Iterator[None]:
   Raises:
     SetupError: if it cannot be written to, or another run is using it.
   """
-  if jax.process_index() > 0:
+  if not hosts.is_first():
     yield
     return
+  folder, descriptor = storage.absolute(out), None
   with saving("opening the folder", out):
-    out.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(out / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+    folder.mkdir(parents=True, exist_ok=True)
+    if storage.is_remote(out):
+      (folder / NAME).write_text("")
+    else:
+      descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT, 0o666)
+  if descriptor is None:
+    _say_unlocked("a bucket has no locks")
+    yield
+    return
   try:
     if not _lock(descriptor):
       raise SetupError(
@@ -60,9 +68,13 @@ def _lock(descriptor: int) -> bool:
   except BlockingIOError:
     return False
   except OSError as error:
-    print(
-      f"The folder of the run cannot be locked here ({error.strerror}): take"
-      " care that no other run uses it.",
-      file=sys.stderr,
-    )
+    _say_unlocked(error.strerror or str(error))
   return True
+
+
+def _say_unlocked(why: str) -> None:
+  print(
+    f"The folder of the run cannot be locked here ({why}): take care that no other"
+    " run uses it.",
+    file=sys.stderr,
+  )

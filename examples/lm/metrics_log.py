@@ -2,7 +2,8 @@
 """The rows of a run on the disk: metrics.jsonl and TensorBoard.
 
 A checkpoint holds where metrics.jsonl ended when it was saved, and a checksum
-of the file up to there: a run is only continued with the rows it had.
+of the file up to there: a run is only continued with the rows it had. Of several
+processes, the first writes.
 """
 
 import contextlib
@@ -11,12 +12,14 @@ import os
 import pathlib
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import board as board_lib
 import config as config_lib
 import jax
 import report as report_lib
+import storage
 import strict_json
 import tensorboardX
 
@@ -31,7 +34,6 @@ class MetricsLog:
 
   Attributes:
     rows: all rows, those of earlier processes too.
-    progress: the bar, which the caller tells what is done beside training.
 
   Raises:
     SetupError: if the rows up to there are not what they were.
@@ -43,9 +45,9 @@ class MetricsLog:
     last_step: int,
     end: dict[str, Any] | None = None,
   ):
-    out = pathlib.Path(config.out)
+    out = storage.local(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "metrics.jsonl"
+    path = storage.fetch(config.out, "metrics.jsonl")
     text = _read(path, config, last_step, end or {"bytes": 0})
     self.rows = [report_lib.parse_row(line) for line in text.splitlines()]
     missing = _missing_steps(self.rows, last_step)
@@ -55,12 +57,13 @@ class MetricsLog:
         " figures are without them.",
         file=sys.stderr,
       )
+    self._out = config.out
     self._written, self._sha256 = len(text), hashlib.sha256(text)
     self._file = path.open("ab")
     self._board = tensorboardX.SummaryWriter(
       str(out / "tensorboard"), purge_step=last_step + 1
     )
-    self.progress = report_lib.Progress(config, last_step)
+    self._progress = report_lib.Progress(config, last_step)
     self._pending = None
     self._clock = None
 
@@ -82,7 +85,7 @@ class MetricsLog:
     before, self._clock = self._clock, time.perf_counter()
     row = report_lib.train_row(step, report, before and self._clock - before)
     self._write(row)
-    self.progress.show(row)
+    self._progress.show(row)
 
   def add(self, row: dict[str, Any]) -> None:
     """Adds a row; `kind` and `step` of it are required."""
@@ -96,7 +99,14 @@ class MetricsLog:
     self._file.flush()
     os.fsync(self._file.fileno())
     self._board.flush()
+    storage.publish(self._out)
     return {"bytes": self._written, "sha256": self._sha256.hexdigest()}
+
+  @contextlib.contextmanager
+  def doing(self, step: int, text: str) -> Iterator[None]:
+    """Says what is done after a step beside training, for as long as it takes."""
+    with self._progress.doing(step, text):
+      yield
 
   def restart_clock(self) -> None:
     """Keeps the time since the last step out of the next step's."""
@@ -104,7 +114,7 @@ class MetricsLog:
 
   def close(self) -> None:
     """Closes the files; a full disk was reported by an earlier write."""
-    self.progress.close()
+    self._progress.close()
     for part in (self._file, self._board):
       with contextlib.suppress(OSError):
         part.close()
@@ -116,6 +126,42 @@ class MetricsLog:
     self._written += len(line)
     self._sha256.update(line)
     board_lib.add_row(self._board, row)
+
+
+class Follower:
+  """What the other processes have for a log: it keeps pace and writes nothing.
+
+  Its methods are those of `MetricsLog` that all processes call.
+  """
+
+  def __init__(self):
+    self._pending = None
+
+  def add_step(self, step: int, report: dict[str, Any]) -> None:
+    """Waits for the last step."""
+    del step
+    self.settle()
+    self._pending = report
+
+  def settle(self) -> None:
+    """Waits for the step that was added last."""
+    jax.block_until_ready(self._pending)
+
+  def sync(self) -> None:
+    """Waits for the step that was added last; there is nothing to write."""
+    self.settle()
+
+  @contextlib.contextmanager
+  def doing(self, step: int, text: str) -> Iterator[None]:
+    """Shows nothing."""
+    del step, text
+    yield
+
+  def restart_clock(self) -> None:
+    """There is no clock."""
+
+  def close(self) -> None:
+    """There is no file."""
 
 
 def _read(

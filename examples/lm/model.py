@@ -6,6 +6,7 @@ experts and a shared one. B sequences of S bytes make T = B * S tokens for the
 routers.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -38,15 +39,23 @@ class Transformer(nn.Module):
   def __call__(self, tokens: jax.Array) -> jax.Array:
     """`[B, S]` integers to `[B, S, 256]` float32."""
     c = self.config
+    dtype = jnp.dtype(c.dtype)
     embed = nn.Embed(
       _VOCABULARY,
       c.model_size,
+      dtype=dtype,
       embedding_init=nn.initializers.normal(c.model_size**-0.5),
     )
-    x = look_up(embed.embedding, tokens)
-    x, _ = Block(c, dense=True, name="dense_layer")(x, None)
+    x = look_up(embed.embedding, tokens).astype(dtype)
+    block = Block
+    if c.remat:
+      # A scan keeps the compiler from joining both computations already.
+      block = nn.remat(
+        Block, policy=jaxroute.remat.save_routing, prevent_cse=False
+      )
+    x, _ = block(c, dense=True, name="dense_layer")(x, None)
     layers = nn.scan(
-      Block,
+      block,
       variable_axes={
         "params": 0,
         "expert_bias": 0,
@@ -58,7 +67,8 @@ class Transformer(nn.Module):
       length=c.num_layers - 1,
     )
     x, _ = layers(c, partition=self.partition, name="layers")(x, None)
-    return embed.attend(nn.RMSNorm(name="norm")(x))
+    x = nn.RMSNorm(dtype=dtype, name="norm")(x)
+    return embed.attend(x).astype(jnp.float32)
 
 
 class Block(nn.Module):
@@ -71,16 +81,19 @@ class Block(nn.Module):
   @nn.compact
   def __call__(self, x: jax.Array, _: None) -> tuple[jax.Array, None]:
     c = self.config
-    x = x + Attention(c.num_heads, name="attention")(nn.RMSNorm()(x))
-    y = nn.RMSNorm()(x)
+    dtype = jnp.dtype(c.dtype)
+    attention = Attention(c.num_heads, dtype, name="attention")
+    x = x + attention(nn.RMSNorm(dtype=dtype)(x))
+    y = nn.RMSNorm(dtype=dtype)(x)
     if self.dense:
       # A token meets the same width here as in the other layers.
       width = c.top_k * c.expert_size + c.shared_size
-      return x + SwiGLU(width, name="mlp")(y), None
+      return x + SwiGLU(width, dtype, name="mlp")(y), None
     y, out = jaxroute.linen.MoE(
       c.router,
       hidden_size=c.expert_size,
       shared_hidden_size=c.shared_size,
+      dtype=dtype,
       partition=self.partition,
       name="moe",
     )(y)
@@ -98,28 +111,34 @@ class Attention(nn.Module):
   """Causal self-attention with rotary positions."""
 
   num_heads: int
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
     d = x.shape[-1]
     shape = (3, self.num_heads, d // self.num_heads)
-    qkv = nn.DenseGeneral(shape, use_bias=False, name="qkv")(x)
+    qkv = nn.DenseGeneral(shape, use_bias=False, dtype=self.dtype, name="qkv")(
+      x
+    )
     q, k, v = (qkv[:, :, i] for i in range(3))
     y = jax.nn.dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
-    return nn.DenseGeneral(d, axis=(-2, -1), use_bias=False, name="out")(y)
+    return nn.DenseGeneral(
+      d, axis=(-2, -1), use_bias=False, dtype=self.dtype, name="out"
+    )(y)
 
 
 class SwiGLU(nn.Module):
   """A dense feed-forward layer."""
 
   width: int
+  dtype: jnp.dtype
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    gate = nn.Dense(self.width, use_bias=False, name="gate")(x)
-    up = nn.Dense(self.width, use_bias=False, name="up")(x)
-    hidden = nn.silu(gate) * up
-    return nn.Dense(x.shape[-1], use_bias=False, name="down")(hidden)
+    dense = functools.partial(nn.Dense, use_bias=False, dtype=self.dtype)
+    gate = dense(self.width, name="gate")(x)
+    up = dense(self.width, name="up")(x)
+    return dense(x.shape[-1], name="down")(nn.silu(gate) * up)
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -148,7 +167,8 @@ def rotate(x: jax.Array) -> jax.Array:
     x: `[B, S, heads, width]`, the width even.
 
   Returns:
-    `x` with pairs of channels rotated by angles that grow with the position.
+    `x` with pairs of channels rotated by angles that grow with the position; the
+    rotation is float32, the result of the dtype of `x`.
 
   References:
     Su et al., 2021, https://arxiv.org/abs/2104.09864.
@@ -161,7 +181,8 @@ def rotate(x: jax.Array) -> jax.Array:
   angle = jnp.outer(jnp.arange(s, dtype=jnp.float32), frequency)
   sin, cos = (f(angle)[None, :, None] for f in (jnp.sin, jnp.cos))
   a, b = jnp.split(x, 2, axis=-1)
-  return jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  turned = jnp.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+  return turned.astype(x.dtype)
 
 
 def make_loss_fn(
@@ -209,27 +230,3 @@ def router_scores(
   )
   (scores,) = jax.tree.leaves(found["scores"])
   return scores
-
-
-def shardings(state: Any, mesh: jax.sharding.Mesh | None) -> Any:
-  """Where a state lies: expert parameters over "expert", all else everywhere.
-
-  Args:
-    state: a `jaxroute.TrainState`, or its shapes; the optimizer's moments are
-      named like the parameters they belong to.
-    mesh: with the axis "expert", or None for one device.
-
-  Returns:
-    A tree of shardings, shaped like `state`.
-  """
-  if mesh is None:
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda _: device, state)
-
-  def sharding(path: tuple[Any, ...], x: Any) -> jax.NamedSharding:
-    if getattr(path[-1], "key", None) in EXPERT_PARAMETERS:
-      # The axis of the scan over layers comes before [E, D, F].
-      return jax.NamedSharding(mesh, jax.P(*[None] * (x.ndim - 3), "expert"))
-    return jax.NamedSharding(mesh, jax.P())
-
-  return jax.tree_util.tree_map_with_path(sharding, state)

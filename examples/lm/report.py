@@ -7,7 +7,6 @@ functions of the settings, whether the run was resumed or not.
 
 import contextlib
 import math
-import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -19,6 +18,7 @@ import numpy as np
 import strict_json
 import tqdm
 from config import Config
+from etils import epath
 
 from jaxroute import assignment, dual, metrics
 
@@ -144,7 +144,7 @@ def read_rows(out: str) -> list[dict[str, Any]]:
   Args:
     out: the folder of the run, which nothing writes to.
   """
-  lines = (pathlib.Path(out) / "metrics.jsonl").read_text().splitlines()
+  lines = (epath.Path(out) / "metrics.jsonl").read_text().splitlines()
   return [parse_row(line) for line in lines]
 
 

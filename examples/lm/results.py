@@ -1,7 +1,6 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """What is written and shown when runs have ended."""
 
-import pathlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,9 +8,11 @@ import checkpoint as checkpoint_lib
 import data as data_lib
 import figures as figures_lib
 import report as report_lib
+import storage
 import strict_json
 import yardsticks as yardsticks_lib
 from config import Config
+from etils import epath
 
 
 def write(
@@ -36,7 +37,7 @@ def write(
   Raises:
     SaveError: if something cannot be written.
   """
-  out = pathlib.Path(config.out)
+  out = storage.local(config.out)
   summary = report_lib.summarize(rows, config.batch_size * config.seq_len)
   summary["yardsticks"] = yardsticks_lib.yardsticks(
     config, corpus, rows, active_parameters
@@ -47,6 +48,7 @@ def write(
     )
     (out / "sample.txt").write_text(sample, encoding="utf-8")
     figures_lib.write_figures(rows, out)
+    storage.publish(config.out)
   return summary
 
 
@@ -64,15 +66,17 @@ def show(
   """
   by_rule = {c.rule: s for c, s in zip(configs, summaries, strict=True)}
   table = report_lib.table(by_rule)
-  out = pathlib.Path(configs[0].out)
+  out = epath.Path(configs[0].out)
   if len(configs) > 1:
     out = out.parent
     rows = {c.rule: report_lib.read_rows(c.out) for c in configs}
     random_max_vio = summaries[0]["yardsticks"]["max_vio_batch_mean"]
     with checkpoint_lib.saving("writing the comparison", out):
-      (out / "compared.txt").write_text(table + "\n")
-      figures_lib.write_comparison(rows, random_max_vio, out)
+      folder = storage.local(out)
+      (folder / "compared.txt").write_text(table + "\n")
+      figures_lib.write_comparison(rows, random_max_vio, folder)
+      storage.publish(out)
   for config in configs:
-    sample = (pathlib.Path(config.out) / "sample.txt").read_text("utf-8")
+    sample = (epath.Path(config.out) / "sample.txt").read_text("utf-8")
     print(f"\n=== {config.rule}\n{sample}")
   print(f"{table}\nFigures, metrics and checkpoints: {out}")

@@ -15,7 +15,11 @@ TEMPERATURE = 0.7
 
 
 def generate(
-  model: Transformer, variables: PyTree, prompt: jax.Array, key: jax.Array
+  model: Transformer,
+  variables: PyTree,
+  prompt: jax.Array,
+  key: jax.Array,
+  rows: int = 1,
 ) -> jax.Array:
   """Samples byte after byte, each from a window over the bytes before it.
 
@@ -26,13 +30,15 @@ def generate(
     variables: its parameters and the biases.
     prompt: `[S]` uint8. The first window; its size is that of all.
     key: of the samples.
+    rows: how many times the same is written: the B of the model.
 
   Returns:
     `[LENGTH]` uint8.
   """
 
   def next_byte(window: jax.Array, key: jax.Array):
-    logits: Any = model.apply(variables, window[None])
+    windows = jnp.broadcast_to(window, (rows, *window.shape))
+    logits: Any = model.apply(variables, windows)
     byte = jax.random.categorical(key, logits[0, -1] / TEMPERATURE)
     byte = byte.astype(jnp.uint8)
     return jnp.append(window[1:], byte), byte

@@ -9,7 +9,7 @@ import shlex
 import subprocess
 import sys
 
-import config as config_lib
+import command
 import jax
 import pytest
 from absl import flags
@@ -116,9 +116,9 @@ def test_every_command_names_a_script_and_its_flags(script, arguments):
   assert (_ROOT / script).exists()
   if script in ("demo.sh", "examples/lm/train.py"):
     values = flags.FlagValues()
-    config_lib.define_flags(values)
+    command.define_flags(values)
     assert values([script, *arguments]) == [script]
-    assert config_lib.from_flags(values)
+    assert command.from_flags(values)
   else:
     given = [re.match(r"--(\w+)", a) for a in arguments]
     assert {g[1] for g in given if g} <= _flags(script)

@@ -13,6 +13,7 @@ import lm_runs
 import model as model_lib
 import numpy as np
 import pytest
+import trainer as trainer_lib
 from jax.experimental import topologies
 from jax.sharding import AxisType
 
@@ -151,5 +152,31 @@ def test_the_counts_of_all_micro_batches_travel_once():
   )
   _, compiled = _programs(config, partition)
   # Neither tokens nor the parameters of experts are gathered.
+  assert _names(compiled) == {"all-reduce", "all-to-all", "ragged-all-to-all"}
+  _check_counts_travel_once(config, compiled)
+
+
+def test_the_main_job_sends_rows_to_their_experts_on_sixteen_chips():
+  config = config_lib.Config(
+    **lm_runs.TINY | {"mesh": "data=4,expert=4", "batch_size": 16}
+  )
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name="v6e:4x4"
+  ).devices
+  mesh = jax.sharding.Mesh(
+    np.array(devices).reshape(4, 4),
+    ("data", "expert"),
+    axis_types=(AxisType.Auto,) * 2,
+  )
+  batch = jax.ShapeDtypeStruct(
+    (config.batch_size, config.seq_len + 1),
+    jnp.uint8,
+    sharding=jax.NamedSharding(mesh, jax.P(mesh.axis_names)),
+  )
+  trainer = trainer_lib.Trainer(config, mesh)
+  traced = trainer.step.trace(trainer.shapes, batch)
+  compiled = traced.lower(lowering_platforms=("tpu",)).compile().as_text()
+  for kernel in ("route", "scatter", "count", "rows"):
+    assert f"jaxroute_{kernel}" in compiled
   assert _names(compiled) == {"all-reduce", "all-to-all", "ragged-all-to-all"}
   _check_counts_travel_once(config, compiled)
