@@ -8,11 +8,10 @@ import config as config_lib
 import jax
 import jax.numpy as jnp
 import lm_runs
-import numpy as np
 import pytest
 import train as train_lib
-from jax.experimental import topologies
-from jax.sharding import AxisType
+
+from jaxroute.aot import chips
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 pytestmark = pytest.mark.implicit_promotion  # optax's Adam promotes.
@@ -43,14 +42,7 @@ def _collectives(text):
 
 def test_a_step_on_a_slice_takes_the_kernel_and_the_documented_collectives():
   config = config_lib.Config(mesh="2,2", **lm_runs.TINY)
-  devices = topologies.get_topology_desc(
-    platform="tpu", topology_name="v6e:2x2"
-  ).devices
-  mesh = jax.sharding.Mesh(
-    np.array(devices).reshape(2, 2),
-    ("data", "expert"),
-    axis_types=(AxisType.Auto,) * 2,
-  )
+  mesh = chips.make_mesh(chips.devices("v6e:2x2"), {"data": 2, "expert": 2})
   shape = config.batch_size, config.seq_len + 1
   batch = jax.ShapeDtypeStruct(
     shape, jnp.uint8, sharding=jax.NamedSharding(mesh, jax.P("data"))
