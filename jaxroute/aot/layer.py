@@ -143,7 +143,7 @@ def report(
     temporaries=memory.temp_size_in_bytes,
     peak=memory.peak_memory_in_bytes,
     fits=memory.peak_memory_in_bytes <= chip.hbm_bytes,
-    compiled_flops=compiled.cost_analysis()["flops"],
+    compiled_flops=(compiled.cost_analysis() or {}).get("flops"),
     collectives=tuple(found),
     seconds=dict(seconds),
     **known,
