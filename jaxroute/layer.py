@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jaxroute import checks, dispatch, experts, ladder, types
 from jaxroute import routing as routing_lib
-from jaxroute.parallel import all_gather
+from jaxroute.parallel import all_gather, all_to_all, shards
 from jaxroute.parallel import mesh as mesh_lib
 
 
@@ -74,8 +74,8 @@ def router(
   fuse_projection = checks.as_bool("fuse_projection", fuse_projection, fix)
 
   # Who routes in a layer goes on to put its assignments in expert order, but where
-  # the experts of a device get those of others, too.
-  with_rank = partition is None or partition.expert_axis is None
+  # the experts of a device see those of others, too.
+  with_rank = _exchange(x, partition) != "all_gather"
   how: Any = dict(implementation=implementation, with_rank=with_rank)
 
   def run(
@@ -166,26 +166,42 @@ def moe(
   )
   capacity = None
   if capacity_factor is not None:
-    shards = mesh_lib.token_shards(partition, x)
+    num_shards = mesh_lib.token_shards(partition, x)
     capacity = dispatch.expert_capacity(
-      config, tokens.shape[0] // shards, capacity_factor
+      config, tokens.shape[0] // num_shards, capacity_factor
     )
-  run_experts = functools.partial(
-    local_moe, capacity=capacity, implementation=experts_implementation
-  )
+  static: Any = dict(capacity=capacity, implementation=experts_implementation)
   if partition is None:
-    out, group_sizes = run_experts(tokens, routing, params)
+    out, group_sizes = local_moe(tokens, routing, params, **static)
   else:
-    out, group_sizes = all_gather.map_experts(
-      run_experts, tokens, routing, params, partition
+    run_shard = functools.partial(
+      _shard_moe,
+      partition=partition,
+      exchange=_exchange(x, partition),
+      **static,
+    )
+    out, group_sizes = shards.map_experts(
+      run_shard, tokens, routing, params, partition
     )
   if shared is not None:
+    # The exchange does not depend on it: a compiler may do both at once.
     kept = _flatten(routing.token_mask[:, None], partition)
     tokens = jnp.where(kept, tokens, jnp.zeros((), tokens.dtype))
     shared = jax.tree.map(mesh_lib.whole, shared)
     out = out + experts.dense_swiglu(tokens, shared)
   axes = jax.typeof(x).sharding.spec
   return mesh_lib.reshape(out, x.shape, axes), group_sizes
+
+
+def _exchange(
+  x: jax.Array, partition: types.Partition | None
+) -> types.Exchange | None:
+  """How tokens and experts of a mesh meet; None where a device has all experts."""
+  if partition is None or partition.expert_axis is None:
+    return None
+  if not partition.exchanges_tokens:
+    return "all_gather"  # of tokens that all devices have already
+  return all_to_all.choose(partition, mesh_lib.mesh_of(partition, x))
 
 
 def _flatten(x: jax.Array, partition: types.Partition | None) -> jax.Array:
@@ -270,6 +286,61 @@ def _local_moe(
     expected_rows=expected_rows,
   )
   return dispatch.combine(rows, routing.weights, order), order.group_sizes
+
+
+def _shard_moe(
+  x: jax.Array,
+  routing: types.Routing,
+  params: experts.ExpertParams,
+  *,
+  partition: types.Partition,
+  exchange: types.Exchange | None,
+  **static: Any,
+) -> tuple[jax.Array, jax.Array]:
+  """What a device does with its tokens and its experts, inside `jax.shard_map`."""
+  if exchange in ("ragged", "equal"):
+    how: Any = dict(partition=partition, exchange=exchange, **static)
+    return _exchanged_moe(x, routing, params, **how)
+  run_experts = functools.partial(local_moe, **static)
+  return all_gather.run(run_experts, x, routing, params, partition)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("partition", "exchange", "capacity", "implementation"),
+)
+def _exchanged_moe(
+  x: jax.Array,
+  routing: types.Routing,
+  params: experts.ExpertParams,
+  *,
+  partition: types.Partition,
+  exchange: types.Exchange,
+  capacity: int | None,
+  implementation: experts.Implementation | None,
+) -> tuple[jax.Array, jax.Array]:
+  """Like `local_moe`, with rows sent to the devices of their experts and back."""
+  known: Any = {}
+  if routing.rank is not None:
+    known = dict(rank=routing.rank, load=routing.load)
+  num_experts = routing.load.shape[0]
+  order = dispatch.sort_by_expert(
+    routing.expert_idx, num_experts, routing.token_mask, **known
+  )
+  rows = dispatch.dispatch(x, order)
+  run_experts = functools.partial(
+    experts.swiglu, implementation=implementation, expected_rows=rows.shape[0]
+  )
+  rows, group_sizes = all_to_all.run(
+    run_experts,
+    rows,
+    params,
+    order.group_sizes,
+    partition=partition,
+    exchange=exchange,
+    capacity=capacity,
+  )
+  return dispatch.combine(rows, routing.weights, order), group_sizes
 
 
 def check_tokens(x: jax.Array) -> None:

@@ -33,6 +33,7 @@ from flax import serialization
 
 from jaxroute import checks, experts, layer, routing, train, types
 from jaxroute import counts as counts_lib
+from jaxroute.parallel import placement
 
 Initializer = jax.nn.initializers.Initializer
 
@@ -53,6 +54,8 @@ class Router(nn.Module):
     implementation: as in `jaxroute.route`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
     partition: as in `jaxroute.layer.router`.
+    logical_axes: whether the projection is boxed with the names of its axes,
+      ("embed", None), for Flax's rules: an `nn.LogicallyPartitioned`.
   """
 
   config: types.RouterConfig
@@ -61,6 +64,7 @@ class Router(nn.Module):
   implementation: routing.Implementation | None = None
   fuse_projection: bool = False
   partition: types.Partition | None = None
+  logical_axes: bool = False
 
   @nn.compact
   def __call__(
@@ -78,9 +82,8 @@ class Router(nn.Module):
     layer.check_tokens(x)
     layer.check_layer(self.config, {"kernel_init": self.kernel_init}, {})
     e = self.config.num_experts
-    kernel = self.param(
-      "kernel", self.kernel_init, (x.shape[-1], e), jnp.float32
-    )
+    init = _named("kernel", self.kernel_init, self.logical_axes)
+    kernel = self.param("kernel", init, (x.shape[-1], e), jnp.float32)
     routes, logits = layer.router(
       x,
       kernel,
@@ -140,6 +143,10 @@ class MoE(nn.Module):
     implementation: as in `jaxroute.route`.
     experts_implementation: as in `jaxroute.layer.moe`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
+    logical_axes: whether parameters are boxed with the names of their axes, for
+      Flax's rules: as `nn.LogicallyPartitioned`, "w_gate" and "w_up" of ("expert",
+      "embed", "mlp"), "w_down" of ("expert", "mlp", "embed"), shared experts alike
+      without "expert", and the router's projection of ("embed", None).
   """
 
   config: types.RouterConfig
@@ -156,6 +163,7 @@ class MoE(nn.Module):
   implementation: routing.Implementation | None = None
   experts_implementation: experts.Implementation | None = None
   fuse_projection: bool = False
+  logical_axes: bool = False
 
   @nn.compact
   def __call__(
@@ -182,6 +190,7 @@ class MoE(nn.Module):
       implementation=self.implementation,
       fuse_projection=self.fuse_projection,
       partition=self.partition,
+      logical_axes=self.logical_axes,
       name="router",
     )(x, token_mask)
     e, d, f = self.config.num_experts, x.shape[-1], self.hidden_size
@@ -189,6 +198,7 @@ class MoE(nn.Module):
     def param(
       name: str, init: Initializer, shape: tuple[int, ...]
     ) -> jax.Array:
+      init = _named(name, init, self.logical_axes)
       return self.param(name, init, shape, self.param_dtype)
 
     params = experts.ExpertParams(
@@ -217,6 +227,15 @@ class MoE(nn.Module):
     return out, types.MoEOutput(
       routing=routes, logits=logits, group_sizes=group_sizes
     )
+
+
+def _named(name: str, init: Initializer, logical_axes: bool) -> Any:
+  """An initializer of a parameter in a box that names its axes, if asked for."""
+  fix = "True boxes the parameters."
+  if not checks.as_bool("logical_axes", logical_axes, fix):
+    return init
+  axes = placement.LOGICAL_AXES[name]
+  return nn.with_logical_partitioning(init, axes)
 
 
 def init_router_state(

@@ -36,6 +36,7 @@ from jaxroute.nnx_step import (
   train_step,
   update,
 )
+from jaxroute.parallel import placement
 
 __all__ = [
   "ExpertBias",
@@ -62,6 +63,8 @@ class Router(nnx.Module):
     implementation: as in `jaxroute.route`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
     partition: as in `jaxroute.layer.router`.
+    logical_axes: whether the projection carries the names of its axes, ("embed",
+      None), for Flax's rules, as `out_sharding`.
     rngs: source of the parameter key.
   """
 
@@ -74,6 +77,7 @@ class Router(nnx.Module):
     implementation: routing.Implementation | None = None,
     fuse_projection: bool = False,
     partition: types.Partition | None = None,
+    logical_axes: bool = False,
     rngs: nnx.Rngs,
   ):
     layer.check_layer(
@@ -87,9 +91,8 @@ class Router(nnx.Module):
     self.partition = partition
     # Set by model.train() and model.eval(), as for dropout.
     self.deterministic = False
-    self.kernel = nnx.Param(
-      kernel_init(rngs.params(), (in_features, e), jnp.float32)
-    )
+    kernel = kernel_init(rngs.params(), (in_features, e), jnp.float32)
+    self.kernel = _param("kernel", kernel, logical_axes)
     self.expert_bias = ExpertBias(jnp.zeros((e,), jnp.float32))
     self.load = Load(jnp.zeros((e,), jnp.int32))
     if config.histogram:
@@ -136,6 +139,14 @@ class Router(nnx.Module):
       self.deterministic = deterministic
 
 
+def _param(name: str, value: jax.Array, logical_axes: bool) -> nnx.Param:
+  """A parameter, with the names of its axes if asked for."""
+  fix = "True names the axes of parameters."
+  if not checks.as_bool("logical_axes", logical_axes, fix):
+    return nnx.Param(value)
+  return nnx.Param(value, out_sharding=placement.LOGICAL_AXES[name])
+
+
 class MoE(nnx.Module):
   """A sparse SwiGLU feed-forward layer, with optional shared experts.
 
@@ -156,6 +167,10 @@ class MoE(nnx.Module):
     implementation: as in `jaxroute.route`.
     experts_implementation: as in `jaxroute.layer.moe`.
     fuse_projection: as in `jaxroute.layer.router`; there are no logits then.
+    logical_axes: whether parameters carry the names of their axes, for Flax's
+      rules, as `out_sharding`: those of `jaxroute.linen.MoE`. Flax then shards
+      them as they are made, on the mesh in force, unless told not to
+      (`nnx.use_eager_sharding(False)`).
     rngs: source of the parameter keys.
   """
 
@@ -176,6 +191,7 @@ class MoE(nnx.Module):
     implementation: routing.Implementation | None = None,
     experts_implementation: experts.Implementation | None = None,
     fuse_projection: bool = False,
+    logical_axes: bool = False,
     rngs: nnx.Rngs,
   ):
     sizes = dict(
@@ -197,6 +213,7 @@ class MoE(nnx.Module):
       implementation=implementation,
       fuse_projection=fuse_projection,
       partition=partition,
+      logical_axes=logical_axes,
       rngs=rngs,
     )
     e, d, f, s = (
@@ -206,17 +223,20 @@ class MoE(nnx.Module):
       shared_hidden_size,
     )
 
-    def param(init: Initializer, shape: tuple[int, ...]) -> nnx.Param:
-      return nnx.Param(init(rngs.params(), shape, param_dtype))
+    def param(
+      name: str, init: Initializer, shape: tuple[int, ...]
+    ) -> nnx.Param:
+      value = init(rngs.params(), shape, param_dtype)
+      return _param(name, value, logical_axes)
 
-    self.w_gate = param(expert_init, (e, d, f))
-    self.w_up = param(expert_init, (e, d, f))
-    self.w_down = param(expert_init, (e, f, d))
+    self.w_gate = param("w_gate", expert_init, (e, d, f))
+    self.w_up = param("w_up", expert_init, (e, d, f))
+    self.w_down = param("w_down", expert_init, (e, f, d))
     self.has_shared = s > 0
     if self.has_shared:
-      self.shared_gate = param(shared_init, (d, s))
-      self.shared_up = param(shared_init, (d, s))
-      self.shared_down = param(shared_init, (s, d))
+      self.shared_gate = param("shared_gate", shared_init, (d, s))
+      self.shared_up = param("shared_up", shared_init, (d, s))
+      self.shared_down = param("shared_down", shared_init, (s, d))
 
   def __call__(
     self, x: jax.Array, token_mask: jax.Array | None = None

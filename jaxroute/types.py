@@ -21,6 +21,7 @@ from typing import Any, Literal, get_args
 import jax
 
 from jaxroute import checks
+from jaxroute.partition import Exchange as Exchange
 from jaxroute.partition import Partition as Partition
 
 ScoreFn = Literal["softmax", "sigmoid", "sqrtsoftplus"]

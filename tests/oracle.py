@@ -265,6 +265,33 @@ def sort_by_expert(expert_idx, num_experts, token_mask=None, capacity=None):
   return permutation, inverse, sizes
 
 
+def exchanged(expert_idx, counted, num_experts, devices, size, exchange):
+  """Which assignments fit one round of an exchange, `[T, K]` bool.
+
+  The tokens lie on so many devices, one part after the other, and so do the experts.
+  A device takes `size` rows, by expert and then by sender, if the exchange is
+  "ragged". If it is "equal" it takes its share of them from each sender, by expert.
+  """
+  kept = np.zeros(expert_idx.shape, bool)
+  taken = np.zeros((devices, devices), int)
+  share = -(-size // devices)
+  tokens, top_k = expert_idx.shape
+  for expert in range(num_experts):
+    receiver = expert * devices // num_experts
+    for t in range(tokens):
+      sender = t * devices // tokens
+      for k in range(top_k):
+        if not counted[t] or expert_idx[t, k] != expert:
+          continue
+        if exchange == "ragged":
+          fits = taken[:, receiver].sum() < size
+        else:
+          fits = taken[sender, receiver] < share
+        kept[t, k] = fits
+        taken[sender, receiver] += fits
+  return kept
+
+
 def grouped_matmul(lhs, rhs, group_sizes):
   """Row i times the matrix of the group that owns it; 0 past the groups."""
   out = np.zeros((lhs.shape[0], rhs.shape[2]), F32)

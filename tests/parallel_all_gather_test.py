@@ -11,7 +11,7 @@ import pytest
 
 import jaxroute
 from jaxroute import dual, experts, layer
-from jaxroute.parallel import all_gather
+from jaxroute.parallel import shards
 
 pytestmark = pytest.mark.optimized
 
@@ -214,4 +214,4 @@ def test_no_mesh_and_odd_sizes_are_named():
     config = dataclasses.replace(CONFIG, num_experts=7)
     routing, _ = layer.router(x, kernel[:, :7], bias[:7], config, mask)
     with pytest.raises(ValueError, match="shards 7 experts.*2 devices"):
-      all_gather.map_experts(layer.local_moe, x, routing, seven, partition)
+      shards.map_experts(layer.local_moe, x, routing, seven, partition)

@@ -311,9 +311,21 @@ def mesh_of(
       inside a `jax.shard_map` over one.
   """
   mesh = jax.sharding.get_abstract_mesh() if x is None else mesh_in_force(x)
-  wanted = set(partition.token_axes)
-  if partition.expert_axis is not None:
-    wanted.add(partition.expert_axis)
+  check_mesh(partition, mesh)
+  return mesh
+
+
+def check_mesh(
+  partition: types.Partition, mesh: jax.sharding.AbstractMesh
+) -> None:
+  """Raises ValueError unless a mesh has all axes of a partition, none of them mapped.
+
+  Args:
+    partition: what has to lie on it.
+    mesh: empty if none is in force.
+  """
+  others = partition.expert_axis, partition.fsdp_axis, partition.tensor_axis
+  wanted = {*partition.token_axes, *filter(None, others)}
   names = f"`partition` names the mesh axes {sorted(wanted)}"
   if mesh.empty and wanted:
     raise ValueError(
@@ -331,7 +343,6 @@ def mesh_of(
       " arrays are those of one device. Leave `partition` out (None) there, and"
       f" sum the counts by `jaxroute.update(..., axis_name={tuple(mapped)})`."
     )
-  return mesh
 
 
 def check_divides(

@@ -19,6 +19,7 @@ _BELOW = {
   "parallel",
   "kernels",
 }
+_LAYERS = {"types", "parallel", "layer", "routing", "experts"}
 _CALLS_ROUTE = {"types", "routing", "scores", "metrics"}
 # The part of a file's path below jaxroute to the parts that it may import, besides
 # `checks`.
@@ -34,8 +35,8 @@ _ALLOWED = {
   "remat": set(),
   **{name: _BELOW | {name} for name in _OPERATIONS},
   "layer": {"types", "ladder", "parallel", *_OPERATIONS},
-  "linen": {"types", "layer", "routing", "experts", "counts", "step", "train"},
-  "nnx": {"types", "layer", "routing", "experts", "nnx_step"},
+  "linen": {*_LAYERS, "counts", "step", "train"},
+  "nnx": {*_LAYERS, "nnx_step"},
   "nnx_step": {"types", "step", "train"},
   "metrics": {"types"},
   "counts": {"types"},
