@@ -62,7 +62,10 @@ def main(argv: list[str]) -> None:
 def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
   if _TOKENS.value < 1:
     raise ValueError(f"`tokens` must be at least 1, got {_TOKENS.value}.")
-  found = route.report(preset, _TOKENS.value, _TOPOLOGY.value)
+  found = {
+    name: route.report(preset, _TOKENS.value, _TOPOLOGY.value, name)
+    for name in route.implementations(_TOPOLOGY.value)
+  }
   if _JSON.value:
     print(json.dumps(found, indent=1))
     return
@@ -104,7 +107,10 @@ def _print_layer(report: layer.Report) -> None:
   """The tables, in units that people read."""
   fits = "fits" if report.fits else "does not fit"
   print(_row("GB of a device, exact", "GB"))
-  for name in ("arguments", "results", "temporaries", "peak", "hbm_bytes"):
+  for name in (
+    *("arguments", "results", "temporaries"),
+    *("needed", "hbm_bytes", "peak"),
+  ):
     value = getattr(report, name)
     words = {"hbm_bytes": f"there are ({fits})"}.get(name, name)
     print(_row(f"  {words}", _number(value and value / 1e9)))
@@ -114,7 +120,9 @@ def _print_layer(report: layer.Report) -> None:
     print(_row(f"  {name.split('_')[0]}", _number(value and value / 1e12)))
   if not report.seconds:
     return
-  print("\ncollectives of a device, exact (in a loop: of one round)")
+  print(
+    "\ncollectives of a device, exact; in a loop: of each round after the first"
+  )
   for c in report.collectives:
     where = "+".join(c.axes) + (", in a loop" if c.in_loop else "")
     name = f"  {c.count} {c.op}, {where}"

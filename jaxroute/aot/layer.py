@@ -20,23 +20,25 @@ class Report:
   """What is known of a layer, for one device; of one that does not fit, less.
 
   Attributes:
-    peak: bytes in use at once, at most; if it does not fit, those that it needs.
+    needed: bytes of memory; `arguments`, `results` and `temporaries` if it fits.
     hbm_bytes: that there are.
-    fits: whether they suffice.
+    fits: whether they suffice: for a TPU as its compiler says.
     needed_flops: of the products that the routed tokens need.
     compiled_flops: as XLA counts them: rows that may be empty are in it, kernels
       as they declare them, a loop once.
     arguments: bytes of tokens, parameters and, for gradients, a cotangent.
     results: bytes of outputs and gradients.
     temporaries: bytes beside them.
-    collectives: of the program.
+    peak: bytes in use at once, at most, as XLA counts them.
+    collectives: of the program. Those in a loop are of each round of an exchange
+      after the first, of which there is none if the load is balanced.
     seconds: the least time of each resource, in which it does what it must; an
       estimate. "MXU" is of `needed_flops`. "HBM" moves arguments and results once
-      and temporaries twice. "ICI" or "NVLink" and the axes are of the collectives,
-      one round of those in loops.
+      and temporaries twice. "ICI" or "NVLink" and the axes are of the collectives
+      that are in no loop.
   """
 
-  peak: float
+  needed: float
   hbm_bytes: float
   fits: bool
   needed_flops: float
@@ -44,6 +46,7 @@ class Report:
   arguments: int | None = None
   results: int | None = None
   temporaries: int | None = None
+  peak: int | None = None
   collectives: tuple[collectives_lib.Collective, ...] = ()
   seconds: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -127,22 +130,24 @@ def report(
       lacking = tpu.lacking(error)
       if lacking is None:
         raise
-      return Report(peak=lacking[0], fits=False, **known)
+      return Report(needed=lacking[0], fits=False, **known)
   memory = compiled.memory_analysis()
   found = collectives_lib.read(compiled.as_text(), dict(mesh.shape))
   moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
   seconds: collections.Counter[str] = collections.Counter()
   seconds["MXU"] = needed_flops / chip.flops
   seconds["HBM"] = (moved + 2 * memory.temp_size_in_bytes) / chip.hbm_bandwidth
-  for c in found:
+  for c in (c for c in found if not c.in_loop):
     name = f"{chip.link} {'+'.join(c.axes)}"
     seconds[name] += network.seconds(c, mesh, chip)
+  needed = moved - memory.alias_size_in_bytes + memory.temp_size_in_bytes
   return Report(
+    needed=needed,
+    fits=chip.platform == "tpu" or needed <= chip.hbm_bytes,
     arguments=memory.argument_size_in_bytes,
     results=memory.output_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     peak=memory.peak_memory_in_bytes,
-    fits=memory.peak_memory_in_bytes <= chip.hbm_bytes,
     compiled_flops=(compiled.cost_analysis() or {}).get("flops"),
     collectives=tuple(found),
     seconds=dict(seconds),

@@ -11,49 +11,52 @@ from jaxroute import routing as routing_lib
 from jaxroute.aot import chips, gpu, process, tpu
 
 
+def implementations(topology: str) -> tuple[str, str]:
+  """The kernel for a topology, and the plain XLA graph."""
+  is_tpu = chips.chip(topology).platform == "tpu"
+  return ("pallas_tpu" if is_tpu else "pallas_gpu"), "xla"
+
+
 def report(
-  preset: presets_lib.Preset, tokens: int, topology: str
-) -> dict[str, dict[str, Any]]:
-  """Compiles the kernel and the plain XLA graph for one device.
+  preset: presets_lib.Preset, tokens: int, topology: str, implementation: str
+) -> dict[str, Any]:
+  """Compiles routing for one device, in a process of its own.
 
   Args:
     preset: of the router.
     tokens: T.
     topology: as for `chips.devices`; its first device is compiled for.
+    implementation: as in `jaxroute.route`.
 
   Returns:
-    Implementation to figures by name. Of a TPU, the `Profile`, with
-    `cycles_per_token`; of a GPU, the `Program`, and of its kernel that routes the
-    figures of `Kernel`, with `instructions` for a warp of tokens.
+    Figures by name: of a TPU those of `tpu.Profile`, with cycles a token; of a GPU
+    those of `gpu.Program`, and of its routing kernel those of `gpu.Kernel`, with
+    the instructions of a warp.
 
   Raises:
-    RuntimeError: if a compiler failed.
+    RuntimeError: if the compiler failed.
   """
-  found = {}
   if chips.chip(topology).platform == "tpu":
-    for name in ("pallas_tpu", "xla"):
-      profile = tpu.profile(compile_for, preset, tokens, topology, name)
-      found[name] = {
-        "cycles_per_token": round(profile.cycles / tokens, 2),
-        "hbm_bytes": profile.moved,
-        "temporaries": profile.temporaries,
-        "vmem": profile.vmem,
-      }
-    return found
-  for name in ("pallas_gpu", "xla"):
-    program = process.apart(_on_gpu, preset, tokens, topology, name)
-    found[name] = {
-      "launches": program.launches,
-      "hbm_bytes": program.moved,
-      "temporaries": program.temporaries,
+    profile = tpu.profile(compile_for, preset, tokens, topology, implementation)
+    return {
+      "cycles_per_token": round(profile.cycles / tokens, 2),
+      "hbm_bytes": profile.moved,
+      "temporaries": profile.temporaries,
+      "vmem": profile.vmem,
     }
-    for kernel in program.kernels:
-      found[name] |= {
-        "registers": kernel.registers,
-        "shared_memory": kernel.shared_memory,
-        "blocks_per_core": kernel.blocks_per_core,
-        "instructions_per_warp": kernel.instructions,
-      }
+  program = process.apart(_on_gpu, preset, tokens, topology, implementation)
+  found = {
+    "launches": program.launches,
+    "hbm_bytes": program.moved,
+    "temporaries": program.temporaries,
+  }
+  for kernel in program.kernels:
+    found |= {
+      "registers": kernel.registers,
+      "shared_memory": kernel.shared_memory,
+      "blocks_per_core": kernel.blocks_per_core,
+      "instructions_per_warp": kernel.instructions,
+    }
   return found
 
 
