@@ -263,7 +263,7 @@ def _wheel_folder() -> pathlib.Path | None:
     spec = importlib.util.find_spec("nvidia.cu13")
   except ModuleNotFoundError:
     return None
-  for folder in (spec and spec.submodule_search_locations) or ():
+  for folder in (spec.submodule_search_locations if spec else None) or ():
     if (pathlib.Path(folder) / "bin" / "ptxas").exists():
       return pathlib.Path(folder) / "bin"
   return None

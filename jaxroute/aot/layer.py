@@ -120,7 +120,7 @@ def report(
   """
   traced = _trace(preset, tokens, mesh, partition, grad)
   needed_flops = _needed_flops(preset, tokens) * (3 if grad else 1)
-  known = dict(needed_flops=needed_flops, hbm_bytes=chip.hbm_bytes)
+  known: Any = dict(needed_flops=needed_flops, hbm_bytes=chip.hbm_bytes)
   platform = "tpu" if chip.platform == "tpu" else "cuda"
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     lowered = traced.lower(lowering_platforms=(platform,))
@@ -131,10 +131,11 @@ def report(
       if lacking is None:
         raise
       return Report(needed=lacking[0], fits=False, **known)
-  memory = compiled.memory_analysis()
-  found = collectives_lib.read(compiled.as_text(), dict(mesh.shape))
+  memory, text = compiled.memory_analysis(), compiled.as_text()
+  assert memory is not None and text is not None
+  found = collectives_lib.read(text, dict(mesh.shape))
   moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
-  seconds: collections.Counter[str] = collections.Counter()
+  seconds: dict[str, float] = collections.defaultdict(float)
   seconds["MXU"] = needed_flops / chip.flops
   seconds["HBM"] = (moved + 2 * memory.temp_size_in_bytes) / chip.hbm_bandwidth
   for c in (c for c in found if not c.in_loop):
@@ -172,20 +173,21 @@ def _trace(
   """The layer, or its value and gradients, of abstract arrays."""
   config, d = preset.config, preset.model_size
 
-  def like(shape, dtype, *spec):
+  def like(
+    shape: tuple[int, ...], dtype: Any, *spec: Any
+  ) -> jax.ShapeDtypeStruct:
     sharding = jax.NamedSharding(mesh, jax.P(*spec))
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
-  def params(f, *leading):
+  def params(f: int, *leading: int) -> experts.ExpertParams:
+    """Of one expert, or with a leading axis of as many."""
     axes = (partition.expert_axis,) if leading else ()
-    into = like((*leading, d, f), jnp.bfloat16, *axes)
-    return experts.ExpertParams(
-      w_gate=into,
-      w_up=into,
-      w_down=like((*leading, f, d), jnp.bfloat16, *axes),
-    )
+    into: Any = like((*leading, d, f), jnp.bfloat16, *axes)
+    out: Any = like((*leading, f, d), jnp.bfloat16, *axes)
+    return experts.ExpertParams(w_gate=into, w_up=into, w_down=out)
 
-  def forward(x, router_weight, routed, shared, expert_bias):
+  def forward(*args: Any) -> tuple[jax.Array, Any]:
+    x, router_weight, routed, shared, expert_bias = args
     routing, _ = layer_lib.router(
       x, router_weight, expert_bias, config, partition=partition
     )
@@ -194,22 +196,23 @@ def _trace(
     )
     return out, (routing.load, *sizes)
 
-  def with_gradients(cotangent, expert_bias, *args):
+  def with_gradients(cotangent: jax.Array, *args: Any) -> Any:
+    *operands, expert_bias = args
     out, pull, counts = jax.vjp(
-      lambda *args: forward(*args, expert_bias), *args, has_aux=True
+      lambda *operands: forward(*operands, expert_bias), *operands, has_aux=True
     )
     return out, counts, pull(cotangent)
 
   x = like((tokens * mesh.size, d), jnp.bfloat16, partition.token_axes)
-  expert_bias = like((config.num_experts,), jnp.float32)
   shared = preset.shared_hidden_size
   args = (
     x,
     like((d, config.num_experts), jnp.float32),
     params(preset.hidden_size, config.num_experts),
     params(shared) if shared else None,
+    like((config.num_experts,), jnp.float32),
   )
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     if grad:
-      return jax.jit(with_gradients).trace(x, expert_bias, *args)
-    return jax.jit(forward).trace(*args, expert_bias)
+      return jax.jit(with_gradients).trace(x, *args)
+    return jax.jit(forward).trace(*args)

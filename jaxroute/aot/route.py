@@ -95,7 +95,7 @@ def _on_gpu(
 
 
 def _route(preset: presets_lib.Preset, implementation: Any) -> Any:
-  def route(logits, expert_bias):
+  def route(logits: jax.Array, expert_bias: jax.Array) -> Any:
     r = routing_lib.route(
       logits, expert_bias, preset.config, implementation=implementation
     )

@@ -124,9 +124,8 @@ def _profile(
   # What is in the cache is not compiled.
   jax.config.update("jax_enable_compilation_cache", False)
   compiled = make(*args)
-  text = compiled.as_text()
-  assert text is not None
-  memory = compiled.memory_analysis()
+  text, memory = compiled.as_text(), compiled.memory_analysis()
+  assert text is not None and memory is not None
   used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   return Profile(
     cycles=_cycles(folder, text),
