@@ -2,7 +2,8 @@
 """Time of a call on the device, kernel by kernel, by JAX's profiler.
 
 A clock on the host also counts what the host takes to launch kernels; this
-counts the kernels and copies themselves, from their begin to their end.
+counts the kernels and copies themselves, from their begin to their end; of a
+TPU whole programs.
 """
 
 import collections
@@ -17,6 +18,9 @@ import gpu_report
 import jax
 from jax.profiler import ProfileData
 
+# A device, and the lines of its plane that show what it did once each: other lines
+# show the same time again, by operation or by step.
+_LINES = {"GPU": "Stream", "TPU": "XLA Modules"}
 LEFT_OUT = "left out, for the time was up"
 Candidates = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
@@ -48,7 +52,7 @@ def of_call(call: Callable[..., Any], *args: Any, repeats: int = 10) -> Profile:
     The `Profile`.
 
   Raises:
-    RuntimeError: if the profiler saw nothing on a GPU.
+    RuntimeError: if the profiler saw nothing on a GPU or a TPU.
   """
   for _ in range(3):
     out = call(*args)
@@ -62,14 +66,16 @@ def of_call(call: Callable[..., Any], *args: Any, repeats: int = 10) -> Profile:
     profile = from_planes(ProfileData.from_file(str(path)).planes, repeats)
   if not profile.kernels:
     raise RuntimeError(
-      "expected kernels of a GPU in the profile, got none. The profiler needs"
-      " CUPTI, and that no other profiler runs."
+      "expected kernels of a GPU or TPU in the profile, got none. On a GPU the"
+      " profiler needs CUPTI, and that no other profiler runs."
     )
   return profile
 
 
 def from_planes(planes: Iterable[Any], calls: int) -> Profile:
-  """The mean over `calls` of what the streams of all GPUs did.
+  """The mean over `calls` of what the streams of all GPUs did, or all TPUs.
+
+  Of a TPU the programs are shown, whole, in place of kernels.
 
   Args:
     planes: of a `jax.profiler.ProfileData`.
@@ -80,12 +86,12 @@ def from_planes(planes: Iterable[Any], calls: int) -> Profile:
   """
   spent = collections.defaultdict(list)
   for plane in planes:
-    if "GPU" in plane.name:
-      for line in plane.lines:
-        # Other lines show the same time again, by operation or by module.
-        if line.name.startswith("Stream"):
-          for event in line.events:
-            spent[event.name].append(event.duration_ns)
+    for device, name in _LINES.items():
+      if device in plane.name:
+        for line in plane.lines:
+          if line.name.startswith(name):
+            for event in line.events:
+              spent[event.name].append(event.duration_ns)
   kernels = {
     name: (len(ns) / calls, sum(ns) / calls / 1e3) for name, ns in spent.items()
   }
@@ -112,14 +118,24 @@ class Table:
   flops: int = 0
 
 
-def measure(table: Table, deadline: float, save: Callable[..., None]) -> None:
+def measure(
+  table: Table,
+  deadline: float,
+  save: Callable[..., None],
+  *,
+  profile: Callable[..., Profile] | None = None,
+  show: Callable[[str, gpu_report.Rows], str] = gpu_report.profile_table,
+) -> None:
   """Measures and prints a table; what fails is a row that says so.
 
   Args:
     table: what to measure.
     deadline: of `time.monotonic`, after which nothing is begun.
     save: called with a title and its rows, after every row.
+    profile: of a compiled function and its arguments; by default `of_call`.
+    show: makes the text that is printed of title and rows.
   """
+  profile = profile or of_call
   rows = []
   try:
     candidates = table.candidates()
@@ -134,14 +150,14 @@ def measure(table: Table, deadline: float, save: Callable[..., None]) -> None:
     else:
       try:
         call = jax.jit(function).lower(*args).compile()
-        row |= dataclasses.asdict(of_call(call, *args))
+        row |= dataclasses.asdict(profile(call, *args))
         if table.flops:
           row |= dict(tflops=table.flops / row["us"] / 1e6)
       except Exception as error:
         row |= dict(error=_words(error))
     rows.append(row)
     save(table.title, rows)
-  print(gpu_report.profile_table(table.title, rows), flush=True)
+  print(show(table.title, rows), flush=True)
 
 
 def _words(error: Exception) -> str:

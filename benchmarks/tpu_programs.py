@@ -40,9 +40,16 @@ def shapes(
   return [jax.ShapeDtypeStruct(*operand) for operand in operands]
 
 
-def programs(config: jaxroute.RouterConfig) -> dict[str, Callable[..., Any]]:
-  """Candidate to function of its operands; see the docstring of `tpu_cycles`."""
-  return _plain_programs(config) | _our_programs(config)
+def programs(
+  config: jaxroute.RouterConfig, interpret: bool = False
+) -> dict[str, Callable[..., Any]]:
+  """Candidate to function of its operands; see the docstring of `tpu_cycles`.
+
+  Args:
+    config: what is routed by.
+    interpret: whether the kernels are interpreted, on any device.
+  """
+  return _plain_programs(config) | _our_programs(config, interpret)
 
 
 def _plain_programs(
@@ -74,18 +81,18 @@ def _plain_programs(
 
 
 def _our_programs(
-  config: jaxroute.RouterConfig,
+  config: jaxroute.RouterConfig, interpret: bool
 ) -> dict[str, Callable[..., Any]]:
   """The kernels, asked for by name."""
-  kernel = "pallas_tpu"
+  kernel: Any = dict(implementation="pallas_tpu", interpret=interpret)
   counted = dataclasses.replace(config, histogram=True)
 
   def ours(logits, bias):
-    r = jaxroute.route(logits, bias, config, implementation=kernel)
+    r = jaxroute.route(logits, bias, config, **kernel)
     return r.expert_idx, r.weights, r.load, r.cutoff
 
   def histogram(logits, bias):
-    r = jaxroute.route(logits, bias, counted, implementation=kernel)
+    r = jaxroute.route(logits, bias, counted, **kernel)
     return r.expert_idx, r.weights, r.load, r.counts.histogram
 
   def project(tokens, router_weight, bias):
@@ -93,13 +100,13 @@ def _our_programs(
 
   def project_fused(tokens, router_weight, bias):
     r = jaxroute.routing.project_and_route(
-      tokens, router_weight, bias, config, implementation=kernel
+      tokens, router_weight, bias, config, **kernel
     )
     return r.expert_idx, r.weights, r.load, r.cutoff
 
   def sort(expert_idx):
     return jaxroute.dispatch.sort_by_expert(
-      expert_idx, config.num_experts, implementation=kernel
+      expert_idx, config.num_experts, **kernel
     )
 
   return {

@@ -1,11 +1,14 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Counts of layers and loss functions, held against the state they are for."""
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxroute import types
 
@@ -30,6 +33,9 @@ def of_layers(layers: Any, total: types.Counts) -> types.Counts:
       "`routing` must hold the counts of at least one layer, got none. Pass the"
       " routing of every layer at once."
     )
+  parts = [c.parts for c in found]
+  if None not in parts and len({p.load.shape[-2] for p in parts}) == 1:
+    found = add_shards(parts)
   if total.histogram is None:
     found = [types.Counts(load=c.load) for c in found]
   elif any(c.histogram is None for c in found):
@@ -52,11 +58,13 @@ def of_layers(layers: Any, total: types.Counts) -> types.Counts:
   return jax.tree.map(add_up, total, *[_in_tree(c, total) for c in found])
 
 
-def of_loss(counts: types.Counts, router: types.RouterState) -> types.Counts:
+def of_loss(
+  counts: types.Counts | types.Parts, router: types.RouterState
+) -> types.Counts:
   """What a loss function counted, in the tree structure of the state it is for.
 
   Args:
-    counts: with loads shaped like the biases, in any structure.
+    counts: with loads shaped like the biases, in any structure; or their parts.
     router: the state.
 
   Returns:
@@ -66,17 +74,70 @@ def of_loss(counts: types.Counts, router: types.RouterState) -> types.Counts:
     ValueError: if they do not fit.
   """
   if router.counts.histogram is None:
-    counts = types.Counts(load=counts.load)
+    counts = dataclasses.replace(counts, histogram=None)
   elif counts.histogram is None:
     raise ValueError(
       "`loss_fn` must count a histogram, which the router state has, got None. Set"
       " `histogram=True` in the `RouterConfig`."
     )
+  if isinstance(counts, types.Parts):
+    (counts,) = add_shards([counts])
   like_bias(counts, router.expert_bias)
   total, structure = jax.tree.flatten(router.counts)
   leaves = jax.tree.leaves(counts)
   return jax.tree.unflatten(
     structure, [x.astype(y.dtype) for x, y in zip(leaves, total, strict=True)]
+  )
+
+
+def of_parts(parts: types.Parts, total: types.Counts) -> types.Counts:
+  """Counts that know their parts, where these are those of all layers.
+
+  Args:
+    parts: of the layers that have some.
+    total: of all layers.
+
+  Returns:
+    `Counts` equal to `total`.
+  """
+
+  def structure(counts: types.Counts | types.Parts) -> Any:
+    return jax.tree.structure((counts.load, counts.histogram))
+
+  shards = {x.shape[-2] for x in jax.tree.leaves(parts.load)}
+  if structure(parts) != structure(total) or len(shards) != 1:
+    return total
+  return add_shards([parts])[0].made_of(parts)
+
+
+def add_shards(parts: Sequence[types.Parts]) -> list[types.Counts]:
+  """Sums what shards counted, all in one all-reduce.
+
+  Args:
+    parts: of the same number of shards.
+
+  Returns:
+    For each its `Counts`.
+  """
+
+  def shards_first(tree: types.PyTree, axis: int) -> types.PyTree:
+    return jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), tree)
+
+  apart = [
+    types.Counts(
+      load=shards_first(p.load, -2), histogram=shards_first(p.histogram, -3)
+    )
+    for p in parts
+  ]
+  leaves, structure = jax.tree.flatten(apart)
+  shards = leaves[0].shape[0]
+  rows = jnp.concatenate([x.reshape(shards, -1) for x in leaves], axis=1)
+  total = jnp.sum(rows, axis=0, dtype=rows.dtype)
+  ends = np.cumsum([math.prod(x.shape[1:]) for x in leaves])
+  sums = jnp.split(total, ends[:-1])
+  return jax.tree.unflatten(
+    structure,
+    [s.reshape(x.shape[1:]) for s, x in zip(sums, leaves, strict=True)],
   )
 
 

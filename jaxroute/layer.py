@@ -4,6 +4,7 @@
 `jaxroute.linen` and `jaxroute.nnx` only hold the parameters and call these.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any, get_args
@@ -11,7 +12,7 @@ from typing import Any, get_args
 import jax
 import jax.numpy as jnp
 
-from jaxroute import checks, dispatch, experts, ladder, types
+from jaxroute import checks, dispatch, experts, ladder, remat, types
 from jaxroute import routing as routing_lib
 from jaxroute.parallel import all_gather, all_to_all, shards
 from jaxroute.parallel import mesh as mesh_lib
@@ -83,13 +84,18 @@ def router(
     token_mask: jax.Array | None,
     router_weight: jax.Array,
     expert_bias: jax.Array | None,
-  ) -> tuple[types.Routing, jax.Array | None]:
+  ) -> tuple[types.Routing, jax.Array | None, types.Parts]:
     if fuse_projection:
       operands = tokens, router_weight, expert_bias, config, token_mask
-      return routing_lib.project_and_route(*operands, **how), None
-    logits = routing_lib.project(tokens, router_weight, token_mask)
-    routes = routing_lib.route(logits, expert_bias, config, token_mask, **how)
-    return routes, logits
+      logits, routes = None, routing_lib.project_and_route(*operands, **how)
+    else:
+      logits = routing_lib.project(tokens, router_weight, token_mask)
+      operands = logits, expert_bias, config, token_mask
+      routes = routing_lib.route(*operands, **how)
+    load, histogram = routes.counts.load[None], routes.counts.histogram
+    if histogram is not None:
+      histogram = histogram[None]
+    return routes, logits, types.Parts(load=load, histogram=histogram)
 
   yes: Any = True  # in the place of an array
   no: Any = False
@@ -102,13 +108,22 @@ def router(
     token_mask=yes,
     rank=yes,  # or None, where what is per token is left as it is
   )
-  return mesh_lib.map_over_tokens(
+  # A part is a row of its shard.
+  parts = types.Parts(load=yes, histogram=yes if config.histogram else None)
+  logits_per_token = None if fuse_projection else True
+  routes, logits, parts = mesh_lib.map_over_tokens(
     run,
     [tokens, token_mask, router_weight, expert_bias],
     are_per_token=[True, True, False, False],
-    outputs_per_token=(routes_per_token, None if fuse_projection else True),
+    outputs_per_token=(routes_per_token, logits_per_token, parts),
     partition=partition,
   )
+  if partition is not None:
+    # A loss that wants the load would have it summed again in the backward pass.
+    load = remat.checkpoint_name("load", routes.load)
+    counts = dataclasses.replace(routes.counts, load=load).made_of(parts)
+    routes = dataclasses.replace(routes, counts=counts)
+  return routes, logits
 
 
 def moe(

@@ -37,7 +37,7 @@ from jaxroute.parallel import placement
 
 Initializer = jax.nn.initializers.Initializer
 
-COUNTED = ("load", "histogram")
+COUNTED = ("load", "histogram", "load_parts", "histogram_parts")
 """The collections that a training forward pass makes mutable, if it has them."""
 
 
@@ -94,9 +94,11 @@ class Router(nn.Module):
       self.fuse_projection,
       self.partition,
     )
-    self._count("load", routes.counts.load)
-    if routes.counts.histogram is not None:
-      self._count("histogram", routes.counts.histogram)
+    counts = routes.counts
+    parts = counts.parts or types.Parts(load=None)
+    self._count("load", counts.load, parts.load)
+    if counts.histogram is not None:
+      self._count("histogram", counts.histogram, parts.histogram)
     return routes, logits
 
   def _expert_bias(self) -> jax.Array:
@@ -112,12 +114,25 @@ class Router(nn.Module):
     shape = (self.config.num_experts,)
     return self.variable(name, name, jnp.zeros, shape, jnp.float32).value
 
-  def _count(self, name: str, counts: jax.Array) -> None:
+  def _count(
+    self, name: str, counts: jax.Array, parts: jax.Array | None
+  ) -> None:
     """Adds to the variable, if the caller lets it change."""
-    if self.is_mutable_collection(name):
-      total = self.variable(name, name, jnp.zeros, counts.shape, jnp.int32)
-      if not self.is_initializing():
-        total.value += counts
+    if not self.is_mutable_collection(name):
+      return
+    is_first = not self.has_variable(name, name)
+    total = self.variable(name, name, jnp.zeros, counts.shape, jnp.int32)
+    if self.is_initializing():
+      return
+    total.value += counts
+    apart = f"{name}_parts"
+    if parts is None or not self.is_mutable_collection(apart):
+      return
+    if is_first:
+      self.put_variable(apart, name, parts)
+    elif self.has_variable(apart, name):
+      # The caller may have set the total anew since.
+      self.put_variable(apart, name, None)
 
 
 class MoE(nn.Module):
@@ -298,9 +313,14 @@ def counts(collections: Mapping[str, Any]) -> types.Counts:
       f"`collections` must hold 'load', got {found}. Pass what"
       " `model.apply(..., mutable=jaxroute.linen.COUNTED)` returned."
     )
-  return types.Counts(
+  found = types.Counts(
     load=collections["load"], histogram=collections.get("histogram")
   )
+  parts = types.Parts(
+    load=collections.get("load_parts"),
+    histogram=collections.get("histogram_parts"),
+  )
+  return counts_lib.of_parts(parts, found)
 
 
 def _fields(x: Any) -> dict[str, Any]:

@@ -25,7 +25,7 @@ class Accumulated(NamedTuple):
     loss: `[]` float32, or float64. The weighted mean.
     metrics: the weighted means, float32 or wider.
     grads: the weighted means, of the dtypes of the parameters.
-    counts: `Counts`, summed.
+    counts: summed over the micro-batches; over the shards only if `Counts`.
     variables: as the last micro-batch left them.
   """
 
@@ -33,7 +33,7 @@ class Accumulated(NamedTuple):
   loss: jax.Array
   metrics: dict[str, Any]
   grads: types.PyTree
-  counts: types.Counts
+  counts: types.Counts | types.Parts
   variables: types.PyTree
 
 
@@ -109,7 +109,9 @@ def call_loss(
   batch: types.PyTree,
   rng: jax.Array | None = None,
   variables: types.PyTree = None,
-) -> tuple[jax.Array, tuple[types.Counts, dict[str, Any], types.PyTree]]:
+) -> tuple[
+  jax.Array, tuple[types.Counts | types.Parts, dict[str, Any], types.PyTree]
+]:
   """Calls a loss function with what it takes, and checks what it returns.
 
   Args:
@@ -121,7 +123,8 @@ def call_loss(
     variables: keyword argument, unless it is None.
 
   Returns:
-    `(loss, (counts, metrics, variables))`.
+    `(loss, (counts, metrics, variables))`. The counts are one part a shard where
+    they can be, which `jaxroute.counts.of_loss` sums.
 
   Raises:
     ValueError: if `loss_fn` returns something else.
@@ -157,6 +160,7 @@ def call_loss(
     )
   if after:
     _check_is_alike(after[0], variables)
+  counts = counts.parts or counts
   return loss, (counts, dict(metrics), after[0] if after else None)
 
 

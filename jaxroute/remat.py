@@ -20,6 +20,7 @@ _KEPT = (
   "expert_idx",
   "group_sizes",
   "inverse_permutation",
+  "load",
   "permutation",
   "weights",
 )

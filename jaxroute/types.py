@@ -242,7 +242,8 @@ class Counts:
   """What was counted, for a dual rule to move the bias by.
 
   Counts add up: `jax.tree.map(jnp.add, a, b)` are those of both parts of a
-  batch.
+  batch. What a layer with a partition counted knows its `parts`, until it is
+  changed or leaves a transformation of JAX.
 
   Attributes:
     load: `[E]` int32. Assignments per expert, of the tokens that count, before
@@ -250,6 +251,41 @@ class Counts:
     histogram: `[E, 16]` int32, if `RouterConfig.histogram`: how far the bias of
       each expert is from changing the choice of each token, in the bins of
       `jaxroute.routing.bias_histogram`; else None.
+  """
+
+  load: PyTree
+  histogram: PyTree = None
+
+  @property
+  def parts(self) -> "Parts | None":
+    """What adds up to these counts, or None: for who can put off their sum."""
+    return vars(self).get("_parts")
+
+  def made_of(self, parts: "Parts | None") -> "Counts":
+    """These counts, with `parts`.
+
+    They are no field: whoever makes other counts of these has none, so that parts
+    never belong to other counts. Arrays they are of are the same on every mesh.
+
+    Args:
+      parts: what adds up to these counts, or None.
+
+    Returns:
+      `Counts`.
+    """
+    counts = dataclasses.replace(self)
+    object.__setattr__(counts, "_parts", parts)
+    return counts
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+  """What each of S token shards counted; `jaxroute.counts.add_shards` sums them.
+
+  Attributes:
+    load: `[S, E]` int32, or a pytree of `[..., S, E]` arrays, sharded over S.
+    histogram: `[S, E, 16]` int32, or a pytree of `[..., S, E, 16]`; or None.
   """
 
   load: PyTree

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from jaxroute import assignment, linear_program
 
+# Another version of JAX runs its docstrings, and system/modes_test.py.
+pytestmark = pytest.mark.any_jax
+
 
 def _scores(t, e, seed=0):
   return np.random.default_rng(seed).random((t, e)).astype(np.float32)

@@ -57,8 +57,36 @@ def test_streams_of_the_gpu_are_counted_by_kernel():
   assert next(iter(profile.kernels)) == "route_mosaic_gpu_kernel"
 
 
+# Steps and operations show the time again.
+TPU_PROFILE = """
+  planes {
+    name: "/device:TPU:0"
+    lines {
+      name: "XLA Modules"
+      events { metadata_id: 1 offset_ps: 0 duration_ps: 3000000 }
+      events { metadata_id: 1 offset_ps: 4000000 duration_ps: 5000000 }
+    }
+    lines {
+      name: "XLA Ops"
+      events { metadata_id: 2 offset_ps: 0 duration_ps: 2000000 }
+    }
+    event_metadata { key: 1 value { id: 1 name: "jit_ours" } }
+    event_metadata { key: 2 value { id: 2 name: "fusion" } }
+  }
+"""
+
+
+def test_programs_of_the_tpu_are_counted():
+  planes = ProfileData.from_text_proto(TPU_PROFILE).planes
+  assert gpu_profile.from_planes(planes, calls=2) == gpu_profile.Profile(
+    us=4.0, launches=1.0, kernels={"jit_ours": (1.0, 4.0)}
+  )
+
+
 def test_a_profile_without_a_gpu_is_refused():
-  with pytest.raises(RuntimeError, match="expected kernels of a GPU.*CUPTI"):
+  with pytest.raises(
+    RuntimeError, match="expected kernels of a GPU or TPU.*CUPTI"
+  ):
     gpu_profile.of_call(jax.jit(jnp.sin), jnp.zeros(3), repeats=2)
 
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import oracle
+import pytest
 
 from jaxroute import scores
 
@@ -15,6 +16,33 @@ from jaxroute import scores
 jit_interpreted = functools.partial(
   jax.jit, compiler_options={"xla_disable_hlo_passes": "fusion"}
 )
+
+# Of tables of interpreted kernels: a kernel's arithmetic is the same on all
+# versions of JAX, whose interpreter these rows try.
+_ON_EVERY_JAX = (
+  *((0, 8, 2), (7, 5, 3), (33, 64, 6), (257, 128, 8)),
+  *("deepseek_v3", "deepseek_v4", "olmoe"),
+)
+
+
+def rows(values, on_every_jax=_ON_EVERY_JAX):
+  """Parameters of a test, of which a second version of JAX gets some.
+
+  Args:
+    values: a shape, a name of a family, ... each.
+    on_every_jax: those that it gets.
+
+  Returns:
+    A list of the parameters.
+  """
+  return [
+    pytest.param(
+      value,
+      marks=() if value in on_every_jax else pytest.mark.any_jax,
+      id=str(value),
+    )
+    for value in values
+  ]
 
 
 def bias(num_experts, seed=1):

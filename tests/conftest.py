@@ -15,11 +15,12 @@ import sys
 
 # Read once, when jax makes its clients, so set before jax is imported.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# The TPU compiler works without a TPU, but looks for one unless told not to.
-os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
-os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+if os.environ["JAX_PLATFORMS"] != "tpu":
+  # The TPU compiler works without a TPU, but looks for one unless told not to.
+  os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+  os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+  os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+  os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 if os.environ["JAX_PLATFORMS"] in ("", "cpu"):
   os.environ["XLA_FLAGS"] = " ".join(
     (

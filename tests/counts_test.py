@@ -2,15 +2,20 @@
 """One bias state: what counts it takes, and which mistakes it names."""
 
 import dataclasses
+import functools
+import re
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType
 
 import jaxroute
-from jaxroute import dual
+from jaxroute import counts as counts_lib
+from jaxroute import dual, layer
 
 CONFIG = jaxroute.RouterConfig(num_experts=4, top_k=2)
 RULE = dual.sign(1e-3)
@@ -76,6 +81,46 @@ def test_max_vio_of_what_a_layer_returns_is_that_of_its_load():
   for holder in (routing, _output(routing), routing.counts, routing.load):
     assert jaxroute.max_vio(holder) == 1.0
     assert jaxroute.max_vio(holder).shape == ()
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_what_shards_of_all_layers_counted_is_summed_at_once(kind):
+  config = dataclasses.replace(CONFIG, histogram=True)
+  state = jaxroute.init_router_state(RULE, 4, 2, histogram=True)
+  x = jax.random.normal(jax.random.key(0), (16, 3)) + 0.5
+  weights = jax.random.normal(jax.random.key(1), (2, 3, 4))
+
+  def run(x, partition=None):
+    layers = [
+      layer.router(x, w, b, config, partition=partition)[0]
+      for w, b in zip(weights, state.expert_bias, strict=True)
+    ]
+    return jaxroute.accumulate(state, layers)
+
+  expected = jax.jit(run)(x)
+  partition = jaxroute.Partition(token_axes="data")
+  with jax.set_mesh(jax.make_mesh((8,), ("data",), axis_types=(kind,))):
+    step = jax.jit(functools.partial(run, partition=partition))
+    compiled = step.lower(x).compile()
+    chex.assert_trees_all_equal(jax.device_get(step(x)), expected)
+  sums = re.findall(r"= (\S+) all-reduce(?:-start)?\(", compiled.as_text())
+  assert [s.split("{")[0] for s in sums] == ["s32[136]"]  # 2 x 4 x (1 + 16)
+
+
+def test_parts_do_not_outlive_their_counts():
+  parts = jaxroute.types.Parts(load=jnp.array([[1, 2], [3, 4]]))
+  total = jaxroute.Counts(load=jnp.array([4, 6]))
+  counts = counts_lib.of_parts(parts, total)
+  assert counts.parts is parts and total.parts is None
+  chex.assert_trees_all_equal(counts, total)
+  assert jax.tree.map(lambda c: 2 * c, counts).parts is None
+  assert dataclasses.replace(counts, load=total.load).parts is None
+  # Those of a layer are missing, or of another number of shards.
+  total = jaxroute.Counts(load=(total.load, total.load))
+  for second in (None, parts.load[:1]):
+    some = jaxroute.types.Parts(load=(parts.load, second))
+    assert counts_lib.of_parts(some, total) is total
 
 
 def _of_dtype(dtype):

@@ -19,6 +19,9 @@ from jaxroute import dual, metrics
 from jaxroute.dual.quantile import histogram_quantile, order_statistic
 from jaxroute.routing import bias_histogram
 
+# Another version of JAX runs its docstrings, and system/modes_test.py.
+pytestmark = pytest.mark.any_jax
+
 # Eight tokens, four experts, loads 4, 3, 1, 0 at first and 2 each after a step.
 EXAMPLE = jnp.array(
   [

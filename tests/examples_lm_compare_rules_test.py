@@ -14,7 +14,9 @@ import pytest
 import train as train_lib
 from absl.testing import flagsaver
 
-pytestmark = pytest.mark.implicit_promotion  # optax's Adam promotes.
+# Another version of JAX trains a model in examples_lm_train_test.py. optax's Adam
+# promotes.
+pytestmark = [pytest.mark.any_jax, pytest.mark.implicit_promotion]
 
 SWITCH, QUANTILE = "switch loss, 1e-1", "quantile"
 # The arms set the rule, and the script the intervals.
@@ -68,7 +70,6 @@ def _run(arm):
   return compare_rules.run(compare_rules.config_of(arm, 0))
 
 
-@pytest.mark.any_jax
 def test_it_writes_a_table_and_figures(compared):
   out, printed = compared
   text = (out / "table.md").read_text()
@@ -89,7 +90,6 @@ def test_it_writes_a_table_and_figures(compared):
     assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.any_jax
 def test_it_goes_on_from_what_is_there(compared, monkeypatch):
   out, _ = compared
   text = (out / "table.md").read_text()
@@ -126,7 +126,6 @@ def test_the_switch_loss_balances_and_is_not_in_the_metric(
   assert after[0]["loss"] > after[0]["bits_per_byte"] * np.log(2) + 0.09
 
 
-@pytest.mark.any_jax
 def test_an_arm_is_chosen_by_its_name():
   parse = compare_rules.flags.FLAGS["arm"].parser.parse
   assert {parse(name) for name in compare_rules.ARMS} == set(compare_rules.ARMS)

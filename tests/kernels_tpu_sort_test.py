@@ -42,7 +42,7 @@ def _assert_is_oracle(idx, e, capacity=None):
   assert load.sum() == idx.size
 
 
-@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", conformance.rows(cases.SHAPES))
 def test_every_shape(shape):
   t, e, k = shape
   _assert_is_oracle(_choices(t, e, k), e)
@@ -52,7 +52,9 @@ def test_capacity_moves_the_later_tokens_to_the_end():
   _assert_is_oracle(_choices(70, 16, 3), 16, capacity=5)
 
 
-@pytest.mark.parametrize("shape", ((2500, 20, 2), (300, 700, 9)), ids=str)
+@pytest.mark.parametrize(
+  "shape", conformance.rows([(2500, 20, 2), (300, 700, 9)], [(2500, 20, 2)])
+)
 def test_blocks_of_tokens_and_words_of_experts(shape):
   t, e, k = shape
   _assert_is_oracle(_choices(t, e, k), e)

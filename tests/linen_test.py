@@ -136,6 +136,30 @@ def test_the_layer_against_the_oracle(shared):
   np.testing.assert_allclose(y.reshape(-1, D), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.devices(8)
+def test_parts_on_a_mesh_are_those_of_one_call():
+  partition = jaxroute.Partition(token_axes="data")
+  model = jaxroute.linen.Router(CONFIG, partition=partition)
+  x = _x(shape=(8, 2, D))
+  with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+    variables = model.init(jax.random.key(0), x)
+    assert set(variables) == {"params", "expert_bias", "load"}
+    del variables["load"]
+    apply = functools.partial(model.apply, mutable=jaxroute.linen.COUNTED)
+    (routing, _), once = apply(variables, x)
+    assert once["load_parts"]["load"].shape == (8, E)
+    # Whoever hands on what was counted may have changed the total.
+    half = once | {"load": jax.tree.map(lambda v: v // 2, once["load"])}
+    _, more = apply(variables | half, x)
+  for counted, sum_ in (
+    (once, routing.load),
+    (more, routing.load // 2 + routing.load),
+  ):
+    np.testing.assert_array_equal(counted["load"]["load"], sum_)
+    counts = jaxroute.linen.counts(counted)
+    np.testing.assert_array_equal(counts.load["load"], sum_)
+
+
 def test_only_a_forward_pass_with_a_mutable_load_counts():
   model = jaxroute.linen.MoE(CONFIG, hidden_size=F)
   variables = _init(model)

@@ -10,7 +10,7 @@ import oracle
 import pytest
 
 import jaxroute
-from jaxroute import dual, experts, layer
+from jaxroute import experts, layer
 from jaxroute.parallel import shards
 
 pytestmark = pytest.mark.optimized
@@ -157,34 +157,6 @@ def test_capacity_is_per_token_shard_and_counted():
     for i, m in zip(ids, mask, strict=True)
   )
   np.testing.assert_array_equal(sizes, expected)
-
-
-def test_the_bias_trajectory_on_a_mesh_is_bit_identical():
-  partition = PARTITIONS["expert_within_data"]
-  rule = dual.sign(1e-2)
-  x, kernel, _, params, mask = _inputs()
-  mesh = _mesh(jax.sharding.AxisType.Explicit)
-
-  def run(x, kernel, params, mask, partition):
-    def step(state, seed):
-      shifted = x + seed / 4
-      _, routing, _ = _layer(
-        shifted, kernel, state.expert_bias[0], params, mask, partition
-      )
-      state = jaxroute.update(jaxroute.accumulate(state, routing), rule)
-      return state, (routing.load, state.expert_bias)
-
-    state = jaxroute.init_router_state(rule, E)
-    return jax.lax.scan(step, state, jnp.arange(6.0))[1]
-
-  expected = jax.jit(run, static_argnums=4)(x, kernel, params, mask, None)
-  placed = _placed(mesh, partition, x, kernel, jnp.zeros(E), params, mask)
-  x, kernel, _, params, mask = placed
-  with jax.set_mesh(mesh):
-    got = jax.jit(run, static_argnums=4)(x, kernel, params, mask, partition)
-  for g, e in zip(got, expected, strict=True):
-    np.testing.assert_array_equal(jax.device_get(g), e)
-  assert np.any(expected[1][-1])
 
 
 def test_nan_tokens_stay_nan_and_uncounted_on_a_mesh():

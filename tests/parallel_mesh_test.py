@@ -2,6 +2,7 @@
 """Which mesh is in force, and what a kernel may do under it."""
 
 import contextlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 
 import jaxroute
-from jaxroute import layer
+from jaxroute import layer, losses
 from jaxroute.parallel import mesh as mesh_lib
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
@@ -233,3 +234,23 @@ def test_load_and_histogram_travel_in_one_all_reduce():
     with jax.set_mesh(_mesh((4, 2), kind, kind)):
       text = jax.jit(counts).lower(jnp.ones((16, 4))).as_text()
     assert text.count("stablehlo.all_reduce") == 1
+
+
+def test_a_loss_of_the_load_has_it_summed_once_also_under_remat():
+  partition = jaxroute.Partition(token_axes=("data", "expert"))
+
+  def loss(weight, x):
+    routing, logits = layer.router(
+      x, weight, None, _config(8), partition=partition
+    )
+    return losses.switch(logits, routing, _config(8))
+
+  weight, x = jnp.ones((4, 8)), jnp.ones((16, 4))
+  kept = jax.checkpoint(loss, policy=jaxroute.save_routing)
+  with jax.set_mesh(_mesh((4, 2), AUTO, AUTO)):
+    for function in (loss, kept):
+      text = jax.jit(jax.grad(function)).lower(weight, x).as_text()
+      sums = re.findall(
+        r"all_reduce.*?\}\) : \(tensor<(\S+)>\)", text, re.DOTALL
+      )
+      assert sums.count("8xi32") == 1

@@ -222,6 +222,22 @@ def test_what_does_not_fit_is_named(partition, mesh, message):
     parallel.shardings(params, partition, mesh)
 
 
+def test_a_layer_names_what_its_axes_do_not_fit():
+  partition = PARTITIONS["tensor"]
+  layer = jaxroute.linen.MoE(CONFIG, hidden_size=5, partition=partition)
+  message = "shards 5 units of an expert's width F over .*, 2 devices"
+  with jax.set_mesh(_mesh()), pytest.raises(ValueError, match=message):
+    jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((8, D)))
+  # It looks for all axes of a partition, also for one that it does not use.
+  partition = jaxroute.Partition(fsdp_axis="model")
+  layer = jaxroute.linen.MoE(CONFIG, hidden_size=F, partition=partition)
+  message = (
+    r"names the mesh axes \['model'\], got a mesh with \('data', 'expert'\)"
+  )
+  with jax.set_mesh(_mesh()), pytest.raises(ValueError, match=message):
+    jax.eval_shape(layer.init, jax.random.key(0), jnp.zeros((8, D)))
+
+
 @functools.cache
 def _step(name=None, kind=None):
   """Loads and loss of two steps, and the state after them."""
@@ -260,13 +276,9 @@ def _step(name=None, kind=None):
       state, report = step(state, batch)
       reports.append(jax.device_get((report["load"], report["loss"])))
   if placed:
-    _assert_lies(state, placed)
+    for x, t in zip(*map(jax.tree.leaves, (state, placed)), strict=True):
+      assert x.sharding.is_equivalent_to(t, x.ndim)
   return reports, jax.device_get(state)
-
-
-def _assert_lies(state, placed):
-  for x, s in zip(jax.tree.leaves(state), jax.tree.leaves(placed), strict=True):
-    assert x.sharding.is_equivalent_to(s, x.ndim)
 
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit

@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 
 from jaxroute import assignment
 
+# Another version of JAX runs its docstrings, and system/modes_test.py.
+pytestmark = pytest.mark.any_jax
+
 _round = jax.jit(assignment.round_to_balanced, static_argnums=2)
 
 

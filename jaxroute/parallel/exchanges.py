@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 def make_plan(group_sizes: jax.Array, axis: str, capacity: int | None) -> Plan:
   """Two exchanges of a few numbers tell every device what its peers send and take."""
 
-  def swap(*tables: jax.Array) -> jax.Array:
+  def swap(*tables: jax.Array) -> tuple[jax.Array, ...]:
     stacked = jnp.stack(tables, axis=1)
     return jnp.unstack(lax.all_to_all(stacked, axis, 0, 0, tiled=True), axis=1)
 

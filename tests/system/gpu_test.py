@@ -7,8 +7,8 @@ JAX_PLATFORMS=cuda python -m pytest -m gpu -n 4 tests/system/gpu_test.py
 import dataclasses
 import functools
 
+import device_cases
 import experts_cases
-import gpu_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,18 +26,7 @@ kernel, xla = (
   functools.partial(jaxroute.route, implementation=name)
   for name in ("pallas_gpu", "xla")
 )
-V3 = gpu_cases.CASES["V3, T=15"]
-
-
-def _compiled(function, *args):
-  """`function` for arguments of these shapes; it cannot be compiled again.
-
-  A router that the kernel leaves to XLA is skipped, with its reason.
-  """
-  try:
-    return jax.jit(function).lower(*args).compile()
-  except NotImplementedError as reason:
-    pytest.skip(str(reason))
+V3 = device_cases.CASES["V3, T=15"]
 
 
 def _rank(expert_idx, token_mask, num_experts):
@@ -51,51 +40,16 @@ def _rank(expert_idx, token_mask, num_experts):
 
 
 def _assert_routed_alike(ours, theirs, selection, config):
-  """Equal bit for bit; by a softmax over all experts, to its last bits.
-
-  Args:
-    ours: a `Routing` with ranks.
-    theirs: a `Routing` by XLA.
-    selection: `[T, E]`, what XLA compared.
-    config: the router.
-  """
-  ours, theirs, selection = jax.device_get((ours, theirs, selection))
-  rtol, atol, weights_rtol = 0.0, 0.0, 1e-6
-  if config.needs_row_softmax:
-    weights_rtol = 5e-6
-    if not config.selects_on_logits:
-      rtol, atol = 2e-6, 1e-7
-  if rtol:
-    chosen = (
-      np.take_along_axis(selection, r.expert_idx, axis=1)
-      for r in (ours, theirs)
-    )
-    np.testing.assert_allclose(*chosen, rtol=rtol, atol=atol)
-  else:
-    np.testing.assert_array_equal(ours.expert_idx, theirs.expert_idx)
-    np.testing.assert_array_equal(ours.load, theirs.load)
-  np.testing.assert_allclose(ours.cutoff, theirs.cutoff, rtol=rtol, atol=atol)
-  same = np.all(ours.expert_idx == theirs.expert_idx, axis=1)
-  np.testing.assert_array_equal(ours.token_mask[same], theirs.token_mask[same])
-  expected = theirs.weights[same]
-  largest = np.max(np.nan_to_num(np.abs(expected)), axis=1, keepdims=True)
-  np.testing.assert_allclose(
-    ours.weights[same] / np.where(largest, largest, 1),
-    expected / np.where(largest, largest, 1),
-    rtol=weights_rtol,
-    atol=weights_rtol,
-  )
-  e = config.num_experts
-  counted = ours.expert_idx[ours.token_mask].reshape(-1)
-  np.testing.assert_array_equal(ours.load, np.bincount(counted, minlength=e))
+  """As `device_cases` says, and ranks are those of a sort."""
+  device_cases.assert_routed_alike(ours, theirs, selection, config)
   np.testing.assert_array_equal(
-    ours.rank, _rank(ours.expert_idx, ours.token_mask, e)
+    ours.rank, _rank(ours.expert_idx, ours.token_mask, config.num_experts)
   )
 
 
-@pytest.mark.parametrize("name", gpu_cases.CASES)
+@pytest.mark.parametrize("name", device_cases.CASES)
 def test_the_kernel_routes_as_xla_does(name):
-  case = gpu_cases.CASES[name]
+  case = device_cases.CASES[name]
   config = case.config
 
   def by_kernel(*args):
@@ -108,7 +62,9 @@ def test_the_kernel_routes_as_xla_does(name):
     return xla(logits, bias, config, mask), selection
 
   args = jax.device_put(case.inputs(0))
-  by_kernel, by_xla = _compiled(by_kernel, *args), _compiled(by_xla, *args)
+  by_kernel, by_xla = (
+    device_cases.compiled(f, *args) for f in (by_kernel, by_xla)
+  )
   for seed in range(INPUTS):
     args = jax.device_put(case.inputs(seed))
     ours = by_kernel(*args)
@@ -124,28 +80,11 @@ def test_a_histogram_is_that_of_xla():
     return route(logits, bias, config, mask).counts
 
   ours, theirs = (
-    _compiled(functools.partial(counts, route), *args)(*args)
+    device_cases.compiled(functools.partial(counts, route), *args)(*args)
     for route in (kernel, xla)
   )
   jax.tree.map(np.testing.assert_array_equal, ours, theirs)
   assert jnp.any(ours.histogram != 0)
-
-
-def _loss(route, config):
-  """A sum of weights by factors of both signs, so that no gradient cancels."""
-
-  def loss(logits, bias, mask):
-    weights = route(logits, bias, config, mask).weights
-    factor = jnp.cos(jnp.arange(weights.size, dtype=jnp.float32))
-    return jnp.sum(weights * factor.reshape(weights.shape))
-
-  return loss
-
-
-def _finite(case, seed=0):
-  """Inputs with a gradient: random logits."""
-  logits, bias, mask = case.inputs(6 * seed)
-  return jax.device_put((logits, bias, mask))
 
 
 @pytest.mark.parametrize(
@@ -159,11 +98,11 @@ def _finite(case, seed=0):
   ),
 )
 def test_the_gradient_is_that_of_xla(name):
-  case = gpu_cases.CASES[name]
-  args = _finite(case)
+  case = device_cases.CASES[name]
+  args = case.finite()
   ours, theirs = (
-    _compiled(jax.grad(_loss(route, case.config)), *args)(*args)
-    for route in (kernel, xla)
+    device_cases.compiled(jax.grad(loss), *args)(*args)
+    for loss in (device_cases.loss(r, case.config) for r in (kernel, xla))
   )
   assert ours.dtype == theirs.dtype == args[0].dtype
   tolerance = 1e-5 if case.dtype == "float32" else 1e-2
@@ -172,13 +111,13 @@ def test_the_gradient_is_that_of_xla(name):
 
 
 def test_vmap_is_a_loop():
-  logits, bias, _ = _finite(V3)
+  logits, bias, _ = V3.finite()
   logits = jnp.stack([logits, logits[::-1], -logits])
 
   def routed(logits):
     return kernel(logits, bias, V3.config, with_rank=True)
 
-  batched = _compiled(jax.vmap(routed), logits)(logits)
+  batched = device_cases.compiled(jax.vmap(routed), logits)(logits)
   one = jax.jit(routed)
   for i, x in enumerate(logits):
     at_i = jax.tree.map(lambda leaf, i=i: leaf[i], batched)
@@ -187,7 +126,7 @@ def test_vmap_is_a_loop():
 
 @pytest.mark.parametrize("policy", (None, jaxroute.save_routing))
 def test_a_scan_over_rematerialised_layers_is_a_loop(policy):
-  args = _finite(V3)
+  args = V3.finite()
   biases = jnp.stack([args[1], -args[1], 2 * args[1]])
 
   def layer(logits, bias, route):
@@ -212,7 +151,7 @@ def test_a_scan_over_rematerialised_layers_is_a_loop(policy):
 
 
 def test_donated_logits_are_routed():
-  logits, bias, mask = _finite(V3)
+  logits, bias, mask = V3.finite()
 
   def step(logits, bias, mask):
     routing = kernel(logits, bias, V3.config, mask)
@@ -227,7 +166,7 @@ def test_donated_logits_are_routed():
 @pytest.mark.parametrize("manual", (False, True), ids=("explicit", "shard_map"))
 def test_on_a_mesh_of_one_device(manual):
   mesh = jax.make_mesh((1,), ("data",))
-  args = _finite(V3)
+  args = V3.finite()
   config = V3.config
 
   def routed(logits, bias, mask):
@@ -259,7 +198,7 @@ def test_on_a_mesh_of_one_device(manual):
   "name", ("V3, T=15", "sigmoid, 6 of 60", "sigmoid, 10 of 512")
 )
 def test_the_order_by_rank_is_that_of_a_sort(name, capacity):
-  case = gpu_cases.CASES[name]
+  case = device_cases.CASES[name]
   e = case.config.num_experts
 
   def orders(logits, bias, mask):
@@ -272,7 +211,7 @@ def test_the_order_by_rank_is_that_of_a_sort(name, capacity):
       implementation="xla"
     )
 
-  orders = _compiled(orders, *jax.device_put(case.inputs(0)))
+  orders = device_cases.compiled(orders, *jax.device_put(case.inputs(0)))
   for seed in range(6):
     ours, theirs = jax.device_get(orders(*jax.device_put(case.inputs(seed))))
     np.testing.assert_array_equal(ours.group_sizes, theirs.group_sizes)
@@ -311,7 +250,9 @@ def test_bfloat16_experts_against_a_float32_einsum(implementation):
 
   # What rows of no expert hold must not matter.
   padded = x.at[sum(group_sizes) :].set(jnp.nan)
-  actual = _compiled(ours, padded, params, sizes)(padded, params, sizes)
+  actual = device_cases.compiled(ours, padded, params, sizes)(
+    padded, params, sizes
+  )
   experts_cases.assert_close(actual, jax.jit(exact)(x, params, owner), 1e-2)
   actual = experts_cases.gradients(ours)(padded, params, sizes)
   expected = experts_cases.gradients(exact)(x, params, owner)

@@ -34,7 +34,7 @@ _ALLOWED = {
   "scores": {"types"},
   "remat": set(),
   **{name: _BELOW | {name} for name in _OPERATIONS},
-  "layer": {"types", "ladder", "parallel", *_OPERATIONS},
+  "layer": {"types", "ladder", "parallel", "remat", *_OPERATIONS},
   "linen": {*_LAYERS, "counts", "step", "train"},
   "nnx": {*_LAYERS, "nnx_step"},
   "nnx_step": {"types", "step", "train"},

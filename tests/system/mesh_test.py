@@ -149,7 +149,14 @@ def _results(run, way):
 
 
 @pytest.mark.implicit_promotion  # optax's Adam promotes.
-@pytest.mark.parametrize("name", _RUNS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("linen", "nnx", "train_step"),
+    # Another version of JAX moves it to a mesh in examples_lm_train_test.py.
+    pytest.param("example", marks=pytest.mark.any_jax),
+  ],
+)
 def test_the_loads_are_equal_and_the_outputs_close(name):
   # The main job has no `shard_map` of its own.
   ways = WAYS[:-1] if name == "example" else WAYS

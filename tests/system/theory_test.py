@@ -19,6 +19,8 @@ import pytest
 import jaxroute
 from jaxroute import assignment, dual, metrics
 
+pytestmark = pytest.mark.any_jax
+
 GRAIN = 2.0**-12
 
 

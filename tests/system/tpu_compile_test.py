@@ -139,7 +139,10 @@ def test_projection_and_routing_compile_as_one(generation, case):
   assert " convolution(" not in text  # nor is a matmul left for XLA
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v7x"])
+# A v5p has the instructions of a v5e.
+@pytest.mark.parametrize(
+  "generation", ["v5e", "v7x", pytest.param("v5p", marks=pytest.mark.long)]
+)
 @pytest.mark.parametrize(
   ("case", "program", "kernels"),
   [

@@ -2,15 +2,20 @@
 """A whole step of the main job, for a slice of TPUs that are not here."""
 
 import collections
+import functools
+import math
 import re
 
 import config as config_lib
 import jax
 import jax.numpy as jnp
 import lm_runs
+import model as model_lib
+import numpy as np
 import pytest
-import train as train_lib
 
+import jaxroute
+import jaxroute.linen
 from jaxroute.aot import chips
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
@@ -40,35 +45,103 @@ def _collectives(text):
   return found
 
 
-def test_a_step_on_a_slice_takes_the_kernel_and_the_documented_collectives():
-  config = config_lib.Config(mesh="2,2", **lm_runs.TINY)
-  mesh = chips.make_mesh(chips.devices("v6e:2x2"), {"data": 2, "expert": 2})
+def _step(config, partition, mesh):
+  """A training step of the main job, and the shapes that it takes."""
+  model = model_lib.Transformer(config, partition)
+  rule, optimizer = config.make_rule(), config.make_optimizer()
   shape = config.batch_size, config.seq_len + 1
+
+  def init(key):
+    variables = model.init(key, jnp.zeros(shape, jnp.int32))
+    router = jaxroute.linen.init_router_state(variables, rule)
+    return jaxroute.init_train_state(variables["params"], router, optimizer)
+
+  def placed(path, x):
+    axes = [None] * x.ndim
+    if getattr(path[-1], "key", None) in model_lib.EXPERT_PARAMETERS:
+      axes[-3] = "expert"
+    sharding = jax.NamedSharding(mesh, jax.P(*axes))
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  state = jax.eval_shape(init, jax.random.key(0))
   batch = jax.ShapeDtypeStruct(
-    shape, jnp.uint8, sharding=jax.NamedSharding(mesh, jax.P("data"))
+    shape,
+    jnp.uint8,
+    sharding=jax.NamedSharding(mesh, jax.P(partition.token_axes)),
   )
+  step = functools.partial(
+    jaxroute.train_step,
+    loss_fn=model_lib.make_loss_fn(model),
+    optimizer=optimizer,
+    rule=rule,
+    micro_batches=config.micro_batches,
+  )
+  return step, jax.tree_util.tree_map_with_path(placed, state), batch
+
+
+def _programs(config, partition):
+  """The step for a slice of 2 x 2: lowered, and compiled."""
+  mesh = chips.make_mesh(chips.devices("v6e:2x2"), {"data": 2, "expert": 2})
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-    trainer = train_lib.Trainer(config, mesh)
-    traced = trainer.step.trace(trainer.shapes, batch)
+    step, *shapes = _step(config, partition, mesh)
+    traced = jax.jit(step, donate_argnums=0).trace(*shapes)
     lowered = traced.lower(lowering_platforms=("tpu",))
-    compiled = lowered.compile().as_text()
-  text = lowered.as_text()
+  return lowered.as_text(), lowered.compile().as_text()
+
+
+def _summed_counts(program):
+  """Bytes of every int32 array that an all-reduce of a program sums.
+
+  Scalars are of the exchange: devices agree on its rounds.
+  """
+  names = re.findall(r"= (.*) all-reduce(?:-start)?\(", program)
+  shapes = re.findall(r"s32\[([\d,]+)\]", " ".join(names))
+  return [4 * math.prod(map(int, shape.split(","))) for shape in shapes]
+
+
+def _names(compiled):
+  return set(
+    re.findall(rf" ((?:ragged-)?(?:{_COLLECTIVES}))(?:-start)?\(", compiled)
+  )
+
+
+def _check_counts_travel_once(config, compiled):
+  """They are 4 bytes x layers x E, outside of all loops."""
+  layers = config.num_layers - 1  # the first is dense
+  assert _summed_counts(compiled) == [4 * layers * config.num_experts]
+  entry = compiled[compiled.index("\nENTRY ") :]
+  assert _summed_counts(entry) == _summed_counts(compiled)
+
+
+def test_a_step_on_a_slice_takes_the_kernel_and_the_documented_collectives():
+  config = config_lib.Config(**lm_runs.TINY)
+  partition = jaxroute.Partition(token_axes="data", expert_axis="expert")
+  text, compiled = _programs(config, partition)
   for kernel in ("route", "scatter", "count", "rows"):
     assert f"jaxroute_{kernel}" in text and f"jaxroute_{kernel}" in compiled
   t = config.batch_size * config.seq_len // 2  # of a device
   e, d, f = config.num_experts, config.model_size, config.expert_size
   # The table of docs/performance.md, for the layers under a scan.
   assert _collectives(text) == {
-    ("all_reduce", "data", f"{e}xi32"): 1,
     ("all_reduce", "expert", f"{t}x{d}xf32"): 2,
     ("all_reduce", "expert", f"{t}x{config.top_k}xf32"): 1,
     ("all_reduce", "data", f"{d}x{e}xf32"): 1,
     ("all_reduce", "data", f"{e // 2}x{d}x{f}xf32"): 2,
     ("all_reduce", "data", f"{e // 2}x{f}x{d}xf32"): 1,
   }
-  assert len(re.findall(_COLLECTIVES, text)) == 8
-  # The compiler adds all-reduces of the other gradients, and nothing else.
-  names = re.findall(rf"= .* ({_COLLECTIVES})(?:-start)?\(", compiled)
-  assert set(names) == {"all-reduce"}
-  counts = re.findall(r"= \(?s32\[\S+ all-reduce(?:-start)?\(", compiled)
-  assert len(counts) == 1
+  assert len(re.findall(_COLLECTIVES, text)) == 7
+  # The compiler adds all-reduces of the other gradients and of the counts, and
+  # nothing else.
+  assert _names(compiled) == {"all-reduce"}
+  _check_counts_travel_once(config, compiled)
+
+
+def test_the_counts_of_all_micro_batches_travel_once():
+  config = config_lib.Config(**lm_runs.TINY | {"micro_batches": 2})
+  partition = jaxroute.Partition(
+    token_axes=("data", "expert"), expert_axis="expert", exchange="ragged"
+  )
+  _, compiled = _programs(config, partition)
+  # Neither tokens nor the parameters of experts are gathered.
+  assert _names(compiled) == {"all-reduce", "all-to-all", "ragged-all-to-all"}
+  _check_counts_travel_once(config, compiled)

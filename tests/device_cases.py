@@ -1,12 +1,14 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The routers that a GPU's kernel is held to on the device, and their inputs."""
+"""Routers that kernels are held to on a device, their inputs, and what holds them."""
 
 import dataclasses
 
 import cases
 import conformance
+import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from jaxroute.types import RouterConfig
 
@@ -40,6 +42,10 @@ class Case:
       conformance.bias(e, seed) if self.has_bias else None,
       mask if self.has_mask else None,
     )
+
+  def finite(self) -> tuple[jax.Array | None, ...]:
+    """Inputs with a gradient, on the device: random logits."""
+    return jax.device_put(self.inputs(0))
 
 
 def _of(
@@ -89,3 +95,67 @@ CASES = {
   "sigmoid after": _of(65, 64, 8, "sigmoid_after"),
   "sigmoid, multiplied logits": _of(64, 64, 8, logit_multiplier=0.5),
 }
+
+
+def compiled(function, *args):
+  """`function` for arguments of these shapes; it cannot be compiled again.
+
+  A router that the kernel leaves to XLA is skipped, with its reason.
+  """
+  try:
+    return jax.jit(function).lower(*args).compile()
+  except NotImplementedError as reason:
+    pytest.skip(str(reason))
+
+
+def assert_routed_alike(ours, theirs, selection, config, *, exact=True):
+  """Equal bit for bit; by a softmax over all experts, to its last bits.
+
+  Args:
+    ours: a `Routing`.
+    theirs: a `Routing` by XLA.
+    selection: `[T, E]`, what XLA compared.
+    config: the router.
+    exact: whether the kernel's scores are the bits of XLA's where they are not
+      those of a softmax over all experts.
+  """
+  ours, theirs, selection = jax.device_get((ours, theirs, selection))
+  rtol, atol, weights_rtol = 0.0, 0.0, 1e-6 if exact else 2e-5
+  if config.needs_row_softmax:
+    weights_rtol = max(weights_rtol, 5e-6)
+  if not config.selects_on_logits and (config.needs_row_softmax or not exact):
+    rtol, atol = 2e-6, 1e-7
+  if rtol:
+    chosen = (
+      np.take_along_axis(selection, r.expert_idx, axis=1)
+      for r in (ours, theirs)
+    )
+    np.testing.assert_allclose(*chosen, rtol=rtol, atol=atol)
+  else:
+    np.testing.assert_array_equal(ours.expert_idx, theirs.expert_idx)
+    np.testing.assert_array_equal(ours.load, theirs.load)
+  np.testing.assert_allclose(ours.cutoff, theirs.cutoff, rtol=rtol, atol=atol)
+  same = np.all(ours.expert_idx == theirs.expert_idx, axis=1)
+  np.testing.assert_array_equal(ours.token_mask[same], theirs.token_mask[same])
+  expected = theirs.weights[same]
+  largest = np.max(np.nan_to_num(np.abs(expected)), axis=1, keepdims=True)
+  np.testing.assert_allclose(
+    ours.weights[same] / np.where(largest, largest, 1),
+    expected / np.where(largest, largest, 1),
+    rtol=weights_rtol,
+    atol=weights_rtol,
+  )
+  e = config.num_experts
+  counted = ours.expert_idx[ours.token_mask].reshape(-1)
+  np.testing.assert_array_equal(ours.load, np.bincount(counted, minlength=e))
+
+
+def loss(route, config):
+  """A sum of weights by factors of both signs, so that no gradient cancels."""
+
+  def loss(logits, bias, mask):
+    weights = route(logits, bias, config, mask).weights
+    factor = jnp.cos(jnp.arange(weights.size, dtype=jnp.float32))
+    return jnp.sum(weights * factor.reshape(weights.shape))
+
+  return loss
