@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 import lm_runs
 import model as model_lib
-import numpy as np
 import pytest
 
 import jaxroute
