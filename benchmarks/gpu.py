@@ -7,16 +7,14 @@ runs in one process. The first row is what the others are to be seen against.
   python benchmarks/gpu.py --json=gpu.json
   python benchmarks/gpu.py --tables=lanes,threshold
 
-Without a GPU it compiles the experts for one that --target describes, given
-jax-cuda13-pjrt and jax-cuda13-plugin, and prints memory and work. XLA has such
-files: xla/backends/gpu/target_config/specs.
+Without a GPU it compiles the experts for one that is not here, given what
+`pip install jaxroute[aot-gpu]` brings, and prints memory and work.
 
-  python benchmarks/gpu.py --target=h100_sxm.txtpb
+  python benchmarks/gpu.py --target=h100
 """
 
 import functools
 import json
-import os
 import pathlib
 import time
 from unittest import mock
@@ -28,13 +26,15 @@ import jax
 import jax.numpy as jnp
 import plain
 from absl import app, flags
-from jax.experimental import topologies
 
 import jaxroute
 from jaxroute import dispatch
+from jaxroute.aot import gpu
 from jaxroute.routing import xla
 
-_TARGET = flags.DEFINE_string("target", "", "A GPU's description, to compile.")
+_TARGET = flags.DEFINE_string(
+  "target", "", "A GPU to compile for: h100, b200, a100."
+)
 _JSON = flags.DEFINE_string("json", "", "Where to write the tables, too.")
 _TABLES = flags.DEFINE_list(
   "tables", "routing,experts,lanes,threshold,others", "Which to measure."
@@ -268,15 +268,8 @@ def print_work() -> None:
 
 
 def print_memory() -> None:
-  """GB of temporaries on the GPU that --target describes."""
-  # The compiler works without CUDA, but looks for it unless told not to.
-  os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
-  device = topologies.get_topology_desc(
-    platform="cuda",
-    topology_name="",
-    topology="1x1x1",
-    target_config=pathlib.Path(_TARGET.value).read_text(),
-  ).devices[0]
+  """GB of temporaries on the GPU of the name --target."""
+  (device,) = gpu.devices(_TARGET.value)
   sizes = gpu_experts.Sizes()
   print(f"jax {jax.__version__}, {device.device_kind}: SwiGLU, {sizes}\n")
   rows = [

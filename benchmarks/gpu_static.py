@@ -11,8 +11,8 @@ same figures every time; they are no measurements.
 Of the routing kernel, by case and threads for a token (L), at T = 65,536:
 registers of a thread and bytes that it spills; bytes of shared memory, and
 blocks that fit on a core (SM); `bar.sync` in the PTX; machine instructions that
-a warp executes per token (`gpu_sass.py`); launches and bytes of temporaries of
-`route`, and launches of `route` and `sort_by_expert`.
+a warp executes per token (`jaxroute.aot.gpu_sass`); launches and bytes of
+temporaries of `route`, and launches of `route` and `sort_by_expert`.
 
 Of whole programs, for DeepSeek-V3's router: launches and bytes of temporaries.
 "plain" is what one writes with `lax.top_k`, without a cutoff.
@@ -23,8 +23,9 @@ import pathlib
 import sys
 from typing import Any, NamedTuple
 
-import gpu_target
 from absl import app, flags
+
+from jaxroute.aot import gpu, process
 
 _ONLY = flags.DEFINE_string("only", "", "Rows whose names begin like this.")
 _WRITE = flags.DEFINE_bool(
@@ -140,7 +141,7 @@ def kernel_row(name: str) -> Row:
     )
 
   shapes = _shapes(TOKENS, case.e)
-  found = gpu_target.report(target, route, *shapes)
+  found = gpu.report(target, route, *shapes)
   (figures,) = (k for k in found.kernels if k.name == "jaxroute_route")
   assert figures.instructions is not None
   return {
@@ -151,7 +152,7 @@ def kernel_row(name: str) -> Row:
     "barriers": figures.barriers,
     "instructions": round(figures.instructions * case.lanes / WARP, 1),
     "launches": found.launches,
-    "order_launches": gpu_target.report(target, order, *shapes).launches,
+    "order_launches": gpu.report(target, order, *shapes).launches,
     "temporaries": found.temporaries,
   }
 
@@ -180,7 +181,7 @@ def program_row(name: str) -> Row:
     return r.expert_idx, r.weights, r.load, r.cutoff
 
   function = by_plain if program == "plain" else by_us
-  found = gpu_target.report(target, function, *_shapes(int(t), 256))
+  found = gpu.report(target, function, *_shapes(int(t), 256))
   return {"launches": found.launches, "temporaries": found.temporaries}
 
 
@@ -202,7 +203,7 @@ def row(name: str) -> Row:
     Column to figure.
   """
   make = kernel_row if name in KERNELS else program_row
-  return gpu_target.apart(make, name)
+  return process.apart(make, name)
 
 
 def worse(found: Row, before: Row) -> list[str]:
@@ -233,12 +234,12 @@ def recorded() -> dict[str, Row]:
   """The rows of the table for these versions; none if it has none."""
   if not TABLE.exists():
     return {}
-  return json.loads(TABLE.read_text()).get(gpu_target.versions(), {})
+  return json.loads(TABLE.read_text()).get(gpu.versions(), {})
 
 
 def main(argv: list[str]) -> None:
   del argv
-  if why := gpu_target.missing():
+  if why := gpu.missing():
     raise app.UsageError(why)
   names = [n for n in KERNELS + PROGRAMS if n.startswith(_ONLY.value)]
   before, rows, failed = recorded(), {}, False
@@ -255,10 +256,10 @@ def main(argv: list[str]) -> None:
       for words in worse(rows[name], before.get(name, rows[name])):
         failed = True
         print(f"{name}: {words}", file=sys.stderr)
-  print(f"\n{gpu_target.versions()}")
+  print(f"\n{gpu.versions()}")
   if _WRITE.value:
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
-    table.setdefault(gpu_target.versions(), {}).update(rows)
+    table.setdefault(gpu.versions(), {}).update(rows)
     text = json.dumps(table, allow_nan=False, indent=1, sort_keys=True)
     TABLE.write_text(text + "\n")
   elif failed:

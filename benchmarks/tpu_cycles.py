@@ -31,21 +31,19 @@ bundle; and `vmem`, the MiB it takes. The kernel has no loops and takes no
 branch on the data, so every operation of its body counts once a grid step.
 """
 
-import collections
 import concurrent.futures
-import importlib.metadata
 import importlib.util
 import json
 import math
-import os
 import pathlib
 import re
-import subprocess
 import sys
 import tempfile
 from typing import Any
 
 from absl import app, flags
+
+from jaxroute.aot import chips, tpu
 
 _GENERATIONS = flags.DEFINE_list(
   "generations", "v5e,v5p,v6e,v7x", "TPU generations to compile for."
@@ -56,9 +54,6 @@ _CANDIDATES = flags.DEFINE_list(
 )
 _WRITE = flags.DEFINE_bool(
   "write", False, "Write the table to tpu_cycles.json."
-)
-_CHILD = flags.DEFINE_string(
-  "child", "", "Compile one program; for this script."
 )
 
 TABLE = pathlib.Path(__file__).with_name("tpu_cycles.json")
@@ -96,19 +91,6 @@ CANDIDATES = (
   *("argsort", "sort"),
 )
 
-_ENVIRONMENT = {
-  "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-  "JAX_PLATFORMS": "cpu",
-  "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-  "TPU_SKIP_MDS_QUERY": "1",
-  "TPU_WORKER_HOSTNAMES": "localhost",
-}
-
-
-def libtpu_version() -> str:
-  """The version of the TPU compiler."""
-  return importlib.metadata.version("libtpu")
-
 
 def _config(case: str) -> Any:
   """The `RouterConfig` of a case."""
@@ -130,14 +112,10 @@ def compile_for(generation: str, case: str, candidate: str):
     The compiled program.
   """
   import jax
-  import numpy as np
   import tpu_programs
-  from jax.experimental import topologies
 
-  topology = topologies.get_topology_desc(
-    platform="tpu", topology_name=TPUS[generation][0]
-  )
-  mesh = jax.sharding.Mesh(np.array(topology.devices[:1]), ("x",))
+  devices = chips.devices(TPUS[generation][0])[:1]
+  mesh = chips.make_mesh(devices, {"x": 1})
   whole = jax.NamedSharding(mesh, jax.P())
   config = _config(case)
   arguments = [
@@ -148,30 +126,6 @@ def compile_for(generation: str, case: str, candidate: str):
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     traced = jax.jit(function).trace(*arguments)
     return traced.lower(lowering_platforms=("tpu",)).compile()
-
-
-def _child(generation: str, case: str, candidate: str, folder: str) -> None:
-  """Compiles, and writes what the compiler says to `folder`/result.json."""
-  from jaxroute.kernels.tpu.route import plan as plan_lib
-
-  plan = plan_lib.Plan(config=_config(case), tokens=CASES[case][0])
-  compiled = compile_for(generation, case, candidate)
-  memory = compiled.memory_analysis()
-  # The compiler estimates one of several ops that are the same.
-  same = collections.defaultdict(list)
-  for name, op in re.findall(r"%(\S+) = (.*)", compiled.as_text()):
-    op = re.sub(r"%\S+?(?=[,)])|, metadata=.*|, backend_config=.*", "", op)
-    same[op].append(name)
-  used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
-  result = {
-    "grid": plan.grid_steps,
-    "vmem": max(map(int, re.findall(used, compiled.as_text())), default=0),
-    "bytes": memory.argument_size_in_bytes + memory.output_size_in_bytes,
-    "same": [names for names in same.values() if len(names) > 1],
-  }
-  (pathlib.Path(folder) / "result.json").write_text(
-    json.dumps(result, allow_nan=False)
-  )
 
 
 def _valu_operations(folder: pathlib.Path) -> int:
@@ -212,47 +166,29 @@ def estimate(
     and `vmem`, as in the module's docstring; empty if the program, or the
     profiler of the compiler, failed.
   """
+  from jaxroute.kernels.tpu.route import plan as plan_lib
+
   t, *_ = CASES[case]
+  bounds = bounds and candidate == "jaxroute"
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    options = f"--xla_jf_dump_static_llo_profile_to={folder}"
-    if bounds and candidate == "jaxroute":
-      options += f" --xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-    child = f"{generation}|{case}|{candidate}|{folder}"
-    done = subprocess.run(
-      [sys.executable, __file__, f"--child={child}"],
-      env=os.environ | _ENVIRONMENT | {"LIBTPU_INIT_ARGS": options},
-      capture_output=True,
-      text=True,
-    )
-    result = folder / "result.json"
-    if done.returncode or not result.exists():
-      last = (done.stderr.strip().splitlines() or ["no output"])[-1]
-      print(f"{generation} {case} {candidate}: failed: {last}", file=sys.stderr)
+    job = compile_for, generation, case, candidate
+    try:
+      found = tpu.profile(*job, dump_to=folder if bounds else None)
+    except (NotImplementedError, RuntimeError) as error:
+      print(f"{generation} {case} {candidate}: {error}", file=sys.stderr)
       return {}
-    cycles: collections.Counter[str] = collections.Counter()
-    for path in folder.glob("*_static_llo_profile.textproto"):
-      text = path.read_text()
-      for op, n in re.findall(
-        r'hlo_op_name: "([^"]+)"\s+estimated_cycles: (\d+)', text
-      ):
-        cycles[op] += int(n)
     _, clock, bandwidth = TPUS[generation]
-    program = json.loads(result.read_text())
-    for names in program["same"]:
-      known = [cycles[name] for name in names if name in cycles]
-      if known:
-        cycles.update({n: known[0] for n in names if n not in cycles})
-    size = program["bytes"]
-    found = {
-      "cycles": round(sum(cycles.values()) / t, 3),
-      "floor": round(size / bandwidth * clock / t, 3),
+    figures = {
+      "cycles": round(found.cycles / t, 3),
+      "floor": round(found.moved / bandwidth * clock / t, 3),
     }
-    if bounds and candidate == "jaxroute":
-      bundles = _valu_operations(folder) / 4 * program["grid"]
-      found["valu"] = round(bundles / t, 3)
-      found["vmem"] = round(program["vmem"] / 2**20, 1)
-    return found
+    if bounds:
+      plan = plan_lib.Plan(config=_config(case), tokens=t)
+      bundles = _valu_operations(folder) / 4 * plan.grid_steps
+      figures["valu"] = round(bundles / t, 3)
+      figures["vmem"] = round(found.vmem / 2**20, 1)
+    return figures
 
 
 def table(
@@ -283,9 +219,6 @@ def table(
 
 def main(argv: list[str]) -> None:
   del argv
-  if _CHILD.value:
-    _child(*_CHILD.value.split("|"))
-    return
   candidates = _CANDIDATES.value or list(CANDIDATES)
   if not importlib.util.find_spec("tokamax"):
     candidates = [name for name in candidates if name != "tokamax"]
@@ -300,7 +233,7 @@ def main(argv: list[str]) -> None:
     _print_worst(rows)
   if _WRITE.value:
     known = json.loads(TABLE.read_text())
-    recorded = known.setdefault(libtpu_version(), {})
+    recorded = known.setdefault(tpu.version(), {})
     for name, row in rows.items():
       worked = {key: value for key, value in row.items() if value}
       recorded[name] = recorded.get(name, {}) | worked

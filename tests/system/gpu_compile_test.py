@@ -5,9 +5,7 @@ import json
 import re
 
 import cases
-import gpu_sass
 import gpu_static
-import gpu_target
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,12 +13,11 @@ import pytest
 from jax import export
 
 import jaxroute
+from jaxroute.aot import gpu, gpu_sass, process
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu")
 
-needs_compiler = pytest.mark.skipif(
-  bool(gpu_target.missing()), reason=gpu_target.missing()
-)
+needs_compiler = pytest.mark.skipif(bool(gpu.missing()), reason=gpu.missing())
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -84,9 +81,9 @@ def test_a_program_takes_no_more_than_it_did(name):
 def test_xla_launches_no_more_than_plain_jax_where_launches_count():
   """But for one, for the cutoff, which plain JAX does not have."""
   for rows in json.loads(gpu_static.TABLE.read_text()).values():
-    for gpu in ("h100", "a100"):
+    for target in ("h100", "a100"):
       for t in (16, 4096):
-        ours, plain = (rows[f"{gpu} {x} T={t}"] for x in ("xla", "plain"))
+        ours, plain = (rows[f"{target} {x} T={t}"] for x in ("xla", "plain"))
         assert ours["launches"] <= plain["launches"] + 1
         assert ours["temporaries"] <= plain["temporaries"]
 
@@ -104,7 +101,7 @@ def _shards_of_xla():
   jax.config.update("jax_disable_most_optimizations", False)
   found = []
   for axis_type in (jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit):
-    devices = np.array(gpu_target.devices("h100", 4))
+    devices = np.array(gpu.devices("h100", 4))
     mesh = jax.sharding.Mesh(devices, ("data",), axis_types=(axis_type,))
     shapes = [
       jax.ShapeDtypeStruct(s, jnp.float32, sharding=jax.NamedSharding(mesh, p))
@@ -126,7 +123,7 @@ def _shards_of_xla():
 
 @needs_compiler
 def test_tokens_stay_in_their_shards():
-  for collectives, sorts in gpu_target.apart(_shards_of_xla):
+  for collectives, sorts in process.apart(_shards_of_xla):
     assert collectives == ["all-reduce"]  # of the load
     assert sorts == ["s32[16,64]"]
 

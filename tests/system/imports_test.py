@@ -49,6 +49,8 @@ _ALLOWED = {
   "assignment": {"rounding", "linear_program"},
   "dual": {*_CALLS_ROUTE, "dual", "assignment", "rounding", "parallel"},
   "plot": set(),
+  "presets": {"types"},
+  "aot": {"aot", "types", "presets", "routing", "experts", "layer"},
 }
 
 

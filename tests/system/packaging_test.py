@@ -175,5 +175,5 @@ def test_import_needs_neither_flax_nor_matplotlib():
     "import sys\n"
     "sys.modules.update(flax=None, matplotlib=None)\n"
     "import jaxroute, jaxroute.dual, jaxroute.kernels\n"
-    "assert jaxroute.route",
+    "assert jaxroute.route and 'jaxroute.aot' not in sys.modules",
   )

@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tpu_cycles
-from jax.experimental import topologies
 
 import jaxroute
 from jaxroute import dual, experts, layer
+from jaxroute.aot import chips, tpu
 from jaxroute.kernels.tpu import scatter
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
@@ -58,9 +58,7 @@ def _step(implementation, x, router_weight, params, state):
   ],
 )
 def test_the_expert_parallel_layer_compiles(topology, implementation):
-  devices = topologies.get_topology_desc(
-    platform="tpu", topology_name=topology
-  ).devices
+  devices = chips.devices(topology)
   mesh = jax.sharding.Mesh(
     np.array(devices).reshape(2, 2),
     ("data", "expert"),
@@ -176,9 +174,7 @@ def test_the_projection_is_left_apart_where_that_is_faster():
 
 
 def test_the_kernel_and_its_gradient_compile_inside_shard_map():
-  devices = topologies.get_topology_desc(
-    platform="tpu", topology_name="v6e:2x2"
-  ).devices
+  devices = chips.devices("v6e:2x2")
   mesh = jax.sharding.Mesh(np.array(devices), ("data",))
   tokens, whole = jax.P("data"), jax.P()
 
@@ -215,9 +211,7 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
 
 
 def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
-  devices = topologies.get_topology_desc(
-    platform="tpu", topology_name="v5e:2x2"
-  ).devices
+  devices = chips.devices("v5e:2x2")
   mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
   whole = jax.NamedSharding(mesh, jax.P())
 
@@ -257,7 +251,7 @@ _OTHERS = ["jaxroute grad", "jaxroute histogram", "project fused", "sort"]
 def test_no_cycle_count_has_risen(generations, table_cases, candidates):
   """By more than a tenth over the table, for a compiler that is in it."""
   tables = json.loads(tpu_cycles.TABLE.read_text())
-  version = tpu_cycles.libtpu_version()
+  version = tpu.version()
   recorded = tables.get(version, tables[max(tables)])
   rows = tpu_cycles.table(generations, table_cases, candidates, bounds=False)
   for name, row in rows.items():

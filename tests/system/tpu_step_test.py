@@ -11,14 +11,12 @@ import jax
 import jax.numpy as jnp
 import lm_runs
 import model as model_lib
-import numpy as np
 import pytest
 import trainer as trainer_lib
-from jax.experimental import topologies
-from jax.sharding import AxisType
 
 import jaxroute
 import jaxroute.linen
+from jaxroute.aot import chips
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 pytestmark = pytest.mark.implicit_promotion  # optax's Adam promotes.
@@ -83,14 +81,7 @@ def _step(config, partition, mesh):
 
 def _programs(config, partition):
   """The step for a slice of 2 x 2: lowered, and compiled."""
-  devices = topologies.get_topology_desc(
-    platform="tpu", topology_name="v6e:2x2"
-  ).devices
-  mesh = jax.sharding.Mesh(
-    np.array(devices).reshape(2, 2),
-    ("data", "expert"),
-    axis_types=(AxisType.Auto,) * 2,
-  )
+  mesh = chips.make_mesh(chips.devices("v6e:2x2"), {"data": 2, "expert": 2})
   with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
     step, *shapes = _step(config, partition, mesh)
     traced = jax.jit(step, donate_argnums=0).trace(*shapes)
@@ -160,14 +151,7 @@ def test_the_main_job_sends_rows_to_their_experts_on_sixteen_chips():
   config = config_lib.Config(
     **lm_runs.TINY | {"mesh": "data=4,expert=4", "batch_size": 16}
   )
-  devices = topologies.get_topology_desc(
-    platform="tpu", topology_name="v6e:4x4"
-  ).devices
-  mesh = jax.sharding.Mesh(
-    np.array(devices).reshape(4, 4),
-    ("data", "expert"),
-    axis_types=(AxisType.Auto,) * 2,
-  )
+  mesh = chips.make_mesh(chips.devices("v6e:4x4"), {"data": 4, "expert": 4})
   batch = jax.ShapeDtypeStruct(
     (config.batch_size, config.seq_len + 1),
     jnp.uint8,

@@ -6,18 +6,16 @@ CUDA toolkit: `pip install jaxroute[aot-gpu]` brings them, with the assembler
 and disassembler they call. The same versions give the same figures every time;
 they are no measurements.
 
-  program = gpu_target.report("h100", function, *shapes)
+  program = gpu.report("h100", function, *shapes)
 
 compiles and reads in this process: once for each kernel, and for one target, as
-the compilers keep what they compiled. `apart` runs a function in a process of
-its own.
+the compilers keep what they compiled. `process.apart` runs a function in a process
+of its own.
 """
 
-import concurrent.futures
 import dataclasses
 import importlib.metadata
 import importlib.util
-import multiprocessing
 import os
 import pathlib
 import re
@@ -25,15 +23,16 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
-import gpu_sass
 import jax
 from jax.experimental import topologies
 
+from jaxroute.aot import gpu_sass
+
 # Of `GpuTargetConfigProto`, what differs between the GPUs; copied from XLA's
 # xla/backends/gpu/target_config/specs: h100_sxm, b200 and a100_sxm_80.
-_GPUS: dict[str, dict[str, Any]] = {
+TARGETS: dict[str, dict[str, Any]] = {
   "h100": dict(
     name="NVIDIA H100 80GB HBM3",
     capability="major: 9 feature_extension: ACCELERATED_FEATURES",
@@ -72,9 +71,7 @@ _GPUS: dict[str, dict[str, Any]] = {
     shared_memory_per_block_optin=166912,
   ),
 }
-TARGETS = tuple(_GPUS)
-
-_T = TypeVar("_T")
+"""GPU by name: fields of its description."""
 
 _REGISTERS_PER_CORE = 65536
 _THREADS_PER_CORE = 2048
@@ -119,11 +116,13 @@ class Program:
   Attributes:
     launches: kernels, copies and fills of one call, by XLA's list of thunks. A
       loop counts once, a conditional by all its branches.
+    moved: bytes of arguments and results.
     temporaries: bytes.
     kernels: of Mosaic GPU, in the order in which they were compiled.
   """
 
   launches: int
+  moved: int
   temporaries: int
   kernels: tuple[Kernel, ...]
 
@@ -165,7 +164,7 @@ def devices(target: str, number: int = 1) -> list[jax.Device]:
   """GPUs that are not here.
 
   Args:
-    target: one of `TARGETS`.
+    target: a key of `TARGETS`.
     number: how many.
 
   Returns:
@@ -185,7 +184,7 @@ def devices(target: str, number: int = 1) -> list[jax.Device]:
     platform="cuda",
     topology_name="",
     topology=f"1x1x{number}",
-    target_config=_description(**_GPUS[target]),
+    target_config=_description(**TARGETS[target]),
   ).devices
 
 
@@ -198,7 +197,7 @@ def compile_for(
   """Compiles a function for a GPU that is not here.
 
   Args:
-    target: one of `TARGETS`.
+    target: a key of `TARGETS`.
     function: of arrays.
     *shapes: of its arguments.
     dump_to: a folder for what the compilers write.
@@ -224,10 +223,10 @@ def report(
 ) -> Program:
   """Compiles a function for a GPU that is not here, and reads the compilers.
 
-  A process has to do so once for a kernel, and for one target: see `apart`.
+  A process has to do so once for a kernel, and for one target: see `process.apart`.
 
   Args:
-    target: one of `TARGETS`.
+    target: a key of `TARGETS`.
     function: of arrays.
     *shapes: of its arguments.
 
@@ -252,24 +251,10 @@ def report(
     assert memory is not None
     return Program(
       launches=_launches(pathlib.Path(folder)),
+      moved=memory.argument_size_in_bytes + memory.output_size_in_bytes,
       temporaries=memory.temp_size_in_bytes,
-      kernels=_kernels(pathlib.Path(folder), _GPUS[target]),
+      kernels=_kernels(pathlib.Path(folder), TARGETS[target]),
     )
-
-
-def apart(function: Callable[..., _T], *args: Any) -> _T:
-  """`function(*args)`, in a process of its own.
-
-  Args:
-    function: of a module that can be imported.
-    *args: what can be pickled.
-
-  Returns:
-    What it returns.
-  """
-  spawn = multiprocessing.get_context("spawn")
-  with concurrent.futures.ProcessPoolExecutor(1, mp_context=spawn) as pool:
-    return pool.submit(function, *args).result()
 
 
 def _wheel_folder() -> pathlib.Path | None:
@@ -278,7 +263,7 @@ def _wheel_folder() -> pathlib.Path | None:
     spec = importlib.util.find_spec("nvidia.cu13")
   except ModuleNotFoundError:
     return None
-  for folder in (spec and spec.submodule_search_locations) or ():
+  for folder in (spec.submodule_search_locations if spec else None) or ():
     if (pathlib.Path(folder) / "bin" / "ptxas").exists():
       return pathlib.Path(folder) / "bin"
   return None

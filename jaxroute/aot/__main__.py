@@ -1,0 +1,147 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The command line of `jaxroute.aot`; see there."""
+
+import dataclasses
+import json
+import sys
+from typing import Any
+
+import jax
+from absl import app, flags
+
+from jaxroute import presets
+from jaxroute.aot import chips, layer, route
+
+_PRESET = flags.DEFINE_string(
+  "preset", "deepseek_v3", f"A model: {', '.join(presets.PRESETS)}."
+)
+_TOPOLOGY = flags.DEFINE_string(
+  "topology", "v6e:2x2", "Chips, such as v6e:16x16, v5p:8x16x16, h100:8, b200."
+)
+_TOKENS = flags.DEFINE_integer("tokens", 8192, "Of `route`: T, on one device.")
+_TOKENS_PER_CHIP = flags.DEFINE_integer(
+  "tokens_per_chip", 4096, "Of `layer`: of each device."
+)
+_MESH = flags.DEFINE_string(
+  "mesh",
+  "",
+  "Of `layer`: axes and sizes, such as data=16,expert=16. Tokens are sharded over"
+  " all, experts over the axis of that name. By default all devices are on it.",
+)
+_GRAD = flags.DEFINE_bool("grad", False, "Of `layer`: with its gradients.")
+_EXCHANGE = flags.DEFINE_string(
+  "exchange", None, "Of `layer`: as in `jaxroute.Partition`."
+)
+_BUFFER_FACTOR = flags.DEFINE_float(
+  "buffer_factor", None, "Of `layer`: as in `jaxroute.Partition`."
+)
+_DROP = flags.DEFINE_bool(
+  "drop", False, "Of `layer`: as in `jaxroute.Partition`."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
+
+
+def main(argv: list[str]) -> None:
+  jax.config.update("jax_platforms", "cpu")
+  commands = {"route": _route, "layer": _layer}
+  try:
+    if len(argv) != 2 or argv[1] not in commands:
+      raise ValueError(
+        f"expected one command, of {', '.join(commands)}, got {argv[1:]}."
+      )
+    preset = presets.get(_PRESET.value)
+    devices = chips.devices(_TOPOLOGY.value)
+    commands[argv[1]](preset, devices)
+  except (ValueError, NotImplementedError, RuntimeError) as error:
+    if isinstance(error, jax.errors.JaxRuntimeError):
+      raise
+    print(f"jaxroute.aot: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
+  if _TOKENS.value < 1:
+    raise ValueError(f"`tokens` must be at least 1, got {_TOKENS.value}.")
+  found = {
+    name: route.report(preset, _TOKENS.value, _TOPOLOGY.value, name)
+    for name in route.implementations(_TOPOLOGY.value)
+  }
+  if _JSON.value:
+    print(json.dumps(found, indent=1))
+    return
+  print(f"{_PRESET.value}, {_TOKENS.value} tokens, {devices[0].device_kind}\n")
+  kernel, xla = found.values()
+  print(_row("", *found))
+  for name in kernel:
+    print(_row(name, *(_number(x.get(name)) for x in (kernel, xla))))
+
+
+def _layer(preset: presets.Preset, devices: list[jax.Device]) -> None:
+  sizes = chips.parse_mesh(_MESH.value, len(devices))
+  layer.check(preset, sizes, _TOKENS_PER_CHIP.value)
+  mesh = chips.make_mesh(devices, sizes)
+  partition = layer.partition(
+    mesh,
+    exchange=_EXCHANGE.value,
+    buffer_factor=_BUFFER_FACTOR.value,
+    drop=_DROP.value,
+  )
+  chip = chips.chip(_TOPOLOGY.value)
+  report = layer.report(
+    preset, _TOKENS_PER_CHIP.value, mesh, chip, partition, grad=_GRAD.value
+  )
+  if _JSON.value:
+    print(
+      json.dumps(dataclasses.asdict(report) | {"binds": report.binds}, indent=1)
+    )
+    return
+  of = " with gradients" if _GRAD.value else ""
+  print(
+    f"{_PRESET.value}{of}, {_TOKENS_PER_CHIP.value} tokens a device,"
+    f" {len(devices)} x {devices[0].device_kind}, {sizes}\n"
+  )
+  _print_layer(report)
+
+
+def _print_layer(report: layer.Report) -> None:
+  """The tables, in units that people read."""
+  fits = "fits" if report.fits else "does not fit"
+  print(_row("GB of a device, exact", "GB"))
+  for name in (
+    *("arguments", "results", "temporaries"),
+    *("needed", "hbm_bytes", "peak"),
+  ):
+    value = getattr(report, name)
+    words = {"hbm_bytes": f"there are ({fits})"}.get(name, name)
+    print(_row(f"  {words}", _number(value and value / 1e9)))
+  print(_row("FLOPs of a device", "1e12"))
+  for name in ("needed_flops", "compiled_flops"):
+    value = getattr(report, name)
+    print(_row(f"  {name.split('_')[0]}", _number(value and value / 1e12)))
+  if not report.seconds:
+    return
+  print(
+    "\ncollectives of a device, exact; in a loop: of each round after the first"
+  )
+  for c in report.collectives:
+    where = "+".join(c.axes) + (", in a loop" if c.in_loop else "")
+    name = f"  {c.count} {c.op}, {where}"
+    print(f"{name:48s}{c.bytes / 1e6:12.3f} MB  {c.arrays}")
+  print("\nroofline, an estimate: the least ms of each")
+  for name, seconds in report.seconds.items():
+    mark = "  <- binds" if name == report.binds else ""
+    print(_row(f"  {name}", _number(seconds * 1e3)) + mark)
+
+
+def _row(name: str, *figures: str) -> str:
+  return f"{name:30s}" + "".join(f"{x:>16s}" for x in figures)
+
+
+def _number(x: Any) -> str:
+  if x is None:
+    return "-"
+  return f"{x:,d}" if isinstance(x, int) else f"{x:,.2f}"
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,165 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""What the command says of a layer, compiled for chips that are not here."""
+
+import collections
+import subprocess
+import sys
+
+import pytest
+
+import jaxroute
+from jaxroute import presets
+from jaxroute.aot import chips, layer, route, tpu
+
+pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
+
+# T of a device, E, K, D, F.
+T, E, K, D, F = 64, 16, 2, 256, 128
+SMALL = presets.Preset(
+  config=jaxroute.RouterConfig(num_experts=E, top_k=K),
+  model_size=D,
+  hidden_size=F,
+  shared_hidden_size=F,
+  num_moe_layers=1,
+)
+
+
+def _report(topology, sizes, preset, tokens, **fields):
+  mesh = chips.make_mesh(chips.devices(topology), sizes)
+  partition = layer.partition(mesh, **fields)
+  chip = chips.chip(topology)
+  return layer.report(preset, tokens, mesh, chip, partition, grad=True)
+
+
+def _of_tokens(report):
+  """Collectives of bfloat16 over "expert", outside of loops: operation to bytes."""
+  found = collections.Counter()
+  for c in report.collectives:
+    if c.axes == ("expert",) and "bf16" in c.arrays and not c.in_loop:
+      found[c.op] += c.bytes
+  return found
+
+
+def test_the_figures_of_a_layer_are_those_counted_by_hand():
+  found = _report("v6e:2x2", {"data": 2, "expert": 2}, SMALL, T, drop=True)
+  experts = 3 * E * D * F * 2 // 2  # bytes of the half of a device
+  whole = 3 * D * F * 2 + D * E * 4 + E * 4  # shared expert, router and bias
+  tokens = 2 * T * D * 2  # and their cotangent
+  assert found.arguments == pytest.approx(experts + whole + tokens, rel=0.02)
+  assert found.fits and found.needed < 2**24
+  assert found.needed_flops == 3 * 2 * T * D * (3 * (K + 1) * F + E)
+  # A row for each of K experts of each token: there and back, and their gradients.
+  assert _of_tokens(found) == {"ragged-all-to-all": 4 * T * K * D * 2}
+  (loads,) = (c for c in found.collectives if c.arrays == f"s32[{E}]")
+  assert (loads.op, loads.axes) == ("all-reduce", ("data", "expert"))
+  assert found.binds in found.seconds
+  assert set(found.seconds) >= {"MXU", "HBM", "ICI expert", "ICI data"}
+  mxu = found.needed_flops / 918e12
+  assert found.seconds["MXU"] == pytest.approx(mxu)
+
+
+def test_a_layer_that_does_not_fit_says_what_it_needs():
+  big = presets.get("deepseek_v3")
+  found = _report("v5e:1x1", {"expert": 1}, big, 8)
+  assert not found.fits and found.binds is None
+  # All experts of a layer, and their gradients.
+  assert found.needed > 2 * 3 * 256 * 7168 * 2048 * 2
+
+
+def test_what_the_compiler_lacks_is_read():
+  old = (
+    "Ran out of memory in memory space hbm. Used 38.30G of 31.25G hbm. Exceeded"
+  )
+  assert tpu.lacking(Exception(old)) == (38.30 * 2**30, 31.25 * 2**30)
+  new = (
+    "the total memory required for HLO temporaries (800.00G) exceeds available"
+    " HBM (31.24G). HLO module"
+  )
+  assert tpu.lacking(Exception(new)) == (800 * 2**30, 31.24 * 2**30)
+  assert tpu.lacking(Exception("INTERNAL: something else")) is None
+
+
+def test_the_kernel_is_reported_with_its_cycles():
+  preset, topology = presets.get("qwen3_235b"), "v6e:2x2"
+  kernel, xla = route.implementations(topology)
+  assert xla == "xla"
+  found = route.report(preset, 1024, topology, kernel)
+  assert 1 < found["cycles_per_token"] < 20
+  # Logits, bias; experts, weights, load, cutoff.
+  moved = 4 * (1024 * 128 + 128 + 2 * 1024 * 8 + 128 + 1024)
+  assert found["hbm_bytes"] == pytest.approx(moved, rel=0.02)
+  assert 2**20 < found["vmem"] < 2**24
+
+
+def test_the_command_refuses_in_one_line():
+  done = subprocess.run(
+    [
+      *(sys.executable, "-m", "jaxroute.aot"),
+      *("layer", "--topology=v6e:2x2", "--mesh=data=2"),
+    ],
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 2
+  assert done.stderr.splitlines()[-1] == (
+    "jaxroute.aot: `mesh` must have as many devices as the topology, 4, got"
+    " 'data=2', which has 2."
+  )
+
+
+@pytest.mark.parametrize(
+  ("topology", "words"),
+  [
+    ("v9:2x2", "'v6e:16x16', .* got 'v9:2x2'"),
+    ("v6e", "a slice that the compiler knows"),
+    ("v6e:3x5", "a slice that the compiler knows.*not divisible"),
+  ],
+)
+def test_an_unknown_topology_is_refused(topology, words):
+  with pytest.raises(ValueError, match=words):
+    chips.devices(topology)
+
+
+def test_a_missing_compiler_is_said_with_how_to_get_it(monkeypatch):
+  monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+  with pytest.raises(RuntimeError, match="pip install libtpu"):
+    chips.devices("v6e:2x2")
+
+
+@pytest.mark.parametrize(
+  ("text", "words"),
+  [
+    ("data=2", "as many devices as the topology, 4, got 'data=2'"),
+    ("data=2;expert=2", "each once, as in"),
+    ("data=2,data=2", "each once, as in"),
+  ],
+)
+def test_a_mesh_of_another_form_or_size_is_refused(text, words):
+  with pytest.raises(ValueError, match=words):
+    chips.parse_mesh(text, 4)
+
+
+def test_a_mesh_is_read():
+  assert chips.parse_mesh("data=2,expert=2", 4) == {"data": 2, "expert": 2}
+  assert chips.parse_mesh("", 4) == {"expert": 4}
+
+
+def test_a_mesh_that_does_not_divide_the_experts_is_refused():
+  with pytest.raises(ValueError, match="divide 16 experts, got 3"):
+    layer.check(SMALL, {"data": 2, "expert": 3}, T)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+  ("drop", "gigabytes"), [(False, 17), (True, 9)], ids=["dropless", "drop"]
+)
+def test_a_large_layer_fits_256_chips(drop, gigabytes):
+  preset = presets.get("deepseek_v3")
+  sizes = {"data": 16, "expert": 16}
+  found = _report("v6e:16x16", sizes, preset, 4096, drop=drop)
+  assert found.fits and found.temporaries <= gigabytes * 1e9
+  config = preset.config
+  rows = 4096 * config.top_k * preset.model_size * 2  # of bfloat16
+  assert _of_tokens(found) == {
+    "ragged-all-to-all": pytest.approx(4 * rows, rel=0.01)
+  }
