@@ -22,6 +22,11 @@ def generation() -> int | None:
   return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
 
 
+def num_cores() -> int:
+  """How many cores share a program's grid: 2 for v5p, else 1."""
+  return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+
+
 def unavailable() -> str | None:
   """Why the kernels do not run on the device that the program is for.
 

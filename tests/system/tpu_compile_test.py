@@ -3,6 +3,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,35 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
   assert lowered.as_text().count("@tpu_custom_call") == 2
   assert "stablehlo.scatter" not in lowered.as_text()
   lowered.compile()
+
+
+@pytest.mark.parametrize("generation", list(tpu_cycles.TPUS))
+def test_the_experts_multiply_no_row_by_every_expert(generation):
+  topology, *_ = tpu_cycles.TPUS[generation]
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name=topology
+  ).devices
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+  whole = jax.NamedSharding(mesh, jax.P())
+
+  def like(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+  def loss(x, params, sizes):
+    y = experts.swiglu(x, params, sizes)
+    return jnp.sum(y.astype(jnp.float32) ** 2)
+
+  params = experts.ExpertParams(
+    w_gate=like(4, D, F), w_up=like(4, D, F), w_down=like(4, F, D)
+  )
+  sizes = like(4, dtype=jnp.int32)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(like(T, D), params, sizes)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+  text = compiled.as_text()
+  assert " convolution(" not in text
+  assert len(re.findall("%jaxroute_grouped_matmul\\S* = ", text)) >= 5
+  assert len(re.findall("%jaxroute_grouped_outer\\S* = ", text)) == 3
 
 
 def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
