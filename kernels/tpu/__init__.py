@@ -3,5 +3,5 @@
 
 `route` is the routing kernel, `sort` counts and ranks the assignments of
 experts, `scatter` makes gradients of logits, `grouped` multiplies the rows of
-experts; `registers` and `device` are what they share.
+experts, `rows` moves them; `registers` and `device` are what they share.
 """

@@ -13,8 +13,8 @@ import tpu_cycles
 from jax.experimental import topologies
 
 import jaxroute
-from jaxroute import dual, experts, layer
-from jaxroute.kernels.tpu import scatter
+from jaxroute import dispatch, dual, experts, layer
+from jaxroute.kernels.tpu import device, scatter
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
@@ -239,6 +239,41 @@ def test_the_experts_multiply_no_row_by_every_expert(generation):
   assert " convolution(" not in text
   assert len(re.findall("%jaxroute_grouped_matmul\\S* = ", text)) >= 5
   assert len(re.findall("%jaxroute_grouped_outer\\S* = ", text)) == 3
+
+
+@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+def test_rows_are_moved_in_the_smallest_memory(generation, monkeypatch):
+  monkeypatch.setattr(device, "gathers_apart", lambda: False)
+  topology, *_ = tpu_cycles.TPUS[generation]
+  devices = topologies.get_topology_desc(
+    platform="tpu", topology_name=topology
+  ).devices
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+  whole = jax.NamedSharding(mesh, jax.P())
+  t, n, d = 8192, 16384, 1024
+
+  def like(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+  def step(x, weights, permutation):
+    def loss(x, weights):
+      rows = jnp.sin(dispatch.dispatch(x, permutation))
+      return jnp.sum(dispatch.combine(rows, weights, permutation) ** 2)
+
+    return jax.grad(loss, (0, 1))(x, weights)
+
+  permutation = dispatch.Permutation(
+    permutation=like(n), inverse_permutation=like(n), group_sizes=like(E)
+  )
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = jax.jit(step).trace(
+      like(t, d, dtype=jnp.bfloat16),
+      like(t, n // t, dtype=jnp.float32),
+      permutation,
+    )
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+  for name in ("add", "take", "multiply"):
+    assert f"jaxroute_{name}_rows" in compiled.as_text()
 
 
 def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
