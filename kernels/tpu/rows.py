@@ -141,7 +141,7 @@ def take(
     _take_kernel,
     name="jaxroute_take_rows",
     numbers=[_pad(token, t)],
-    operands=[_with_none(tokens), weights[:, None]],
+    operands=[_with_none(tokens, interpret), weights[:, None]],
     in_specs=[
       _token_spec(_token_rows(t)),
       pl.BlockSpec((_ROWS, 1), lambda j, i: (i, 0)),
@@ -179,7 +179,7 @@ def multiply(
     _multiply_kernel,
     name="jaxroute_multiply_rows",
     numbers=[_pad(token, t)],
-    operands=[_with_none(tokens), rows],
+    operands=[_with_none(tokens, interpret), rows],
     in_specs=[_token_spec(_token_rows(t)), _row_spec()],
     out_specs=pl.BlockSpec((None, _ROWS, 1), lambda j, i: (j, i, 0)),
     out_shape=_like(rows, (slices, n, 1), jnp.float32),
@@ -189,12 +189,16 @@ def multiply(
   return jnp.sum(products[..., 0], axis=0)
 
 
-def _with_none(tokens: jax.Array) -> jax.Array:
+def _with_none(tokens: jax.Array, interpret: Any) -> jax.Array:
   """`[T + 1 or more, D / 128, 128]` float32: the tokens, and 0 for none."""
   t, d = tokens.shape
   more = (0, _token_rows(t) - t), (0, 0)
   tokens = jnp.pad(tokens.astype(jnp.float32), more)
-  return tokens.reshape(-1, d // _LANES, _LANES)
+  tokens = tokens.reshape(-1, d // _LANES, _LANES)
+  # XLA might keep all of it in VMEM, where the kernel needs a slice.
+  if not interpret:
+    tokens = pltpu.with_memory_space_constraint(tokens, pltpu.HBM)
+  return tokens
 
 
 def _token_rows(num_tokens: int) -> int:

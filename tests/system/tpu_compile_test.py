@@ -241,7 +241,7 @@ def test_the_experts_multiply_no_row_by_every_expert(generation):
   assert len(re.findall("%jaxroute_grouped_outer\\S* = ", text)) == 3
 
 
-@pytest.mark.parametrize("generation", ["v5e", "v5p", "v6e"])
+@pytest.mark.parametrize("generation", _long_but_first(["v5e", "v5p", "v6e"]))
 def test_rows_are_moved_in_the_smallest_memory(generation, monkeypatch):
   monkeypatch.setattr(device, "gathers_apart", lambda: False)
   topology, *_ = tpu_cycles.TPUS[generation]
