@@ -108,7 +108,9 @@ def products(
   """As `permute._products`."""
   tokens = _tokens(assignment, row, num_owned)
   by_row = kernel.multiply(d_out, rows, tokens, interpret=interpret)
-  _, by_assignment = jax.lax.sort((assignment, by_row), num_keys=1)
+  _, by_assignment = jax.lax.sort(
+    (assignment, by_row), num_keys=1, is_stable=False
+  )
   is_owned = row < num_owned
   return jnp.where(is_owned, by_assignment.reshape(row.shape), 0).astype(dtype)
 
@@ -128,5 +130,5 @@ def _by_row(x: jax.Array, row: jax.Array) -> jax.Array:
   Sorted there: a gather of numbers takes longer on TPU.
   """
   operands = row.reshape(-1), x.reshape(-1)
-  _, by_row = jax.lax.sort(operands, num_keys=1)
+  _, by_row = jax.lax.sort(operands, num_keys=1, is_stable=False)
   return by_row
