@@ -2,6 +2,7 @@
 """The programs whose cycles `tpu_cycles.py` estimates, and their sizes."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,10 @@ import jaxroute
 TopK = Callable[[jax.Array, int], jax.Array]
 
 WIDTH = 2048
-"""D of the tokens that are projected."""
+"""D of the tokens that are projected, and of the rows that are moved."""
+
+MOVES = ("combine", "dispatch grad", "combine grad")
+"""Programs that move rows."""
 
 
 def shapes(
@@ -30,6 +34,16 @@ def shapes(
     Abstract arrays, in order.
   """
   e, k = config.num_experts, config.top_k
+  if candidate in MOVES:
+    numbers = [((t * k,), jnp.int32), ((t * k,), jnp.int32), ((e,), jnp.int32)]
+    rows, tokens = ((t * k, WIDTH), jnp.bfloat16), ((t, WIDTH), jnp.bfloat16)
+    weights = (t, k), jnp.float32
+    operands = {
+      "combine": [rows, weights],
+      "dispatch grad": [rows],
+      "combine grad": [rows, weights, tokens],
+    }[candidate]
+    return [jax.ShapeDtypeStruct(*x) for x in operands + numbers]
   operands = [((t, e), jnp.float32), ((e,), jnp.float32)]
   if candidate in ("sort", "argsort"):
     operands = [((t, k), jnp.int32)]
@@ -49,7 +63,11 @@ def programs(
     config: what is routed by.
     interpret: whether the kernels are interpreted, on any device.
   """
-  return _plain_programs(config) | _our_programs(config, interpret)
+  return (
+    _plain_programs(config)
+    | _our_programs(config, interpret)
+    | _move_programs(config)
+  )
 
 
 def _plain_programs(
@@ -117,6 +135,42 @@ def _our_programs(
     "project fused": project_fused,
     "sort": sort,
   }
+
+
+def _move_programs(
+  config: jaxroute.RouterConfig,
+) -> dict[str, Callable[..., Any]]:
+  """Rows to tokens and back, as the target takes it."""
+  k = config.top_k
+
+  def combine(rows, weights, *numbers):
+    permutation = _permutation(*numbers)
+    return jaxroute.dispatch.combine(rows, weights, permutation)
+
+  def dispatch_grad(d_rows, *numbers):
+    permutation = _permutation(*numbers)
+    x = jax.ShapeDtypeStruct((d_rows.shape[0] // k, WIDTH), d_rows.dtype)
+    copy = functools.partial(
+      jaxroute.dispatch.dispatch, permutation=permutation
+    )
+    return jax.linear_transpose(copy, x)(d_rows)
+
+  def combine_grad(rows, weights, d_out, *numbers):
+    def of(rows, weights):
+      return combine(rows, weights, *numbers)
+
+    return jax.vjp(of, rows, weights)[1](d_out)
+
+  return dict(zip(MOVES, (combine, dispatch_grad, combine_grad), strict=True))
+
+
+def _permutation(*numbers: jax.Array) -> jaxroute.dispatch.Permutation:
+  permutation, inverse, group_sizes = numbers
+  return jaxroute.dispatch.Permutation(
+    permutation=permutation,
+    inverse_permutation=inverse,
+    group_sizes=group_sizes,
+  )
 
 
 def _with_gradient(route: Callable[..., Any]) -> Callable[..., Any]:

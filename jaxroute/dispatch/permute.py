@@ -4,15 +4,19 @@
 Both directions gather, forwards and backwards: each assignment has one row, so
 the transpose of a gather is the gather by the inverse permutation. XLA's
 transpose would be a scatter-add, which is slow and, with atomics, not the same
-in every run.
+in every run. On a TPU whose gathers come from HBM row by row, kernels take the
+rows in order and keep the tokens in VMEM instead.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxroute import checks, multilinear
+from jaxroute.dispatch import permute_tpu
 from jaxroute.dispatch.api import Permutation
 from jaxroute.parallel import mesh
 
@@ -43,7 +47,8 @@ def dispatch(x: jax.Array, permutation: Permutation) -> jax.Array:
   x, permutation = mesh.vary_alike((x, permutation))
   with jax.named_scope("jaxroute.dispatch"):
     indices = _indices(permutation, t, n // max(t, 1))
-    return multilinear.derivative(_DISPATCH, 1, [x], indices, dtypes)
+    form = _DISPATCH[_has_kernels(x, indices[1])]
+    return multilinear.derivative(form, 1, [x], indices, dtypes)
 
 
 def combine(
@@ -58,8 +63,9 @@ def combine(
     permutation: the one that `dispatch` used.
 
   Returns:
-    `[T, D]`, the dtype of `rows`; sums in float32. A dropped assignment adds
-    nothing.
+    `[T, D]`, the dtype of `rows`; sums in float32, in the order of a token's
+    choices, or by the kernel for TPU in that of the experts, which rounds
+    otherwise. A dropped assignment adds nothing.
 
   Raises:
     ValueError: if `rows` and `weights` are not of the N assignments.
@@ -78,8 +84,9 @@ def combine(
   rows, weights, permutation = mesh.vary_alike((rows, weights, permutation))
   with jax.named_scope("jaxroute.combine"):
     indices = _indices(permutation, *weights.shape)
+    form = _COMBINE[_has_kernels(rows, indices[1])]
     arguments = [rows, weights]
-    return multilinear.derivative(_COMBINE, 2, arguments, indices, dtypes)
+    return multilinear.derivative(form, 2, arguments, indices, dtypes)
 
 
 def _checked_size(permutation: Permutation) -> int:
@@ -211,8 +218,48 @@ def _products(
   return jnp.stack(d_weights, axis=1).astype(dtype)
 
 
-# Of tokens and rows; and of rows, weights and tokens.
-_DISPATCH = multilinear.Form("dispatch", (_sum, _copy))
-_COMBINE = multilinear.Form(
-  "combine", (_weighted_copy, _products, _weighted_sum)
+def _has_kernels(x: jax.Array, row: jax.Array) -> bool:
+  try:
+    permute_tpu.check_can_run(x, row)
+  except NotImplementedError:
+    return False
+  return True
+
+
+def _on_tpu(
+  kernel: Callable[..., jax.Array], plain: Callable[..., jax.Array]
+) -> Callable[..., jax.Array]:
+  """A map by a kernel, and by XLA where a program is lowered for another platform."""
+
+  def call(*operands: jax.Array, dtype: Any) -> jax.Array:
+    def by_kernel(*operands):
+      with jax.enable_x64(False):  # as in `ladder.call_kernel`
+        return kernel(*operands, dtype=dtype)
+
+    def by_xla(*operands):
+      return plain(*operands, dtype=dtype)
+
+    return lax.platform_dependent(*operands, tpu=by_kernel, default=by_xla)
+
+  return call
+
+
+# Of tokens and rows; and of rows, weights and tokens. Without kernels, and with.
+_DISPATCH = (
+  multilinear.Form("dispatch", (_sum, _copy)),
+  multilinear.Form(
+    "dispatch", (_on_tpu(permute_tpu.sum_rows, _sum), _copy), is_looped=True
+  ),
+)
+_COMBINE = (
+  multilinear.Form("combine", (_weighted_copy, _products, _weighted_sum)),
+  multilinear.Form(
+    "combine",
+    (
+      _on_tpu(permute_tpu.weighted_copy, _weighted_copy),
+      _on_tpu(permute_tpu.products, _products),
+      _on_tpu(permute_tpu.weighted_sum, _weighted_sum),
+    ),
+    is_looped=True,
+  ),
 )

@@ -1,11 +1,12 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The experts: grouped matrix products and the feed-forward layers made of them.
 
-Rows come in expert order, `group_sizes` says how many each expert owns. TPU has
-an instruction for that, `jax.lax.ragged_dot`. On CPU and NVIDIA GPUs XLA
-multiplies every row by every expert for it, so there the rows are walked in
-blocks; for NVIDIA Hopper there is a kernel, too. The choice is made when a trace
-is lowered, so that one trace serves every platform.
+Rows come in expert order, `group_sizes` says how many each expert owns. XLA has
+`jax.lax.ragged_dot` for that. On CPU and NVIDIA GPUs it multiplies every row by
+every expert, and an older TPU compiler does so for the gradient. So there are
+kernels for TPU and for NVIDIA Hopper, and elsewhere the rows are walked in
+blocks. The platform's choice is made when a trace is lowered, so that one trace
+serves every platform.
 """
 
 import functools
@@ -19,6 +20,7 @@ from jaxroute.experts import (
   batched,
   blocks,
   pallas_gpu,
+  pallas_tpu,
   products,
   ragged_dot,
   tiled,
@@ -26,7 +28,9 @@ from jaxroute.experts import (
 from jaxroute.experts.params import ExpertParams, check_params
 from jaxroute.parallel import mesh
 
-Implementation = Literal["ragged_dot", "tiled", "batched", "pallas_gpu"]
+Implementation = Literal[
+  "ragged_dot", "tiled", "batched", "pallas_tpu", "pallas_gpu"
+]
 
 
 def grouped_matmul(
@@ -47,16 +51,18 @@ def grouped_matmul(
     lhs: `[N, D]`. Rows in group order.
     rhs: `[E, D, F]`. One matrix per group, the dtype of `lhs`.
     group_sizes: `[E]` int32. At most N in sum; gets no gradient.
-    implementation: "ragged_dot" (`jax.lax.ragged_dot`, for TPU), "tiled" (one
-      expert's rows at a time, for CPU), "batched" (batches of all experts'
-      rows, for NVIDIA GPU), "pallas_gpu" (a kernel for NVIDIA Hopper, compute
+    implementation: "ragged_dot" (`jax.lax.ragged_dot`), "tiled" (one expert's
+      rows at a time, for CPU), "batched" (batches of all experts' rows, for
+      NVIDIA GPU), "pallas_tpu" (a kernel for TPU v5e and newer: N from 128 on, D
+      and F in multiples of 128), "pallas_gpu" (a kernel for NVIDIA Hopper, compute
       capability 9.0: bfloat16 and float16, N in multiples of 8, D and F in
       multiples of 64, all from 128 on, jax 0.11 or newer), or None for the one of
-      the platform that the program is lowered for. The kernel is not taken
-      without its name: it has not been timed against the batches. Only
-      "ragged_dot" has forward-mode and second derivatives; only "tiled" and
-      "pallas_gpu" cannot take the symbolic N of `jax.export`, and "pallas_gpu" is
-      lowered for CUDA alone, not for several platforms at once.
+      the platform that the program is lowered for. For TPU that is the kernel
+      where it can run, else "ragged_dot". That for Hopper is not taken without its
+      name: it has not been timed against the batches. Only "ragged_dot" has
+      forward-mode and second derivatives; "tiled" and the kernels cannot take the
+      symbolic N of `jax.export`, and the kernels are lowered for their platform
+      alone, not for several at once.
     expected_rows: of all groups together when they are balanced, where that is
       far below N, as on one shard of the experts; None for N. It only sizes the
       batches of "batched"; it never changes the result.
@@ -184,6 +190,7 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     "ragged_dot": ragged_dot.PRODUCTS,
     "tiled": tiled.PRODUCTS,
     "batched": batched.products(how.expected_rows),
+    "pallas_tpu": pallas_tpu.products(),
     "pallas_gpu": pallas_gpu.products(),
   }
   # One by one in a batch: there the loops of all would go on until the longest
@@ -197,18 +204,32 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
 
   def by_platform():
     is_symbolic = not isinstance(operands[0].shape[0], int)
+    tpu = {}
+    try:
+      pallas_tpu.check_can_run(operands, by_name=False)
+      tpu["tpu"] = functools.partial(by_kernel, "tpu", functions["pallas_tpu"])
+    except NotImplementedError:
+      pass  # the default takes whatever the kernel cannot
     return lax.platform_dependent(
       *operands,
       cpu=functions["batched" if is_symbolic else "tiled"],
       cuda=functions["batched"],
       default=functions["ragged_dot"],
+      **tpu,
     )
 
-  def by_kernel():
-    pallas_gpu.check_can_run(operands)
+  def by_kernel(platform, function, *operands):
     return ladder.call_kernel(
-      "grouped_matmul", "cuda", functions["pallas_gpu"], False, *operands
+      "grouped_matmul", platform, function, False, *operands
     )
+
+  def by_pallas_tpu():
+    pallas_tpu.check_can_run(operands, by_name=True)
+    return by_kernel("tpu", functions["pallas_tpu"], *operands)
+
+  def by_pallas_gpu():
+    pallas_gpu.check_can_run(operands)
+    return by_kernel("cuda", functions["pallas_gpu"], *operands)
 
   by_name = {
     name: functools.partial(function, *operands)
@@ -216,7 +237,9 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
   }
   return ladder.climb(
     "grouped_matmul",
-    {None: by_platform} | by_name | {"pallas_gpu": by_kernel},
+    {None: by_platform}
+    | by_name
+    | {"pallas_tpu": by_pallas_tpu, "pallas_gpu": by_pallas_gpu},
     how.implementation,
   )
 

@@ -2,6 +2,6 @@
 """Kernels for TPU, in Pallas and Mosaic.
 
 `route` is the routing kernel, `sort` counts and ranks the assignments of
-experts, `scatter` makes gradients of logits; `registers` and `device` are what they
-share.
+experts, `scatter` makes gradients of logits, `grouped` multiplies the rows of
+experts, `rows` moves them; `registers` and `device` are what they share.
 """

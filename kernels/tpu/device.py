@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The TPU that a program is for: its generation, and the shape of its registers."""
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 LANES = 128
@@ -20,6 +21,23 @@ def generation() -> int | None:
     device of the process.
   """
   return pltpu.get_tpu_info().generation if pltpu.is_tpu_device() else None
+
+
+def num_cores() -> int:
+  """How many cores share a program's grid: 2 for v5p, else 1."""
+  return pltpu.get_tpu_info().num_cores if pltpu.is_tpu_device() else 1
+
+
+def gathers_apart() -> bool:
+  """Whether XLA gathers rows beside the program, on a SparseCore.
+
+  v5p and newer have one, and libtpu 0.0.50 uses it; 0.0.42 does not.
+  """
+  if not pltpu.is_tpu_device() or pltpu.get_tpu_info().sparse_core is None:
+    return False
+  # jax 0.12 takes libtpu 0.0.50 or newer. Without a TPU there is no other way to
+  # know the compiler that a program is for.
+  return jax.__version_info__ >= (0, 12)
 
 
 def unavailable() -> str | None:

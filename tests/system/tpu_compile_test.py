@@ -3,6 +3,7 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +12,9 @@ import pytest
 import tpu_cycles
 
 import jaxroute
-from jaxroute import dual, experts, layer
+from jaxroute import dispatch, dual, experts, layer
 from jaxroute.aot import chips, tpu
-from jaxroute.kernels.tpu import scatter
+from jaxroute.kernels.tpu import device, scatter
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
@@ -208,6 +209,66 @@ def test_the_kernel_and_its_gradient_compile_inside_shard_map():
   assert lowered.as_text().count("@tpu_custom_call") == 2
   assert "stablehlo.scatter" not in lowered.as_text()
   lowered.compile()
+
+
+@pytest.mark.parametrize("generation", list(tpu_cycles.TPUS))
+def test_the_experts_multiply_no_row_by_every_expert(generation):
+  topology, *_ = tpu_cycles.TPUS[generation]
+  devices = chips.devices(topology)
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+  whole = jax.NamedSharding(mesh, jax.P())
+
+  def like(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+  def loss(x, params, sizes):
+    y = experts.swiglu(x, params, sizes)
+    return jnp.sum(y.astype(jnp.float32) ** 2)
+
+  params = experts.ExpertParams(
+    w_gate=like(4, D, F), w_up=like(4, D, F), w_down=like(4, F, D)
+  )
+  sizes = like(4, dtype=jnp.int32)
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = jax.jit(jax.grad(loss, (0, 1))).trace(like(T, D), params, sizes)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+  text = compiled.as_text()
+  assert " convolution(" not in text
+  assert len(re.findall("%jaxroute_grouped_matmul\\S* = ", text)) >= 5
+  assert len(re.findall("%jaxroute_grouped_outer\\S* = ", text)) == 3
+
+
+@pytest.mark.parametrize("generation", _long_but_first(["v5e", "v5p", "v6e"]))
+def test_rows_are_moved_in_the_smallest_memory(generation, monkeypatch):
+  monkeypatch.setattr(device, "gathers_apart", lambda: False)
+  topology, *_ = tpu_cycles.TPUS[generation]
+  devices = chips.devices(topology)
+  mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
+  whole = jax.NamedSharding(mesh, jax.P())
+  t, n, d = 8192, 16384, 1024
+
+  def like(*shape, dtype=jnp.int32):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=whole)
+
+  def step(x, weights, permutation):
+    def loss(x, weights):
+      rows = jnp.sin(dispatch.dispatch(x, permutation))
+      return jnp.sum(dispatch.combine(rows, weights, permutation) ** 2)
+
+    return jax.grad(loss, (0, 1))(x, weights)
+
+  permutation = dispatch.Permutation(
+    permutation=like(n), inverse_permutation=like(n), group_sizes=like(E)
+  )
+  with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+    traced = jax.jit(step).trace(
+      like(t, d, dtype=jnp.bfloat16),
+      like(t, n // t, dtype=jnp.float32),
+      permutation,
+    )
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+  for name in ("add", "take", "multiply"):
+    assert f"jaxroute_{name}_rows" in compiled.as_text()
 
 
 def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():

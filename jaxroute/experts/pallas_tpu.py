@@ -1,0 +1,69 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""The products of the experts by the kernels for TPU, on its matrix unit."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxroute import ladder
+from jaxroute.experts import products as products_lib
+from jaxroute.kernels.tpu import device, grouped
+
+
+def check_can_run(operands: Any, by_name: bool) -> None:
+  """Raises NotImplementedError unless the kernels can multiply this, and here.
+
+  Args:
+    operands: of one of the `Products`; a pytree of arrays, the first `[N, D]`.
+    by_name: whether the kernels were asked for, and may be on their way to a TPU
+      that is not here.
+
+  Raises:
+    NotImplementedError: with the reason.
+  """
+  first, *_ = arrays = jax.tree.leaves(operands)
+  widths = {size: None for x in arrays for size in x.shape[1:]}
+  ladder.check_can_run(
+    grouped.unsupported(first.shape[0], widths, _kernel_dtype(first.dtype)),
+    unavailable=device.unavailable,
+    by_name=by_name,
+    interpret=False,
+  )
+
+
+def products(interpret: Any = False) -> products_lib.Products:
+  """The products by kernels.
+
+  Args:
+    interpret: what `pallas_call` takes.
+
+  Returns:
+    `Products`, of what `check_can_run` lets pass.
+  """
+
+  def matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, **static: Any
+  ) -> jax.Array:
+    dtype = _kernel_dtype(lhs.dtype)
+    lhs, rhs = lhs.astype(dtype), rhs.astype(dtype)
+    return grouped.matmul(lhs, rhs, group_sizes, interpret=interpret, **static)
+
+  def outer(
+    lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
+  ) -> jax.Array:
+    dtype = _kernel_dtype(lhs.dtype)
+    return grouped.outer(
+      lhs.astype(dtype),
+      d_out.astype(dtype),
+      group_sizes,
+      dtype=lhs.dtype,
+      interpret=interpret,
+    )
+
+  return products_lib.of(matmul, outer)
+
+
+def _kernel_dtype(dtype: Any) -> Any:
+  """What the kernels multiply: float16 as float32, as no TPU has the former."""
+  return jnp.float32 if dtype == jnp.float16 else dtype

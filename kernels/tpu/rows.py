@@ -1,0 +1,329 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Rows in expert order, added to their tokens and read from them, in VMEM on TPU.
+
+A row is moved by its token's number. Where XLA gathers rows from HBM one by one,
+each waits for the memory; here the rows of a block come in one copy, and the
+tokens of a slice of D stay in VMEM from the first block to the last. There a
+token is `[D / 128, 128]`, which one instruction reads or writes for every 1,024
+of D, whatever its number. In a block of rows, `[R, D]`, eight rows share a
+register; they are laid out anew on their way.
+
+Rows that belong to no expert have the number T, of a token that is not returned.
+
+  kernel | grid | stays in VMEM | a step reads | and writes
+  `add` | [slices of D, blocks of rows] | sums, float32 | rows | sums, at the end
+  `take` | the same | tokens, float32 | weights | weighted tokens
+  `multiply` | the same | tokens, float32 | rows | products
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from jaxroute.kernels.tpu import device
+from jaxroute.kernels.tpu.registers import Ref
+
+_LANES = device.LANES
+# One register of float32 for a token.
+_TOKEN = device.SUBLANES, _LANES
+_SLICE = device.SUBLANES * _LANES
+# Rows of a block.
+_ROWS = 512
+# Rows whose numbers are read ahead of those before being stored.
+_UNROLL = 16
+# What tokens may take of VMEM: v5p and v7x have 64 MiB, v5e and v6e 128.
+_TOKEN_BYTES = 36 * 2**20
+_SPARE_BYTES = 20 * 2**20
+
+
+def unsupported(
+  num_tokens: Any, num_rows: Any, width: int, dtype: Any
+) -> str | None:
+  """Says why the kernels cannot move these rows.
+
+  Args:
+    num_tokens: T.
+    num_rows: N.
+    width: D.
+    dtype: of the rows.
+
+  Returns:
+    The reason, for an error message; None if they can.
+  """
+  dtype = jnp.dtype(dtype)
+  if dtype not in (jnp.bfloat16, jnp.float32):
+    return f"the TPU kernel takes bfloat16 and float32, got {dtype}"
+  if width % _SLICE:
+    return f"the TPU kernel takes a D in multiples of {_SLICE}, got {width}"
+  if not isinstance(num_rows, int) or num_rows < _ROWS:
+    return f"the TPU kernel takes {_ROWS} rows or more, got {num_rows}"
+  most = _TOKEN_BYTES // (4 * _SLICE) - _UNROLL
+  if num_tokens > most:
+    return f"the TPU kernel takes {most} tokens at most, got {num_tokens}"
+  return None
+
+
+@functools.partial(
+  jax.jit, static_argnames=("num_tokens", "dtype", "interpret")
+)
+def add(
+  rows: jax.Array,
+  token: jax.Array,
+  weights: jax.Array | None,
+  *,
+  num_tokens: int,
+  dtype: Any,
+  interpret: Any = False,
+) -> jax.Array:
+  """Sums the rows of every token, by weight, in the order of the rows.
+
+  Args:
+    rows: `[N, D]`, not `unsupported`.
+    token: `[N]` int32. The token of every row; T for none.
+    weights: `[N]` float32; None for 1.
+    num_tokens: T; static.
+    dtype: of the result; static. Sums are float32.
+    interpret: what `pallas_call` takes; static.
+
+  Returns:
+    `[T, D]`. A row of no token is not read.
+  """
+  n, d = rows.shape
+  size = _token_rows(num_tokens)
+  numbers = [_pad(token, num_tokens)]
+  if weights is not None:
+    numbers.append(_pad(weights, 0))
+  sums = _call(
+    _add_kernel,
+    name="jaxroute_add_rows",
+    numbers=numbers,
+    operands=[rows],
+    in_specs=[_row_spec()],
+    out_specs=pl.BlockSpec(
+      (size, _SLICE), lambda j, i: (0, j), pipeline_mode=pl.Buffered(1)
+    ),
+    out_shape=_like(rows, (size, d), dtype),
+    scratch=[pltpu.VMEM((size, *_TOKEN), jnp.float32)],
+    grid=(d // _SLICE, pl.cdiv(n, _ROWS)),
+    interpret=interpret,
+  )
+  return sums[:num_tokens]
+
+
+@functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
+def take(
+  tokens: jax.Array,
+  token: jax.Array,
+  weights: jax.Array,
+  *,
+  dtype: Any,
+  interpret: Any = False,
+) -> jax.Array:
+  """Copies every row's token, by the weight.
+
+  Args:
+    tokens: `[T, D]`.
+    token: `[N]` int32. The token of every row; T for none, which is 0.
+    weights: `[N]` float32, finite for a row of no token.
+    dtype: of the result; static.
+    interpret: what `pallas_call` takes; static.
+
+  Returns:
+    `[N, D]`, `weights * tokens[token]`.
+  """
+  (t, d), n = tokens.shape, token.shape[0]
+  return _call(
+    _take_kernel,
+    name="jaxroute_take_rows",
+    numbers=[_pad(token, t)],
+    operands=[_with_none(tokens, interpret), weights[:, None]],
+    in_specs=[
+      _token_spec(_token_rows(t)),
+      pl.BlockSpec((_ROWS, 1), lambda j, i: (i, 0)),
+    ],
+    out_specs=_row_spec(),
+    out_shape=_like(tokens, (n, d), dtype),
+    grid=(d // _SLICE, pl.cdiv(n, _ROWS)),
+    interpret=interpret,
+  )
+
+
+@functools.partial(jax.jit, static_argnames=("interpret",))
+def multiply(
+  tokens: jax.Array,
+  rows: jax.Array,
+  token: jax.Array,
+  *,
+  interpret: Any = False,
+) -> jax.Array:
+  """Multiplies every row with its token.
+
+  Args:
+    tokens: `[T, D]`.
+    rows: `[N, D]`, not `unsupported`.
+    token: as in `take`.
+    interpret: what `pallas_call` takes; static.
+
+  Returns:
+    `[N]` float32, the sums of `rows * tokens[token]`; anything for a row of no
+    token.
+  """
+  (t, d), n = tokens.shape, rows.shape[0]
+  slices = d // _SLICE
+  products = _call(
+    _multiply_kernel,
+    name="jaxroute_multiply_rows",
+    numbers=[_pad(token, t)],
+    operands=[_with_none(tokens, interpret), rows],
+    in_specs=[_token_spec(_token_rows(t)), _row_spec()],
+    out_specs=pl.BlockSpec((None, _ROWS, 1), lambda j, i: (j, i, 0)),
+    out_shape=_like(rows, (slices, n, 1), jnp.float32),
+    grid=(slices, pl.cdiv(n, _ROWS)),
+    interpret=interpret,
+  )
+  return jnp.sum(products[..., 0], axis=0)
+
+
+def _with_none(tokens: jax.Array, interpret: Any) -> jax.Array:
+  """`[T + 1 or more, D / 128, 128]` float32: the tokens, and 0 for none."""
+  t, d = tokens.shape
+  more = (0, _token_rows(t) - t), (0, 0)
+  tokens = jnp.pad(tokens.astype(jnp.float32), more)
+  tokens = tokens.reshape(-1, d // _LANES, _LANES)
+  # XLA might keep all of it in VMEM, where the kernel needs a slice.
+  if not interpret:
+    tokens = pltpu.with_memory_space_constraint(tokens, pltpu.HBM)
+  return tokens
+
+
+def _token_rows(num_tokens: int) -> int:
+  """T and the token that is none, rounded up to what a loop covers."""
+  return pl.cdiv(num_tokens + 1, _UNROLL) * _UNROLL
+
+
+def _pad(x: jax.Array, value: Any) -> jax.Array:
+  """Numbers of rows, for whole blocks of them."""
+  return jnp.pad(x, (0, -x.shape[0] % _ROWS), constant_values=value)
+
+
+def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+  """The shape of a result that varies over the mesh axes of an operand."""
+  varying = jax.typeof(x).manual_axis_type
+  return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
+
+
+def _row_spec() -> pl.BlockSpec:
+  return pl.BlockSpec((_ROWS, _SLICE), lambda j, i: (i, j))
+
+
+def _token_spec(size: int) -> pl.BlockSpec:
+  return pl.BlockSpec(
+    (size, *_TOKEN),
+    lambda j, i: (0, j, 0),
+    # It changes a few times in all, and two of it may not fit.
+    pipeline_mode=pl.Buffered(1),
+  )
+
+
+def _for_each_row(count: int, body: Any) -> None:
+  """Calls a function of a row's number for all rows, in order."""
+
+  def some(i, _):
+    for k in range(_UNROLL):
+      body(i * _UNROLL + k)
+
+  lax.fori_loop(0, count // _UNROLL, some, None)
+
+
+def _add_kernel(token: Ref, *refs: Ref) -> None:
+  """Adds a block of rows to the tokens, and writes them after the last."""
+  *weights, rows, out, unpacked, sums = refs
+  i, count = pl.program_id(1), sums.shape[0]
+
+  @pl.when(i == 0)
+  def _():
+    zero = jnp.zeros(_TOKEN, jnp.float32)
+
+    def clear(t):
+      sums[t] = zero
+
+    _for_each_row(count, clear)
+
+  unpacked[...] = rows[...].astype(jnp.float32).reshape(unpacked.shape)
+
+  def add_row(r):
+    row = unpacked[r]
+    if weights:
+      row *= weights[0][r]
+    sums[token[r]] += row
+
+  _for_each_row(_ROWS, add_row)
+
+  @pl.when(i == pl.num_programs(1) - 1)
+  def _():
+    def write(k, _):
+      some = pl.ds(pl.multiple_of(k * _UNROLL, _UNROLL), _UNROLL)
+      packed = sums[some].reshape(_UNROLL, _SLICE)
+      out[some, :] = packed.astype(out.dtype)
+
+    lax.fori_loop(0, count // _UNROLL, write, None)
+
+
+def _take_kernel(
+  token: Ref, tokens: Ref, weights: Ref, out: Ref, unpacked: Ref
+) -> None:
+  """Writes the weighted tokens of a block of rows."""
+  taken = _taken(token, tokens, unpacked)
+  out[...] = (taken * weights[...]).astype(out.dtype)
+
+
+def _multiply_kernel(
+  token: Ref, tokens: Ref, rows: Ref, out: Ref, unpacked: Ref
+) -> None:
+  """Writes the products of a block of rows and their tokens."""
+  product = _taken(token, tokens, unpacked) * rows[...].astype(jnp.float32)
+  out[...] = jnp.sum(product, axis=1, keepdims=True)
+
+
+def _taken(token: Ref, tokens: Ref, unpacked: Ref) -> jax.Array:
+  """The tokens of a block of rows, `[R, D slice]`."""
+
+  def take_row(r):
+    unpacked[r] = tokens[token[r]]
+
+  _for_each_row(_ROWS, take_row)
+  return unpacked[...].reshape(_ROWS, _SLICE)
+
+
+def _call(
+  kernel: Any,
+  *,
+  name: str,
+  numbers: list[jax.Array],
+  operands: list[jax.Array],
+  in_specs: list[pl.BlockSpec],
+  interpret: Any,
+  scratch: Any = (),
+  **kwargs: Any,
+) -> Any:
+  """A call of a kernel whose first operands are numbers of every row."""
+  number_spec = pl.BlockSpec(
+    (_ROWS,), lambda j, i: (i,), memory_space=pltpu.SMEM
+  )
+  return pl.pallas_call(
+    kernel,
+    in_specs=[number_spec] * len(numbers) + in_specs,
+    scratch_shapes=[pltpu.VMEM((_ROWS, *_TOKEN), jnp.float32), *scratch],
+    compiler_params=pltpu.CompilerParams(
+      dimension_semantics=("parallel", "arbitrary"),
+      vmem_limit_bytes=_TOKEN_BYTES + _SPARE_BYTES,
+    ),
+    interpret=interpret,
+    name=name,
+    **kwargs,
+  )(*numbers, *operands)
