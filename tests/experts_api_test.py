@@ -355,7 +355,7 @@ def test_bad_swiglu_arguments_are_named():
 
 
 def test_unknown_implementation_is_refused():
-  words = "'tiled', 'batched', 'pallas_gpu', got 'tpu'"
+  words = "'batched', 'pallas_tpu', 'pallas_gpu', got 'tpu'"
   with pytest.raises(ValueError, match=words):
     experts.grouped_matmul(LHS, RHS, SIZES, implementation="tpu")
   with pytest.raises(ValueError, match=words):

@@ -38,6 +38,9 @@ _BUFFER_FACTOR = flags.DEFINE_float(
 _DROP = flags.DEFINE_bool(
   "drop", False, "Of `layer`: as in `jaxroute.Partition`."
 )
+_EXPERTS = flags.DEFINE_string(
+  "experts_implementation", None, "Of `layer`: as in `jaxroute.layer.moe`."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
 
@@ -88,7 +91,13 @@ def _layer(preset: presets.Preset, devices: list[jax.Device]) -> None:
   )
   chip = chips.chip(_TOPOLOGY.value)
   report = layer.report(
-    preset, _TOKENS_PER_CHIP.value, mesh, chip, partition, grad=_GRAD.value
+    preset,
+    _TOKENS_PER_CHIP.value,
+    mesh,
+    chip,
+    partition,
+    grad=_GRAD.value,
+    experts_implementation=_EXPERTS.value,
   )
   if _JSON.value:
     print(

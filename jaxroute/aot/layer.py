@@ -101,6 +101,7 @@ def report(
   chip: chips.Chip,
   partition: types.Partition,
   grad: bool = False,
+  experts_implementation: Any = None,
 ) -> Report:
   """Compiles a layer of bfloat16, and reads what the compiler says.
 
@@ -111,6 +112,7 @@ def report(
     chip: of which devices.
     partition: of the layer.
     grad: whether to compile the gradients of tokens, router and experts, too.
+    experts_implementation: as in `jaxroute.layer.moe`.
 
   Returns:
     What is known.
@@ -118,7 +120,7 @@ def report(
   Raises:
     ValueError, NotImplementedError: if the layer refuses them.
   """
-  traced = _trace(preset, tokens, mesh, partition, grad)
+  traced = _trace(preset, tokens, mesh, partition, grad, experts_implementation)
   needed_flops = _needed_flops(preset, tokens) * (3 if grad else 1)
   known: Any = dict(needed_flops=needed_flops, hbm_bytes=chip.hbm_bytes)
   platform = "tpu" if chip.platform == "tpu" else "cuda"
@@ -169,6 +171,7 @@ def _trace(
   mesh: jax.sharding.Mesh,
   partition: types.Partition,
   grad: bool,
+  experts_implementation: Any,
 ) -> jax.stages.Traced:
   """The layer, or its value and gradients, of abstract arrays."""
   config, d = preset.config, preset.model_size
@@ -192,7 +195,13 @@ def _trace(
       x, router_weight, expert_bias, config, partition=partition
     )
     out, *sizes = layer_lib.moe(
-      x, routing, routed, shared, config=config, partition=partition
+      x,
+      routing,
+      routed,
+      shared,
+      config=config,
+      partition=partition,
+      experts_implementation=experts_implementation,
     )
     return out, (routing.load, *sizes)
 

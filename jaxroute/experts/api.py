@@ -58,8 +58,9 @@ def grouped_matmul(
       capability 9.0: bfloat16 and float16, N in multiples of 8, D and F in
       multiples of 64, all from 128 on, jax 0.11 or newer), or None for the one of
       the platform that the program is lowered for. For TPU that is the kernel
-      where it can run, else "ragged_dot". That for Hopper is not taken without its
-      name: it has not been timed against the batches. Only "ragged_dot" has
+      before jax 0.12, whose compiler has no grouped gradient, and else "ragged_dot".
+      Otherwise kernels are not taken without their names: they have not been timed
+      on a device. Only "ragged_dot" has
       forward-mode and second derivatives; "tiled" and the kernels cannot take the
       symbolic N of `jax.export`, and the kernels are lowered for their platform
       alone, not for several at once.

@@ -24,8 +24,15 @@ def check_can_run(operands: Any, by_name: bool) -> None:
   """
   first, *_ = arrays = jax.tree.leaves(operands)
   widths = {size: None for x in arrays for size in x.shape[1:]}
+  refused = grouped.unsupported(
+    first.shape[0], widths, _kernel_dtype(first.dtype)
+  )
+  if not by_name and device.multiplies_groups():
+    refused = (
+      "XLA has grouped products, which the kernels were not timed against"
+    )
   ladder.check_can_run(
-    grouped.unsupported(first.shape[0], widths, _kernel_dtype(first.dtype)),
+    refused,
     unavailable=device.unavailable,
     by_name=by_name,
     interpret=False,

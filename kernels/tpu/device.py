@@ -35,8 +35,24 @@ def gathers_apart() -> bool:
   """
   if not pltpu.is_tpu_device() or pltpu.get_tpu_info().sparse_core is None:
     return False
-  # jax 0.12 takes libtpu 0.0.50 or newer. Without a TPU there is no other way to
-  # know the compiler that a program is for.
+  return _has_new_compiler()
+
+
+def multiplies_groups() -> bool:
+  """Whether XLA multiplies rows by their own group alone, also in gradients.
+
+  libtpu 0.0.42 makes of the gradient to the matrices of `jax.lax.ragged_dot` a
+  product of every row with every group; 0.0.50 does not.
+  """
+  return _has_new_compiler()
+
+
+def _has_new_compiler() -> bool:
+  """Whether the compiler is libtpu 0.0.50 or newer.
+
+  jax 0.12 takes such a one. Without a TPU there is no other way to know the
+  compiler that a program is for.
+  """
   return jax.__version_info__ >= (0, 12)
 
 
