@@ -15,10 +15,17 @@ from jax.sharding import AxisType
 
 from jaxroute import experts
 from jaxroute.experts import pallas_tpu, ragged_dot
+from jaxroute.kernels.tpu import device
 
 E, D, F, N = 3, 128, 256, 300
 KERNEL = "jaxroute_grouped"
 _AUTO = AxisType.Auto
+
+
+@pytest.fixture(autouse=True)
+def older_compiler(monkeypatch):
+  """The kernels are taken without their name, whatever the version of JAX."""
+  monkeypatch.setattr(device, "multiplies_groups", lambda: False)
 
 
 def _operands(dtype=jnp.bfloat16, n=N, d=D, f=F):
@@ -79,6 +86,12 @@ def test_what_it_cannot_do_is_done_by_xla(operands):
     words = "'pallas_tpu' cannot: the TPU kernel takes.*Use None"
     with pytest.raises(NotImplementedError, match=words):
       experts.swiglu(*operands, implementation="pallas_tpu")
+
+
+def test_a_newer_compiler_is_left_to_its_own_products(monkeypatch):
+  monkeypatch.setattr(device, "multiplies_groups", lambda: True)
+  with jax.sharding.use_abstract_mesh(tpu_mesh.abstract(1, _AUTO)):
+    assert KERNEL not in _lowered(_step, *_operands())
 
 
 def test_an_older_tpu_takes_what_xla_has():
