@@ -217,7 +217,11 @@ def _exchange(
     return None
   if not partition.exchanges_tokens:
     return "all_gather"  # of tokens that all devices have already
-  return all_to_all.choose(partition, mesh_lib.mesh_of(partition, x))
+  mesh = mesh_lib.mesh_of(partition, x)
+  exchange = all_to_all.choose(partition, mesh)
+  if mesh.shape[partition.expert_axis] == 1 and not partition.drop:
+    return None
+  return exchange
 
 
 def _flatten(x: jax.Array, partition: types.Partition | None) -> jax.Array:

@@ -108,7 +108,7 @@ def _assert_close(got, expected):
   [
     ((1, 8), AxisType.Auto, 0.2),
     ((2, 4), AxisType.Explicit, None),
-    ((8, 1), AxisType.Auto, 1.0),
+    ((8, 1), AxisType.Auto, None),
   ],
 )
 def test_nothing_is_dropped_and_nothing_changes(shape, kind, factor, exchange):
@@ -161,6 +161,15 @@ def test_the_capacity_of_an_expert_is_that_of_all_gathered_tokens(exchange):
   # Two token shards, and ceil(64 / 2 * 2 / 8) rows of an expert for each.
   assert np.max(got[1][1]) == 16 < np.max(inputs[1].load)
   _assert_close(got, expected)
+
+
+def test_a_device_that_has_all_experts_drops_what_it_is_told_to():
+  x, routing, params, shared = _inputs()
+  partition = _partition("equal", buffer_factor=0.5, drop=True)
+  with jax.set_mesh(_mesh((8, 1))):
+    _, (_, sizes) = _run(x, routing, params, shared, partition)
+  counted = np.asarray(routing.token_mask).reshape(8, -1).sum(axis=1) * K
+  assert int(np.sum(sizes)) == np.minimum(counted, T // 8 * K // 2).sum()
 
 
 def test_known_ranks_are_of_a_device_and_change_nothing(monkeypatch):
