@@ -44,7 +44,9 @@ def test_one_expert_is_always_balanced():
 
 
 def test_a_run_has_a_yardstick_for_what_it_reports():
-  config = config_lib.Config(batch_size=4, seq_len=8, num_layers=3)
+  config = config_lib.Config(
+    batch_size=4, seq_len=8, num_layers=3, mesh="data=1"
+  )
   text = np.frombuffer(b"to be or not to be" * 9, np.uint8)
   corpus = types.SimpleNamespace(train=text, validation=text[:40])
   load = np.full((2, 16), 4)

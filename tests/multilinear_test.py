@@ -85,14 +85,14 @@ def test_one_gradient_is_the_only_one_taken():
 
 
 @pytest.mark.parametrize(
-  ("axis_type", "token_axes"),
+  ("axis_type", "token_axes", "exchange"),
   [
-    (jax.sharding.AxisType.Auto, ("data",)),
-    (jax.sharding.AxisType.Explicit, ("data", "expert")),
+    (jax.sharding.AxisType.Auto, ("data",), None),
+    (jax.sharding.AxisType.Explicit, ("data", "expert"), "all_gather"),
   ],
 )
 def test_the_layer_on_a_mesh_has_forward_and_second_derivatives(
-  axis_type, token_axes
+  axis_type, token_axes, exchange
 ):
   config = jaxroute.RouterConfig(num_experts=4, top_k=2)
   x, kernel, params = FUNCTIONS["layer.moe"].args
@@ -116,7 +116,9 @@ def test_the_layer_on_a_mesh_has_forward_and_second_derivatives(
     return tangent, jax.jvp(jax.grad(loss, (0, 1, 2)), args, direction)
 
   expected = jax.jit(lambda args: derivatives(None, args))(args)
-  partition = jaxroute.Partition(token_axes=token_axes, expert_axis="expert")
+  partition = jaxroute.Partition(
+    token_axes=token_axes, expert_axis="expert", exchange=exchange
+  )
   specs = jax.P(token_axes), jax.P(), jax.P("expert")
   mesh = jax.make_mesh((2, 2), ("data", "expert"), axis_types=(axis_type,) * 2)
   with jax.set_mesh(mesh):
