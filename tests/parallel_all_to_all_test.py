@@ -163,6 +163,20 @@ def test_the_capacity_of_an_expert_is_that_of_all_gathered_tokens(exchange):
   _assert_close(got, expected)
 
 
+@pytest.mark.parametrize("exchange", ["all_gather", "equal"])
+def test_no_tokens_have_no_rows(exchange):
+  _, _, params, shared = _inputs()
+  none = jnp.zeros((0, D))
+  routing, _ = layer.router(none, jnp.zeros((D, E)), None, CONFIG)
+  with jax.set_mesh(_mesh((2, 4))):
+    grads, (y, sizes) = _run(
+      none, routing, params, shared, _partition(exchange)
+    )
+  assert y.shape == (0, D)
+  np.testing.assert_array_equal(sizes, np.zeros(E))
+  jax.tree.map(lambda g: np.testing.assert_array_equal(g, 0), grads)
+
+
 def test_a_device_that_has_all_experts_drops_what_it_is_told_to():
   x, routing, params, shared = _inputs()
   partition = _partition("equal", buffer_factor=0.5, drop=True)

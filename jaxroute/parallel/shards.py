@@ -61,6 +61,9 @@ def map_experts(
   expert_axes = (expert,) if expert else ()
   mesh_lib.check_divides("tokens", x.shape[0], mesh, tokens)
   mesh_lib.check_divides("experts", num_experts, mesh, expert_axes)
+  if not x.shape[0]:
+    # XLA refuses to gather or exchange nothing.
+    return x, jnp.zeros(num_experts, jnp.int32)
   over_tokens, over_experts = jax.P(tokens or None), jax.P(expert)
 
   over_params: types.PyTree = over_experts
