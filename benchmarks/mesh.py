@@ -25,7 +25,7 @@ import jaxroute
 import jaxroute.linen
 
 _REPEATS = flags.DEFINE_integer("repeats", 20, "Timed steps per candidate.")
-_TOKENS = flags.DEFINE_integer("tokens", 8192, "T, of all devices.")
+_TOKENS = flags.DEFINE_integer("tokens", 16384, "T, of all devices.")
 _WIDTH = flags.DEFINE_integer("width", 256, "D.")
 _HIDDEN = flags.DEFINE_integer("hidden", 256, "F.")
 
