@@ -62,6 +62,18 @@ def check_mask(token_mask: Any, num_tokens: int) -> None:
     check_array("token_mask", token_mask, "[T]", "bool", fix, T=num_tokens)
 
 
+def check_mask_of(x: Any, token_mask: Any) -> None:
+  """Checks that there is a bool for each of the tokens `x`, `[..., D]`."""
+  leading = x.shape[:-1]
+  fix = f"Shape it like the leading axes of `x`, {leading}."
+  check_array("token_mask", token_mask, "[...]", "bool", fix)
+  if token_mask.shape != leading:
+    raise ValueError(
+      f"`token_mask` must have the leading shape of `x`, {leading}, got"
+      f" {token_mask.shape}. True marks real tokens."
+    )
+
+
 def describe(x: Any) -> str:
   """What was passed, in a few words: a dtype and shape, a value, or a type."""
   if x is None or isinstance(x, str | int | float | complex):

@@ -42,8 +42,8 @@ def router(
     partition: how tokens lie on the mesh in force: every device routes its own,
       by a kernel where there is one. One all-reduce sums the counts where they are
       used; `Counts.parts` are not summed yet. None for one device, to leave it to
-      the compiler, or where the axes of the mesh
-      are explicit, for tokens that lie as `x` does.
+      the compiler, or where the axes of the mesh are explicit, for tokens that lie
+      as `x` does.
 
   Returns:
     The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
@@ -54,13 +54,7 @@ def router(
   check_tokens(x)
   routing_lib.check_router_weight(router_weight, x.shape[-1], config)
   if token_mask is not None:
-    fix = f"Shape it like the leading axes of `x`, {x.shape[:-1]}."
-    checks.check_array("token_mask", token_mask, "[...]", "bool", fix)
-    if token_mask.shape != x.shape[:-1]:
-      raise ValueError(
-        f"`token_mask` must have the leading shape of `x`, {x.shape[:-1]}, got"
-        f" {token_mask.shape}. True marks real tokens."
-      )
+    checks.check_mask_of(x, token_mask)
   partition = mesh_lib.partition_of(x, partition, config.num_experts)
   tokens = _flatten(x, partition)
   if token_mask is not None:
@@ -98,25 +92,11 @@ def router(
       histogram = histogram[None]
     return routes, logits, types.Parts(load=load, histogram=histogram)
 
-  yes: Any = True  # in the place of an array
-  no: Any = False
-  counts = types.Counts(load=no, histogram=no if config.histogram else None)
-  routes_per_token = types.Routing(
-    expert_idx=yes,
-    weights=yes,
-    counts=counts,
-    cutoff=yes,
-    token_mask=yes,
-    rank=yes,  # or None, where what is per token is left as it is
-  )
-  # A part is a row of its shard.
-  parts = types.Parts(load=yes, histogram=yes if config.histogram else None)
-  logits_per_token = None if fuse_projection else True
   routes, logits, parts = mesh_lib.map_over_tokens(
     run,
     [tokens, token_mask, router_weight, expert_bias],
     are_per_token=[True, True, False, False],
-    outputs_per_token=(routes_per_token, logits_per_token, parts),
+    outputs_per_token=_are_per_token(config.histogram, fuse_projection),
     partition=partition,
   )
   if partition is not None:
@@ -125,6 +105,24 @@ def router(
     counts = dataclasses.replace(routes.counts, load=load).made_of(parts)
     routes = dataclasses.replace(routes, counts=counts)
   return routes, logits
+
+
+def _are_per_token(
+  has_histogram: bool, fuse_projection: bool
+) -> tuple[types.Routing, Any, types.Parts]:
+  """Which outputs of a shard's router have a row for each token, or each shard."""
+  yes: Any = True  # in the place of an array
+  no: Any = False
+  routing = types.Routing(
+    expert_idx=yes,
+    weights=yes,
+    counts=types.Counts(load=no, histogram=no if has_histogram else None),
+    cutoff=yes,
+    token_mask=yes,
+    rank=yes,  # or None, where what is per token is left as it is
+  )
+  parts = types.Parts(load=yes, histogram=yes if has_histogram else None)
+  return routing, None if fuse_projection else yes, parts
 
 
 def moe(
