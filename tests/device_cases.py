@@ -5,6 +5,7 @@ import dataclasses
 
 import cases
 import conformance
+import experts_cases
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -159,3 +160,24 @@ def loss(route, config):
     return jnp.sum(weights * factor.reshape(weights.shape))
 
   return loss
+
+
+def check_gradient(kernel, xla, case, tolerance):
+  """Holds the gradient to the logits of one `route` to that of another.
+
+  Args:
+    kernel: the one that is tried.
+    xla: the other.
+    case: what is routed.
+    tolerance: relative, of float32 logits.
+  """
+  args = case.finite()
+  ours, theirs = (
+    compiled(jax.grad(loss(route, case.config)), *args)(*args)
+    for route in (kernel, xla)
+  )
+  assert ours.dtype == theirs.dtype == args[0].dtype
+  if case.dtype != "float32":
+    tolerance = 1e-2
+  experts_cases.assert_close(ours, theirs, tolerance)
+  assert jnp.any(ours != 0)

@@ -86,15 +86,7 @@ def test_a_histogram_counts_every_choice_that_could_flip():
 )
 def test_the_gradient_is_that_of_xla(name):
   case = device_cases.CASES[name]
-  args = case.finite()
-  ours, theirs = (
-    device_cases.compiled(jax.grad(loss), *args)(*args)
-    for loss in (device_cases.loss(r, case.config) for r in (kernel, xla))
-  )
-  assert ours.dtype == theirs.dtype == args[0].dtype
-  tolerance = 2e-4 if case.dtype == "float32" else 1e-2
-  experts_cases.assert_close(ours, theirs, tolerance)
-  assert jnp.any(ours != 0)
+  device_cases.check_gradient(kernel, xla, case, tolerance=2e-4)
 
 
 def test_projection_and_routing_in_one_kernel():
