@@ -10,6 +10,7 @@ serves every platform.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -219,7 +220,9 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
       **tpu,
     )
 
-  def by_kernel(platform, function, *operands):
+  def by_kernel(
+    platform: str, function: Callable[..., Any], *operands: Any
+  ) -> Any:
     return ladder.call_kernel(
       "grouped_matmul", platform, function, False, *operands
     )

@@ -31,7 +31,7 @@ RunExperts = Callable[[jax.Array, types.PyTree, jax.Array], jax.Array]
 _BUFFER_FACTOR = 1.25
 # A buffer is a whole number of the TPU's tiles.
 _BUFFER_MULTIPLE = 8
-# From this number of chips on, a v5e slice has links that the exchange needs not.
+# From this number of chips on, the compiler refuses the exchange on a v5e slice.
 _LIMITED_V5E = 64
 
 
@@ -74,8 +74,8 @@ def _no_ragged(mesh: jax.sharding.AbstractMesh) -> str | None:
     and mesh.size >= _LIMITED_V5E
   ):
     return (
-      f"a v5e slice of {mesh.size} chips has no ragged all-to-all, which the links"
-      f" between {_LIMITED_V5E} chips and more do not allow"
+      f"the compiler has no ragged all-to-all for a v5e slice of {_LIMITED_V5E} chips"
+      f" or more, and this has {mesh.size}"
     )
   return None
 
