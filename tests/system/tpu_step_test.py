@@ -56,14 +56,12 @@ def _step(config, partition, mesh):
     router = jaxroute.linen.init_router_state(variables, rule)
     return jaxroute.init_train_state(variables["params"], router, optimizer)
 
-  def placed(path, x):
-    axes = [None] * x.ndim
-    if getattr(path[-1], "key", None) in model_lib.EXPERT_PARAMETERS:
-      axes[-3] = "expert"
-    sharding = jax.NamedSharding(mesh, jax.P(*axes))
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
   state = jax.eval_shape(init, jax.random.key(0))
+  state = jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    state,
+    jaxroute.parallel.shardings(state, partition, mesh),
+  )
   batch = jax.ShapeDtypeStruct(
     shape,
     jnp.uint8,
@@ -76,7 +74,7 @@ def _step(config, partition, mesh):
     rule=rule,
     micro_batches=config.micro_batches,
   )
-  return step, jax.tree_util.tree_map_with_path(placed, state), batch
+  return step, state, batch
 
 
 def _programs(config, partition):
