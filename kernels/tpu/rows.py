@@ -107,7 +107,7 @@ def add(
     out_specs=pl.BlockSpec(
       (size, _SLICE), lambda j, i: (0, j), pipeline_mode=pl.Buffered(1)
     ),
-    out_shape=_like(rows, (size, d), dtype),
+    out_shape=_like(rows, (size, d), dtype, in_hbm=not interpret),
     scratch=[pltpu.VMEM((size, *_TOKEN), jnp.float32)],
     grid=(d // _SLICE, pl.cdiv(n, _ROWS)),
     interpret=interpret,
@@ -211,8 +211,14 @@ def _pad(x: jax.Array, value: Any) -> jax.Array:
   return jnp.pad(x, (0, -x.shape[0] % _ROWS), constant_values=value)
 
 
-def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
-  """The shape of a result that varies over the mesh axes of an operand."""
+def _like(
+  x: jax.Array, shape: tuple[int, ...], dtype: Any, in_hbm: bool = False
+) -> Any:
+  """The type of a result that varies over the mesh axes of an operand."""
+  if in_hbm:
+    # XLA might keep the result in VMEM, where the kernel needs the space.
+    like_x = jax.typeof(x).update(shape=shape, dtype=jnp.dtype(dtype))
+    return pltpu.HBM.from_type(like_x)
   varying = jax.typeof(x).manual_axis_type
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
