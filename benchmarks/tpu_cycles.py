@@ -71,6 +71,7 @@ _V3 = dict(num_groups=8, group_top_k=4)
 CASES: dict[str, tuple[int, int, int, dict[str, Any]]] = {
   "E=256 K=8": (8192, 256, 8, {}),
   "E=256 K=8 V3": (8192, 256, 8, _V3),
+  "E=64 K=8": (8192, 64, 8, {}),
   "E=64 K=6 softmax": (8192, 64, 6, dict(score_fn="softmax")),
   "E=96 K=8": (8192, 96, 8, {}),
   "E=128 K=8": (8192, 128, 8, {}),

@@ -14,10 +14,16 @@ import jaxroute
 TopK = Callable[[jax.Array, int], jax.Array]
 
 WIDTH = 2048
-"""D of the tokens that are projected, and of the rows that are moved."""
+"""D of the tokens that are projected, and of the rows that experts take."""
+
+EXPERT_WIDTH = 1024
+"""F of the experts."""
 
 MOVES = ("combine", "dispatch grad", "combine grad")
 """Programs that move rows."""
+
+EXPERTS = ("swiglu", "swiglu grad")
+"""Programs that multiply rows by the matrices of experts."""
 
 
 def shapes(
@@ -34,6 +40,13 @@ def shapes(
     Abstract arrays, in order.
   """
   e, k = config.num_experts, config.top_k
+  if candidate in EXPERTS:
+    rows, sizes = ((t * k, WIDTH), jnp.bfloat16), ((e,), jnp.int32)
+    into = (e, WIDTH, EXPERT_WIDTH), jnp.bfloat16
+    back = (e, EXPERT_WIDTH, WIDTH), jnp.bfloat16
+    operands = [rows, into, into, back, sizes]
+    operands += [rows] if "grad" in candidate else []
+    return [jax.ShapeDtypeStruct(*operand) for operand in operands]
   if candidate in MOVES:
     numbers = [((t * k,), jnp.int32), ((t * k,), jnp.int32), ((e,), jnp.int32)]
     rows, tokens = ((t * k, WIDTH), jnp.bfloat16), ((t, WIDTH), jnp.bfloat16)
@@ -67,6 +80,7 @@ def programs(
     _plain_programs(config)
     | _our_programs(config, interpret)
     | _move_programs(config)
+    | _expert_programs()
   )
 
 
@@ -162,6 +176,26 @@ def _move_programs(
     return jax.vjp(of, rows, weights)[1](d_out)
 
   return dict(zip(MOVES, (combine, dispatch_grad, combine_grad), strict=True))
+
+
+def _expert_programs() -> dict[str, Callable[..., Any]]:
+  """The experts by the kernels, asked for by name."""
+  def swiglu(x, w_gate, w_up, w_down, group_sizes):
+    params = jaxroute.experts.ExpertParams(
+      w_gate=w_gate, w_up=w_up, w_down=w_down
+    )
+    return jaxroute.experts.swiglu(
+      x, params, group_sizes, implementation="pallas_tpu"
+    )
+
+  def swiglu_grad(x, w_gate, w_up, w_down, group_sizes, d_y):
+    def of(*operands):
+      return swiglu(*operands, group_sizes)
+
+    y, pull = jax.vjp(of, x, w_gate, w_up, w_down)
+    return y, pull(d_y)
+
+  return dict(zip(EXPERTS, (swiglu, swiglu_grad), strict=True))
 
 
 def _permutation(*numbers: jax.Array) -> jaxroute.dispatch.Permutation:

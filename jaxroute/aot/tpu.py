@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,21 +27,42 @@ _ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
+class Op:
+  """What the compiler says of one op.
+
+  Attributes:
+    name: in the compiled program.
+    code: name of the op whose instructions it runs: of several that are the same
+      one is compiled.
+    cycles: the compiler's static estimate. A loop counts about once, and what a
+      SparseCore does not at all.
+  """
+
+  name: str
+  code: str
+  cycles: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Profile:
   """What the compiler says of one program.
 
   Attributes:
-    cycles: of one core, the sum of the compiler's static estimates of all ops. A
-      loop counts about once, and what a SparseCore does not at all.
+    ops: of one core, those that are estimated.
     moved: bytes of arguments and results in HBM.
     temporaries: bytes in HBM.
     vmem: bytes of vector memory that the op with the most of it takes.
   """
 
-  cycles: int
+  ops: Sequence[Op]
   moved: int
   temporaries: int
   vmem: int
+
+  @property
+  def cycles(self) -> int:
+    """The sum over all ops."""
+    return sum(op.cycles for op in self.ops)
 
 
 def missing() -> str:
@@ -128,15 +149,15 @@ def _profile(
   assert text is not None and memory is not None
   used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
   return Profile(
-    cycles=_cycles(folder, text),
+    ops=_ops(folder, text),
     moved=memory.argument_size_in_bytes + memory.output_size_in_bytes,
     temporaries=memory.temp_size_in_bytes,
     vmem=max(map(int, re.findall(used, text)), default=0),
   )
 
 
-def _cycles(folder: pathlib.Path, text: str) -> int:
-  """The sum over all ops; of several that are the same one is estimated."""
+def _ops(folder: pathlib.Path, text: str) -> list[Op]:
+  """All ops that the compiler estimated, and those that are the same as one."""
   cycles: collections.Counter[str] = collections.Counter()
   for path in folder.glob("*_static_llo_profile.textproto"):
     for op, n in re.findall(
@@ -149,8 +170,10 @@ def _cycles(folder: pathlib.Path, text: str) -> int:
   for name, op in re.findall(r"%(\S+) = (.*)", text):
     op = re.sub(r"%\S+?(?=[,)])|, metadata=.*|, backend_config=.*", "", op)
     same[op].append(name)
+  ops = [Op(name, name, n) for name, n in cycles.items()]
   for names in same.values():
-    known = [cycles[name] for name in names if name in cycles]
-    if known and len(names) > 1:
-      cycles.update({n: known[0] for n in names if n not in cycles})
-  return cycles.total()
+    known = next((name for name in names if name in cycles), None)
+    if known is not None:
+      others = [name for name in names if name not in cycles]
+      ops += [Op(name, known, cycles[known]) for name in others]
+  return ops

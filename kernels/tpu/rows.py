@@ -12,7 +12,7 @@ Rows that belong to no expert have the number T, of a token that is not returned
 
   kernel | grid | stays in VMEM | a step reads | and writes
   `add` | [slices of D, blocks of rows] | sums, float32 | rows | sums, at the end
-  `take` | the same | tokens, float32 | weights | weighted tokens
+  `take` | the same | tokens, float32 | nothing more | weighted tokens
   `multiply` | the same | tokens, float32 | rows | products
 """
 
@@ -140,14 +140,11 @@ def take(
   return _call(
     _take_kernel,
     name="jaxroute_take_rows",
-    numbers=[_pad(token, t)],
-    operands=[_with_none(tokens, interpret), weights[:, None]],
-    in_specs=[
-      _token_spec(_token_rows(t)),
-      pl.BlockSpec((_ROWS, 1), lambda j, i: (i, 0)),
-    ],
+    numbers=[_pad(token, t), _pad(weights, 0)],
+    operands=[_with_none(tokens, interpret)],
+    in_specs=[_token_spec(_token_rows(t))],
     out_specs=_row_spec(),
-    out_shape=_like(tokens, (n, d), dtype),
+    out_shape=_like(tokens, (n, d), dtype, in_hbm=not interpret),
     grid=(d // _SLICE, pl.cdiv(n, _ROWS)),
     interpret=interpret,
   )
@@ -181,12 +178,12 @@ def multiply(
     numbers=[_pad(token, t)],
     operands=[_with_none(tokens, interpret), rows],
     in_specs=[_token_spec(_token_rows(t)), _row_spec()],
-    out_specs=pl.BlockSpec((None, _ROWS, 1), lambda j, i: (j, i, 0)),
-    out_shape=_like(rows, (slices, n, 1), jnp.float32),
+    out_specs=pl.BlockSpec((None, 1, _ROWS), lambda j, i: (j, 0, i)),
+    out_shape=_like(rows, (slices, 1, n), jnp.float32),
     grid=(slices, pl.cdiv(n, _ROWS)),
     interpret=interpret,
   )
-  return jnp.sum(products[..., 0], axis=0)
+  return jnp.sum(products[:, 0], axis=0)
 
 
 def _with_none(tokens: jax.Array, interpret: Any) -> jax.Array:
@@ -281,29 +278,32 @@ def _add_kernel(token: Ref, *refs: Ref) -> None:
 
 
 def _take_kernel(
-  token: Ref, tokens: Ref, weights: Ref, out: Ref, unpacked: Ref
+  token: Ref, weights: Ref, tokens: Ref, out: Ref, unpacked: Ref
 ) -> None:
   """Writes the weighted tokens of a block of rows."""
-  taken = _taken(token, tokens, unpacked)
-  out[...] = (taken * weights[...]).astype(out.dtype)
+
+  def take_row(r):
+    unpacked[r] = tokens[token[r]] * weights[r]
+
+  _for_each_row(_ROWS, take_row)
+  out[...] = unpacked[...].reshape(out.shape).astype(out.dtype)
 
 
 def _multiply_kernel(
   token: Ref, tokens: Ref, rows: Ref, out: Ref, unpacked: Ref
 ) -> None:
   """Writes the products of a block of rows and their tokens."""
-  product = _taken(token, tokens, unpacked) * rows[...].astype(jnp.float32)
-  out[...] = jnp.sum(product, axis=1, keepdims=True)
-
-
-def _taken(token: Ref, tokens: Ref, unpacked: Ref) -> jax.Array:
-  """The tokens of a block of rows, `[R, D slice]`."""
 
   def take_row(r):
     unpacked[r] = tokens[token[r]]
 
   _for_each_row(_ROWS, take_row)
-  return unpacked[...].reshape(_ROWS, _SLICE)
+  product = unpacked[...].reshape(rows.shape) * rows[...].astype(jnp.float32)
+  by_lane = product[:, :_LANES]
+  for begin in range(_LANES, _SLICE, _LANES):
+    by_lane += product[:, begin : begin + _LANES]
+  # A number for each lane, where a column of them would take a register for eight.
+  out[...] = jnp.sum(by_lane.T, axis=0, keepdims=True)
 
 
 def _call(
