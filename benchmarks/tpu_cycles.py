@@ -233,14 +233,23 @@ def main(argv: list[str]) -> None:
   if bounds:
     _print_worst(rows)
   if _WRITE.value:
-    known = json.loads(TABLE.read_text())
-    recorded = known.setdefault(tpu.version(), {})
-    for name, row in rows.items():
-      worked = {key: value for key, value in row.items() if value}
-      recorded[name] = recorded.get(name, {}) | worked
-    TABLE.write_text(
-      json.dumps(known, allow_nan=False, indent=1, sort_keys=True) + "\n"
-    )
+    record(rows)
+
+
+def record(rows: dict[str, dict[str, dict[str, float]]]) -> None:
+  """Renews rows of `TABLE`, for the compiler that is installed.
+
+  Args:
+    rows: as `table` returns them.
+  """
+  known = json.loads(TABLE.read_text())
+  recorded = known.setdefault(tpu.version(), {})
+  for name, row in rows.items():
+    worked = {key: value for key, value in row.items() if value}
+    recorded[name] = recorded.get(name, {}) | worked
+  TABLE.write_text(
+    json.dumps(known, allow_nan=False, indent=1, sort_keys=True) + "\n"
+  )
 
 
 def _print_worst(rows: dict[str, dict[str, dict[str, float]]]) -> None:

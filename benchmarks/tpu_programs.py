@@ -180,6 +180,7 @@ def _move_programs(
 
 def _expert_programs() -> dict[str, Callable[..., Any]]:
   """The experts by the kernels, asked for by name."""
+
   def swiglu(x, w_gate, w_up, w_down, group_sizes):
     params = jaxroute.experts.ExpertParams(
       w_gate=w_gate, w_up=w_up, w_down=w_down

@@ -32,10 +32,12 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxroute.kernels.tpu import device
 from jaxroute.kernels.tpu.registers import Ref
 
-# Rows of a block. A group multiplies about as many in vain, and fewer do not fill
-# the matrix unit: of the bundles that the compiler schedules for v6e, 128 rows
-# keep it busy in 69%, 256 in 84%, 512 in 93%.
-_ROWS = 256
+# A group multiplies about as many in vain, and fewer do not fill the matrix unit:
+# of the bundles that the compiler schedules for v6e, 128 rows keep it busy in 69%,
+# 256 in 84%, 512 in 93%.
+ROWS = 256
+"""Rows of a block."""
+
 # Bytes of the part of a matrix that is in memory, of which there are two.
 _MATRIX_BYTES = 8 * 2**20
 # Sums of `outer`, by rows and columns. Each is read and written in every step.
@@ -98,7 +100,7 @@ def matmul(
   """
   num_rows, depth = lhs.shape
   num_groups, width = rhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
-  rows = min(_ROWS, num_rows)
+  rows = min(ROWS, num_rows)
   most = _MATRIX_BYTES // (depth * rhs.dtype.itemsize)
   columns = _tile(width, most, device.num_cores())
   rest = num_rows - jnp.sum(group_sizes, dtype=jnp.int32)
@@ -155,7 +157,7 @@ def outer(
     `[E, D, F]`; 0 for a group of no rows.
   """
   (num_rows, m), n = lhs.shape, rhs.shape[1]
-  rows = min(_ROWS, num_rows)
+  rows = min(ROWS, num_rows)
   most_m, most_n = _OUTER_TILE
   tile_m, tile_n = _tile(m, most_m, device.num_cores()), _tile(n, most_n)
   # A group of no rows is visited to be written.

@@ -32,8 +32,9 @@ _LANES = device.LANES
 # One register of float32 for a token.
 _TOKEN = device.SUBLANES, _LANES
 _SLICE = device.SUBLANES * _LANES
-# Rows of a block.
-_ROWS = 512
+ROWS = 512
+"""Rows of a block."""
+
 # Rows whose numbers are read ahead of those before being stored.
 _UNROLL = 16
 # What tokens may take of VMEM: v5p and v7x have 64 MiB, v5e and v6e 128.
@@ -60,8 +61,8 @@ def unsupported(
     return f"the TPU kernel takes bfloat16 and float32, got {dtype}"
   if width % _SLICE:
     return f"the TPU kernel takes a D in multiples of {_SLICE}, got {width}"
-  if not isinstance(num_rows, int) or num_rows < _ROWS:
-    return f"the TPU kernel takes {_ROWS} rows or more, got {num_rows}"
+  if not isinstance(num_rows, int) or num_rows < ROWS:
+    return f"the TPU kernel takes {ROWS} rows or more, got {num_rows}"
   most = _TOKEN_BYTES // (4 * _SLICE) - _UNROLL
   if num_tokens > most:
     return f"the TPU kernel takes {most} tokens at most, got {num_tokens}"
@@ -109,7 +110,7 @@ def add(
     ),
     out_shape=_like(rows, (size, d), dtype, in_hbm=not interpret),
     scratch=[pltpu.VMEM((size, *_TOKEN), jnp.float32)],
-    grid=(d // _SLICE, pl.cdiv(n, _ROWS)),
+    grid=(d // _SLICE, pl.cdiv(n, ROWS)),
     interpret=interpret,
   )
   return sums[:num_tokens]
@@ -145,7 +146,7 @@ def take(
     in_specs=[_token_spec(_token_rows(t))],
     out_specs=_row_spec(),
     out_shape=_like(tokens, (n, d), dtype, in_hbm=not interpret),
-    grid=(d // _SLICE, pl.cdiv(n, _ROWS)),
+    grid=(d // _SLICE, pl.cdiv(n, ROWS)),
     interpret=interpret,
   )
 
@@ -178,9 +179,9 @@ def multiply(
     numbers=[_pad(token, t)],
     operands=[_with_none(tokens, interpret), rows],
     in_specs=[_token_spec(_token_rows(t)), _row_spec()],
-    out_specs=pl.BlockSpec((None, 1, _ROWS), lambda j, i: (j, 0, i)),
+    out_specs=pl.BlockSpec((None, 1, ROWS), lambda j, i: (j, 0, i)),
     out_shape=_like(rows, (slices, 1, n), jnp.float32),
-    grid=(slices, pl.cdiv(n, _ROWS)),
+    grid=(slices, pl.cdiv(n, ROWS)),
     interpret=interpret,
   )
   return jnp.sum(products[:, 0], axis=0)
@@ -205,7 +206,7 @@ def _token_rows(num_tokens: int) -> int:
 
 def _pad(x: jax.Array, value: Any) -> jax.Array:
   """Numbers of rows, for whole blocks of them."""
-  return jnp.pad(x, (0, -x.shape[0] % _ROWS), constant_values=value)
+  return jnp.pad(x, (0, -x.shape[0] % ROWS), constant_values=value)
 
 
 def _like(
@@ -221,7 +222,7 @@ def _like(
 
 
 def _row_spec() -> pl.BlockSpec:
-  return pl.BlockSpec((_ROWS, _SLICE), lambda j, i: (i, j))
+  return pl.BlockSpec((ROWS, _SLICE), lambda j, i: (i, j))
 
 
 def _token_spec(size: int) -> pl.BlockSpec:
@@ -265,7 +266,7 @@ def _add_kernel(token: Ref, *refs: Ref) -> None:
       row *= weights[0][r]
     sums[token[r]] += row
 
-  _for_each_row(_ROWS, add_row)
+  _for_each_row(ROWS, add_row)
 
   @pl.when(i == pl.num_programs(1) - 1)
   def _():
@@ -285,7 +286,7 @@ def _take_kernel(
   def take_row(r):
     unpacked[r] = tokens[token[r]] * weights[r]
 
-  _for_each_row(_ROWS, take_row)
+  _for_each_row(ROWS, take_row)
   out[...] = unpacked[...].reshape(out.shape).astype(out.dtype)
 
 
@@ -297,7 +298,7 @@ def _multiply_kernel(
   def take_row(r):
     unpacked[r] = tokens[token[r]]
 
-  _for_each_row(_ROWS, take_row)
+  _for_each_row(ROWS, take_row)
   product = unpacked[...].reshape(rows.shape) * rows[...].astype(jnp.float32)
   by_lane = product[:, :_LANES]
   for begin in range(_LANES, _SLICE, _LANES):
@@ -319,12 +320,12 @@ def _call(
 ) -> Any:
   """A call of a kernel whose first operands are numbers of every row."""
   number_spec = pl.BlockSpec(
-    (_ROWS,), lambda j, i: (i,), memory_space=pltpu.SMEM
+    (ROWS,), lambda j, i: (i,), memory_space=pltpu.SMEM
   )
   return pl.pallas_call(
     kernel,
     in_specs=[number_spec] * len(numbers) + in_specs,
-    scratch_shapes=[pltpu.VMEM((_ROWS, *_TOKEN), jnp.float32), *scratch],
+    scratch_shapes=[pltpu.VMEM((ROWS, *_TOKEN), jnp.float32), *scratch],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=("parallel", "arbitrary"),
       vmem_limit_bytes=_TOKEN_BYTES + _SPARE_BYTES,
