@@ -86,8 +86,10 @@ def _call(
 
 
 def _abstract_eval(*operands: Any, **params: Any) -> Any:
-  out = jax.eval_shape(functools.partial(_call, **params), *operands)
-  return jax.api_util.shaped_abstractify(out)
+  # Not by `jax.eval_shape`, whose result lacks the mesh of a partly manual one.
+  traced = jax.jit(functools.partial(_call, **params)).trace(*operands)
+  (out,) = traced.jaxpr.out_avals
+  return out
 
 
 def _jvp(

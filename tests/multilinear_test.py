@@ -9,6 +9,7 @@ from public_functions import FUNCTIONS
 
 import jaxroute
 from jaxroute import layer, multilinear
+from jaxroute.parallel import mesh as mesh_lib
 
 # sum_ij x_0[i] x_1[j] x_2[i, j] at the places that the indices name.
 FORM = multilinear.Form(
@@ -76,6 +77,28 @@ def _loss(f):
 )
 def test_values_and_derivatives(of):
   _assert_same(of, _normal(3), _normal(4))
+
+
+@pytest.mark.devices(4)
+def test_an_axis_may_be_mapped_and_another_left_to_the_compiler():
+  kinds = (jax.sharding.AxisType.Auto,) * 2
+  mesh = jax.make_mesh((2, 2), ("data", "other"), axis_types=kinds)
+
+  def of(f):
+    def rows(x, y):
+      x, y = mesh_lib.vary_alike((x, y))
+      return jax.vmap(f, (0, None))(x, y)
+
+    mapped = jax.shard_map(
+      rows,
+      mesh=mesh,
+      in_specs=(jax.P("data"), jax.P()),
+      out_specs=jax.P("data"),
+      axis_names={"data"},
+    )
+    return jax.grad(_loss(mapped), (0, 1))
+
+  _assert_same(of, _normal(4, 3), _normal(4))
 
 
 def test_one_gradient_is_the_only_one_taken():

@@ -255,6 +255,9 @@ def test_a_buffer_below_one_row_is_refused():
   with jax.set_mesh(_mesh((2, 4))):
     with pytest.raises(ValueError, match="0.05.*one row of the 16.*got 0.8"):
       _run(*_inputs(), partition)
-  assert all_to_all.buffer_rows(partition, 20) == 8
-  assert all_to_all.buffer_rows(_partition("equal"), 16) == 24
-  assert all_to_all.buffer_rows(_partition("equal"), 0) == 8
+  assert all_to_all.buffer_rows(partition, 20, 4) == 8
+  assert all_to_all.buffer_rows(_partition("equal"), 16, 4) == 24
+  assert all_to_all.buffer_rows(_partition("equal"), 0, 4) == 8
+  # No more than all devices send.
+  partition = _partition("equal", buffer_factor=1e30)
+  assert all_to_all.buffer_rows(partition, 16, 4) == 64

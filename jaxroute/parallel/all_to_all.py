@@ -80,22 +80,24 @@ def _no_ragged(mesh: jax.sharding.AbstractMesh) -> str | None:
   return None
 
 
-def buffer_rows(partition: types.Partition, num_rows: int) -> int:
+def buffer_rows(partition: types.Partition, num_rows: int, devices: int) -> int:
   """The rows that a device takes in one round.
 
   Args:
     partition: `buffer_factor` of it is used.
     num_rows: the rows that a device sends, its tokens times K: the mean of what a
       device receives.
+    devices: how many send to it, itself among them.
 
   Returns:
-    `buffer_factor * num_rows`, rounded up to a multiple of 8.
+    `buffer_factor * num_rows`, but no more than all of them send, rounded up to a
+    multiple of 8.
 
   Raises:
     ValueError: if that is less than one row.
   """
   factor = partition.buffer_factor
-  rows = num_rows * (_BUFFER_FACTOR if factor is None else factor)
+  rows = num_rows * min(_BUFFER_FACTOR if factor is None else factor, devices)
   if num_rows and rows < 1:
     raise ValueError(
       f"`buffer_factor`={factor} must leave a device at least one row of the"
@@ -137,11 +139,10 @@ def run(
     device took.
   """
   axis: Any = partition.expert_axis
-  size = buffer_rows(partition, rows.shape[0])
+  devices = lax.axis_size(axis)
+  size = buffer_rows(partition, rows.shape[0], devices)
   if exchange == "equal":
-    method: exchanges.Method = exchanges.Equal(
-      axis, -(-size // lax.axis_size(axis))
-    )
+    method: exchanges.Method = exchanges.Equal(axis, -(-size // devices))
   else:
     method = exchanges.Ragged(axis, size)
   plan = exchanges.make_plan(group_sizes, axis, capacity)
