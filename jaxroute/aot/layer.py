@@ -3,6 +3,7 @@
 
 import collections
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -84,11 +85,13 @@ def check(
     mesh: sizes of its axes.
     tokens: of a device.
   """
-  number = mesh.get("expert", 1)
-  if preset.config.num_experts % number:
+  number, total = mesh.get("expert", 1), preset.config.num_experts
+  if total % number:
+    devices = math.prod(mesh.values())
+    good = math.gcd(total, devices)
     raise ValueError(
-      f"the axis 'expert' of the mesh must divide {preset.config.num_experts}"
-      f" experts, got {number}."
+      f"the axis 'expert' of the mesh must divide {total} experts, got {number}."
+      f" Take --mesh=data={devices // good},expert={good}."
     )
   if tokens < 1:
     raise ValueError(f"`tokens_per_chip` must be at least 1, got {tokens}.")
