@@ -76,6 +76,8 @@ def test_what_the_compiler_lacks_is_read():
     " HBM (31.24G). HLO module"
   )
   assert tpu.lacking(Exception(new)) == (800 * 2**30, 31.24 * 2**30)
+  huge = new.replace("800.00G", "20.87T")
+  assert tpu.lacking(Exception(huge)) == (20.87 * 2**40, 31.24 * 2**30)
   assert tpu.lacking(Exception("INTERNAL: something else")) is None
 
 
@@ -106,6 +108,7 @@ def test_the_kernel_is_reported_with_its_cycles():
       "layer --tokens_per_chip=-4",
       "`tokens_per_chip` must be at least 1, got -4",
     ),
+    ("route --tokens=9999999999", "`tokens` must be at most 268435455, got"),
     ("layer --mesh=data=2", "the topology, 4, got 'data=2', which has 2."),
     (
       "layer --preset=kimi_k2 --topology=v5p:8x16x16 --mesh=data=8,expert=256",
@@ -191,7 +194,7 @@ def test_a_mesh_that_does_not_divide_the_experts_is_refused():
   with pytest.raises(
     ValueError, match="divide 16 experts, got 3. Take --mesh=data=3,expert=2"
   ):
-    layer.check(SMALL, {"data": 2, "expert": 3}, T)
+    layer.check(SMALL, {"data": 2, "expert": 3})
 
 
 @pytest.mark.long

@@ -79,7 +79,14 @@ def main(argv: list[str]) -> None:
     commands[argv[1]](preset, devices)
   except (ValueError, NotImplementedError, RuntimeError) as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
-      raise
+      # Of a layer that is in the report.
+      lacking = tpu.lacking(error)
+      if lacking is None:
+        raise
+      needed, there = (f"{size / 1e9:.1f} GB" for size in lacking)
+      error = (
+        f"the program needs {needed} of the chip's {there}: take fewer tokens."
+      )
     print(f"jaxroute.aot: {error}", file=sys.stderr)
     sys.exit(2)
 
@@ -95,6 +102,14 @@ def _check_flags(command: str) -> None:
       )
 
 
+def _check_tokens(flag: flags.FlagHolder, preset: presets.Preset) -> None:
+  """Raises ValueError unless the rows of a device can be counted in int32."""
+  most = (2**31 - 1) // preset.config.top_k
+  if not 1 <= flag.value <= most:
+    at_least = "at least 1" if flag.value < 1 else f"at most {most}"
+    raise ValueError(f"`{flag.name}` must be {at_least}, got {flag.value}.")
+
+
 def _versions() -> str:
   """Of what compiles, which decide the figures."""
   if chips.chip(_TOPOLOGY.value).platform == "tpu":
@@ -103,8 +118,7 @@ def _versions() -> str:
 
 
 def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
-  if _TOKENS.value < 1:
-    raise ValueError(f"`tokens` must be at least 1, got {_TOKENS.value}.")
+  _check_tokens(_TOKENS, preset)
   found = {
     name: route.report(preset, _TOKENS.value, _TOPOLOGY.value, name)
     for name in route.implementations(_TOPOLOGY.value)
@@ -124,7 +138,8 @@ def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
 
 def _layer(preset: presets.Preset, devices: list[jax.Device]) -> None:
   sizes = chips.parse_mesh(_MESH.value, len(devices))
-  layer.check(preset, sizes, _TOKENS_PER_CHIP.value)
+  layer.check(preset, sizes)
+  _check_tokens(_TOKENS_PER_CHIP, preset)
   mesh = chips.make_mesh(devices, sizes)
   partition = layer.partition(
     mesh,

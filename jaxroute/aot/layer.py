@@ -75,15 +75,12 @@ def partition(mesh: jax.sharding.Mesh, **fields: Any) -> types.Partition:
   return types.Partition(token_axes=axes, expert_axis=axis, **fields)
 
 
-def check(
-  preset: presets_lib.Preset, mesh: dict[str, int], tokens: int
-) -> None:
+def check(preset: presets_lib.Preset, mesh: dict[str, int]) -> None:
   """Raises ValueError unless a mesh can hold the layer.
 
   Args:
     preset: of the layer.
     mesh: sizes of its axes.
-    tokens: of a device.
   """
   number, total = mesh.get("expert", 1), preset.config.num_experts
   if total % number:
@@ -93,8 +90,6 @@ def check(
       f"the axis 'expert' of the mesh must divide {total} experts, got {number}."
       f" Take --mesh=data={devices // good},expert={good}."
     )
-  if tokens < 1:
-    raise ValueError(f"`tokens_per_chip` must be at least 1, got {tokens}.")
 
 
 def report(
