@@ -22,6 +22,9 @@ def _program(*lines, name="main", before=""):
     ("replica_groups={{0,1,2,3},{4,5,6,7}}", ("expert",)),
     ("replica_groups=[2,4]<=[8]", ("expert",)),
     ("replica_groups=mesh['data'=2,'expert'=4] {'expert'}", ("expert",)),
+    # Of the compiler's own names.
+    ("replica_groups=mesh['axis_0'=8] {'axis_0'}", ("data", "expert")),
+    ("replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_0'}", ("data",)),
     ("replica_groups={{0,4},{1,5},{2,6},{3,7}}", ("data",)),
     ("replica_groups=[4,2]<=[2,4]T(1,0)", ("data",)),
     ("replica_groups={}", ("data", "expert")),

@@ -2,14 +2,14 @@
 """What the command says of a layer, compiled for chips that are not here."""
 
 import collections
-import subprocess
-import sys
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import jaxroute
 from jaxroute import presets
-from jaxroute.aot import chips, layer, route, tpu
+from jaxroute.aot import __main__, chips, gpu, layer, route, tpu
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
@@ -76,6 +76,8 @@ def test_what_the_compiler_lacks_is_read():
     " HBM (31.24G). HLO module"
   )
   assert tpu.lacking(Exception(new)) == (800 * 2**30, 31.24 * 2**30)
+  huge = new.replace("800.00G", "20.87T")
+  assert tpu.lacking(Exception(huge)) == (20.87 * 2**40, 31.24 * 2**30)
   assert tpu.lacking(Exception("INTERNAL: something else")) is None
 
 
@@ -91,31 +93,72 @@ def test_the_kernel_is_reported_with_its_cycles():
   assert 2**20 < found["vmem"] < 2**24
 
 
-def test_the_command_refuses_in_one_line():
-  done = subprocess.run(
-    [
-      *(sys.executable, "-m", "jaxroute.aot"),
-      *("layer", "--topology=v6e:2x2", "--mesh=data=2"),
-    ],
-    capture_output=True,
-    text=True,
-  )
-  assert done.returncode == 2
-  assert done.stderr.splitlines()[-1] == (
-    "jaxroute.aot: `mesh` must have as many devices as the topology, 4, got"
-    " 'data=2', which has 2."
-  )
+# The command, in this process: what it prints to stderr, and that it ends with 2.
+@pytest.mark.parametrize(
+  ("args", "words"),
+  [
+    ("", "expected one command, of route, layer, got []."),
+    ("layer v6e:2x2", "got ['layer', 'v6e:2x2']."),
+    ("route --preset=v4", "`preset` must be one of deepseek_v3, "),
+    ("route --grad", "--grad is of `layer`, got the command 'route'."),
+    ("route --nodrop --mesh=data=4", "--mesh, --drop is of `layer`, got"),
+    ("layer --tokens=4", "--tokens is of `route`, got the command 'layer'."),
+    ("route --tokens=0", "`tokens` must be at least 1, got 0."),
+    (
+      "layer --tokens_per_chip=-4",
+      "`tokens_per_chip` must be at least 1, got -4",
+    ),
+    ("route --tokens=9999999999", "`tokens` must be at most 268435455, got"),
+    ("layer --mesh=data=2", "the topology, 4, got 'data=2', which has 2."),
+    (
+      "layer --preset=kimi_k2 --topology=v5p:8x16x16 --mesh=data=8,expert=256",
+      "divide 384 experts, got 256. Take --mesh=data=16,expert=128.",
+    ),
+    (
+      "layer --preset=qwen3_235b --topology=v6e:16x16",
+      "divide 128 experts, got 256. Take --mesh=data=2,expert=128.",
+    ),
+    (
+      "layer --exchange=raged",
+      "`exchange` must be one of ('ragged', 'equal', ",
+    ),
+    ("layer --buffer_factor=0", "`buffer_factor` must be a number in (0, inf)"),
+    ("layer --exchange=all_gather --drop", "got `exchange`='all_gather'"),
+    ("layer --mesh=data=4 --drop", "an `expert_axis` that is one of"),
+    (
+      "layer --topology=v6e:0x0",
+      "at most 16x16, as 'v6e:16x16', got 'v6e:0x0'.",
+    ),
+  ],
+)
+def test_the_command_refuses_in_one_line(args, words, capsys):
+  with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
+    __main__.main(flags.FLAGS(["aot", *args.split()]))
+  (line,) = capsys.readouterr().err.splitlines()
+  assert ended.value.code == 2
+  assert line.startswith("jaxroute.aot: ") and words in line
 
 
 @pytest.mark.parametrize(
   ("topology", "words"),
   [
     ("v9:2x2", "'v6e:16x16', .* got 'v9:2x2'"),
-    ("v6e", "a slice that the compiler knows"),
+    ("H100", "'h100:8', .* got 'H100'"),
+    ("h100:9", "of 1 to 8 GPUs of one node, .* got 'h100:9'"),
+    ("h100:", "of 1 to 8 GPUs of one node, .* got 'h100:'"),
+    ("v6e", "a slice of 2 dimensions"),
+    ("v6e:2*2", "a slice of 2 dimensions"),
+    # The compiler dies of no chips, and takes what does not exist.
+    ("v6e:0x0", "a slice of 2 dimensions"),
+    ("v6e:2x2x2", "a slice of 2 dimensions"),
+    ("v6e:32x32", "at most 16x16, .* got 'v6e:32x32'"),
+    ("v5p:2x2", "a slice of 3 dimensions, at most 16x16x24"),
     ("v6e:3x5", "a slice that the compiler knows.*not divisible"),
   ],
 )
-def test_an_unknown_topology_is_refused(topology, words):
+def test_an_unknown_topology_is_refused(topology, words, monkeypatch):
+  # Where there is no compiler for GPUs, that is said first.
+  monkeypatch.setattr(gpu, "missing", lambda: "")
   with pytest.raises(ValueError, match=words):
     chips.devices(topology)
 
@@ -132,6 +175,9 @@ def test_a_missing_compiler_is_said_with_how_to_get_it(monkeypatch):
     ("data=2", "as many devices as the topology, 4, got 'data=2'"),
     ("data=2;expert=2", "each once, as in"),
     ("data=2,data=2", "each once, as in"),
+    # Of another name an axis would shard tokens and no experts.
+    ("data=2,experts=2", "the axes data and expert"),
+    ("data=2,model=2", "the axes data and expert"),
   ],
 )
 def test_a_mesh_of_another_form_or_size_is_refused(text, words):
@@ -145,8 +191,10 @@ def test_a_mesh_is_read():
 
 
 def test_a_mesh_that_does_not_divide_the_experts_is_refused():
-  with pytest.raises(ValueError, match="divide 16 experts, got 3"):
-    layer.check(SMALL, {"data": 2, "expert": 3}, T)
+  with pytest.raises(
+    ValueError, match="divide 16 experts, got 3. Take --mesh=data=3,expert=2"
+  ):
+    layer.check(SMALL, {"data": 2, "expert": 3})
 
 
 @pytest.mark.long

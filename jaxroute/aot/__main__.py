@@ -1,5 +1,10 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The command line of `jaxroute.aot`; see there."""
+"""What a program costs on chips that are not here, by their own compilers.
+
+  python -m jaxroute.aot route --preset=deepseek_v3 --tokens=8192 --topology=v6e:2x2
+  python -m jaxroute.aot layer --preset=deepseek_v3 --tokens_per_chip=4096 \\
+    --topology=v6e:16x16 --mesh=data=16,expert=16 --grad
+"""
 
 import dataclasses
 import json
@@ -10,7 +15,7 @@ import jax
 from absl import app, flags
 
 from jaxroute import presets
-from jaxroute.aot import chips, layer, route
+from jaxroute.aot import chips, gpu, layer, route, tpu
 
 _PRESET = flags.DEFINE_string(
   "preset", "deepseek_v3", f"A model: {', '.join(presets.PRESETS)}."
@@ -25,8 +30,8 @@ _TOKENS_PER_CHIP = flags.DEFINE_integer(
 _MESH = flags.DEFINE_string(
   "mesh",
   "",
-  "Of `layer`: axes and sizes, such as data=16,expert=16. Tokens are sharded over"
-  " all, experts over the axis of that name. By default all devices are on it.",
+  "Of `layer`: sizes of its axes, such as data=16,expert=16. Tokens are sharded"
+  " over both, experts over the second. By default all devices are on that.",
 )
 _GRAD = flags.DEFINE_bool("grad", False, "Of `layer`: with its gradients.")
 _EXCHANGE = flags.DEFINE_string(
@@ -43,6 +48,22 @@ _EXPERTS = flags.DEFINE_string(
 )
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 
+# Flags that only one command has.
+_OF = {
+  "route": (_TOKENS,),
+  "layer": (
+    *(
+      _TOKENS_PER_CHIP,
+      _MESH,
+      _GRAD,
+      _EXCHANGE,
+      _BUFFER_FACTOR,
+      _DROP,
+      _EXPERTS,
+    ),
+  ),
+}
+
 
 def main(argv: list[str]) -> None:
   jax.config.update("jax_platforms", "cpu")
@@ -52,19 +73,52 @@ def main(argv: list[str]) -> None:
       raise ValueError(
         f"expected one command, of {', '.join(commands)}, got {argv[1:]}."
       )
+    _check_flags(argv[1])
     preset = presets.get(_PRESET.value)
     devices = chips.devices(_TOPOLOGY.value)
     commands[argv[1]](preset, devices)
   except (ValueError, NotImplementedError, RuntimeError) as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
-      raise
+      # Of a layer that is in the report.
+      lacking = tpu.lacking(error)
+      if lacking is None:
+        raise
+      needed, there = (f"{size / 1e9:.1f} GB" for size in lacking)
+      error = (
+        f"the program needs {needed} of the chip's {there}: take fewer tokens."
+      )
     print(f"jaxroute.aot: {error}", file=sys.stderr)
     sys.exit(2)
 
 
+def _check_flags(command: str) -> None:
+  """Raises ValueError if a flag was given that only the other command has."""
+  for other in _OF.keys() - {command}:
+    given = [f"--{flag.name}" for flag in _OF[other] if flag.present]
+    if given:
+      raise ValueError(
+        f"{', '.join(given)} is of `{other}`, got the command {command!r}. Leave it"
+        " out, or take the other command."
+      )
+
+
+def _check_tokens(flag: flags.FlagHolder, preset: presets.Preset) -> None:
+  """Raises ValueError unless the rows of a device can be counted in int32."""
+  most = (2**31 - 1) // preset.config.top_k
+  if not 1 <= flag.value <= most:
+    at_least = "at least 1" if flag.value < 1 else f"at most {most}"
+    raise ValueError(f"`{flag.name}` must be {at_least}, got {flag.value}.")
+
+
+def _versions() -> str:
+  """Of what compiles, which decide the figures."""
+  if chips.chip(_TOPOLOGY.value).platform == "tpu":
+    return f"jax {jax.__version__}, libtpu {tpu.version()}"
+  return gpu.versions()
+
+
 def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
-  if _TOKENS.value < 1:
-    raise ValueError(f"`tokens` must be at least 1, got {_TOKENS.value}.")
+  _check_tokens(_TOKENS, preset)
   found = {
     name: route.report(preset, _TOKENS.value, _TOPOLOGY.value, name)
     for name in route.implementations(_TOPOLOGY.value)
@@ -72,7 +126,10 @@ def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
   if _JSON.value:
     print(json.dumps(found, indent=1))
     return
-  print(f"{_PRESET.value}, {_TOKENS.value} tokens, {devices[0].device_kind}\n")
+  print(
+    f"{_PRESET.value}, {_TOKENS.value} tokens, one {devices[0].device_kind};"
+    f" {_versions()}\n"
+  )
   kernel, xla = found.values()
   print(_row("", *found))
   for name in kernel:
@@ -81,7 +138,8 @@ def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
 
 def _layer(preset: presets.Preset, devices: list[jax.Device]) -> None:
   sizes = chips.parse_mesh(_MESH.value, len(devices))
-  layer.check(preset, sizes, _TOKENS_PER_CHIP.value)
+  layer.check(preset, sizes)
+  _check_tokens(_TOKENS_PER_CHIP, preset)
   mesh = chips.make_mesh(devices, sizes)
   partition = layer.partition(
     mesh,
@@ -100,14 +158,14 @@ def _layer(preset: presets.Preset, devices: list[jax.Device]) -> None:
     experts_implementation=_EXPERTS.value,
   )
   if _JSON.value:
-    print(
-      json.dumps(dataclasses.asdict(report) | {"binds": report.binds}, indent=1)
-    )
+    found = dataclasses.asdict(report)
+    found |= {"binds": report.binds, "versions": _versions()}
+    print(json.dumps(found, indent=1))
     return
   of = " with gradients" if _GRAD.value else ""
   print(
     f"{_PRESET.value}{of}, {_TOKENS_PER_CHIP.value} tokens a device,"
-    f" {len(devices)} x {devices[0].device_kind}, {sizes}\n"
+    f" {len(devices)} x {devices[0].device_kind}, {sizes}; {_versions()}\n"
   )
   _print_layer(report)
 
@@ -135,7 +193,7 @@ def _print_layer(report: layer.Report) -> None:
   for c in report.collectives:
     where = "+".join(c.axes) + (", in a loop" if c.in_loop else "")
     name = f"  {c.count} {c.op}, {where}"
-    print(f"{name:48s}{c.bytes / 1e6:12.3f} MB  {c.arrays}")
+    print(f"{name:48s}{c.bytes:15,d} bytes  {c.arrays}")
   print("\nroofline, an estimate: the least ms of each")
   for name, seconds in report.seconds.items():
     mark = "  <- binds" if name == report.binds else ""

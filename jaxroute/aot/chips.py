@@ -33,6 +33,7 @@ class Chip:
     ring: along a dimension of the slice the links of a TPU close to a ring if its
       size is a multiple of this.
     per_chip: devices that share the links of a chip.
+    largest: sizes of the largest slice of a TPU that can be had, in order.
     example: a topology of them.
   """
 
@@ -43,6 +44,7 @@ class Chip:
   link_bandwidth: float
   ring: int = 1
   per_chip: int = 1
+  largest: tuple[int, ...] = ()
   example: str
 
   @property
@@ -76,6 +78,7 @@ CHIPS = {
     hbm_bandwidth=819e9,
     link_bandwidth=400e9 / 4 / 2,
     ring=16,
+    largest=(16, 16),
     example="v5e:4x4",
   ),
   "v5p": Chip(
@@ -85,6 +88,7 @@ CHIPS = {
     hbm_bandwidth=2765e9,
     link_bandwidth=1200e9 / 6 / 2,
     ring=4,
+    largest=(16, 16, 24),
     example="v5p:4x4x4",
   ),
   "v6e": Chip(
@@ -94,6 +98,7 @@ CHIPS = {
     hbm_bandwidth=1638e9,
     link_bandwidth=800e9 / 4 / 2,
     ring=16,
+    largest=(16, 16),
     example="v6e:16x16",
   ),
   "tpu7x": Chip(
@@ -104,6 +109,7 @@ CHIPS = {
     link_bandwidth=1200e9 / 6 / 2,
     ring=4,
     per_chip=2,
+    largest=(16, 24, 24),
     example="tpu7x:4x4x4",
   ),
   "h100": _gpu("h100", flops=1979e12 / 2, link_bandwidth=900e9 / 2),
@@ -157,24 +163,24 @@ def devices(topology: str) -> list[jax.Device]:
   kind = chip(topology)
   if why := missing(topology):
     raise RuntimeError(why)
-  name, _, shape = topology.partition(":")
+  name, colon, shape = topology.partition(":")
   if kind.platform == "cuda":
-    if not re.fullmatch(r"[1-8]?", shape):
+    if not re.fullmatch(r"[1-8]" if colon else "", shape):
       raise ValueError(
         f"`topology` must be of 1 to {_GPUS_PER_NODE} GPUs of one node, as in"
         f" '{name}:{_GPUS_PER_NODE}', got {topology!r}."
       )
     return gpu.devices(name, int(shape or 1))
+  sizes = _slice(topology)
   tpu.prepare()
   try:
-    sizes = [int(size) for size in shape.split("x")]
     # A host has 2 x 2 chips unless told otherwise.
     alone = math.prod(sizes) == 1
     options = {"chips_per_host_bounds": [1, 1, 1]} if alone else {}
     found = topologies.get_topology_desc(
       platform="tpu", topology_name=topology, **options
     )
-  except (ValueError, IndexError, jax.errors.JaxRuntimeError) as error:
+  except (ValueError, jax.errors.JaxRuntimeError) as error:
     raise ValueError(
       f"`topology` must be a slice that the compiler knows, as {kind.example!r},"
       f" got {topology!r}: {error}"
@@ -182,11 +188,29 @@ def devices(topology: str) -> list[jax.Device]:
   return list(found.devices)
 
 
+def _slice(topology: str) -> list[int]:
+  """Sizes of a slice. The compiler takes some that do not exist, or dies of them."""
+  kind, text = chip(topology), topology.partition(":")[2]
+  is_written = re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", text)
+  sizes = [int(size) for size in text.split("x")] if is_written else []
+  fits = len(sizes) == len(kind.largest) and all(
+    size <= most for size, most in zip(sorted(sizes), kind.largest, strict=True)
+  )
+  if not fits:
+    largest = "x".join(map(str, kind.largest))
+    raise ValueError(
+      f"`topology` must be a slice of {len(kind.largest)} dimensions, at most"
+      f" {largest}, as {kind.example!r}, got {topology!r}."
+    )
+  return sizes
+
+
 def parse_mesh(text: str, number: int) -> dict[str, int]:
   """Axes of a mesh and their sizes.
 
   Args:
-    text: such as "data=16,expert=16"; "" for one axis, "expert".
+    text: such as "data=16,expert=16", of these two names; "" for one axis,
+      "expert".
     number: of devices.
 
   Returns:
@@ -196,11 +220,11 @@ def parse_mesh(text: str, number: int) -> dict[str, int]:
     ValueError: if the text is of another form, or its devices another number.
   """
   text = text or f"expert={number}"
-  sizes = dict(re.findall(r"(\w+)=(\d+)(?:,|$)", text))
+  sizes = dict(re.findall(r"(data|expert)=(\d+)(?:,|$)", text))
   if ",".join(f"{name}={size}" for name, size in sizes.items()) != text:
     raise ValueError(
-      "`mesh` must be of axes and their sizes, each once, as in"
-      f" 'data=16,expert=16', got {text!r}."
+      "`mesh` must be of the axes data and expert and their sizes, each once, as"
+      f" in 'data=16,expert=16', got {text!r}."
     )
   mesh = {name: int(size) for name, size in sizes.items()}
   if math.prod(mesh.values()) != number:

@@ -165,11 +165,6 @@ def _axes(
   attributes: str, mesh: Mapping[str, int]
 ) -> tuple[tuple[str, ...], int]:
   """The axes that the devices of a group differ in, and how many they are."""
-  if found := re.search(
-    r"replica_groups=mesh\[[^]]*\] \{([^}]*)\}", attributes
-  ):
-    axes = tuple(a for a in mesh if a in re.findall(r"'(\w+)'", found[1]))
-    return axes, math.prod(mesh[a] for a in axes)
   groups = _groups(attributes, math.prod(mesh.values()))
   at = np.stack(np.unravel_index(groups, tuple(mesh.values())), axis=-1)
   differs = np.any(at != at[:, :1], axis=(0, 1))
@@ -179,6 +174,17 @@ def _axes(
 
 def _groups(attributes: str, devices: int) -> np.ndarray:
   """`[groups, devices of each]`, by their place in the mesh."""
+  # The compiler's own mesh: its axes have the names of ours, or "axis_0" and so on.
+  if found := re.search(
+    r"replica_groups=mesh\[([^]]*)\] \{((?:'\w+',?)+)\}", attributes
+  ):
+    sizes = {n: int(size) for n, size in re.findall(r"'(\w+)'=(\d+)", found[1])}
+    over = re.findall(r"'(\w+)'", found[2])
+    order = sorted(sizes, key=lambda name: name in over)
+    ids = np.arange(devices).reshape(tuple(sizes.values()))
+    ids = ids.transpose([list(sizes).index(name) for name in order])
+    return ids.reshape(-1, math.prod(sizes[name] for name in over))
+  assert "replica_groups=mesh" not in attributes, attributes
   if found := re.search(
     r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", attributes
   ):

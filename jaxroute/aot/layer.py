@@ -3,6 +3,7 @@
 
 import collections
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -74,24 +75,21 @@ def partition(mesh: jax.sharding.Mesh, **fields: Any) -> types.Partition:
   return types.Partition(token_axes=axes, expert_axis=axis, **fields)
 
 
-def check(
-  preset: presets_lib.Preset, mesh: dict[str, int], tokens: int
-) -> None:
+def check(preset: presets_lib.Preset, mesh: dict[str, int]) -> None:
   """Raises ValueError unless a mesh can hold the layer.
 
   Args:
     preset: of the layer.
     mesh: sizes of its axes.
-    tokens: of a device.
   """
-  number = mesh.get("expert", 1)
-  if preset.config.num_experts % number:
+  number, total = mesh.get("expert", 1), preset.config.num_experts
+  if total % number:
+    devices = math.prod(mesh.values())
+    good = math.gcd(total, devices)
     raise ValueError(
-      f"the axis 'expert' of the mesh must divide {preset.config.num_experts}"
-      f" experts, got {number}."
+      f"the axis 'expert' of the mesh must divide {total} experts, got {number}."
+      f" Take --mesh=data={devices // good},expert={good}."
     )
-  if tokens < 1:
-    raise ValueError(f"`tokens_per_chip` must be at least 1, got {tokens}.")
 
 
 def report(

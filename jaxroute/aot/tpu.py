@@ -96,13 +96,14 @@ def lacking(error: Exception) -> tuple[float, float] | None:
     Bytes, twice; or None.
   """
   found = re.search(
-    r"Used ([\d.]+)G of ([\d.]+)G hbm|"
-    r"total memory required[^(]*\(([\d.]+)G\)[^(]*\(([\d.]+)G\)",
+    r"Used ([\d.]+[GT]) of ([\d.]+G) hbm|"
+    r"total memory required[^(]*\(([\d.]+[GT])\)[^(]*\(([\d.]+G)\)",
     str(error),
   )
   if found is None:
     return None
-  needed, there = (float(g) * 2**30 for g in found.groups() if g)
+  units = {"G": 2**30, "T": 2**40}
+  needed, there = (float(g[:-1]) * units[g[-1]] for g in found.groups() if g)
   return needed, there
 
 
