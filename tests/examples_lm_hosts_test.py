@@ -215,7 +215,8 @@ def test_several_slurm_tasks_find_each_other(monkeypatch, tasks, calls):
     monkeypatch.setenv(f"SLURM_{name}", tasks if name == "NTASKS" else "0")
   seen = []
 
-  def initialize(*given, heartbeat_timeout_seconds):
+  def initialize(*given, heartbeat_timeout_seconds, initialization_timeout):
+    del initialization_timeout
     seen.append((*given, heartbeat_timeout_seconds))
 
   monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)

@@ -258,6 +258,7 @@ def main(argv: Sequence[str]) -> None:
     hosts.start()
     with hosts.together():
       configs = command.from_flags()
+    hosts.agree({"--rule": ",".join(c.rule for c in configs)})
     summaries = [train(config) for config in configs]
     with hosts.together():
       if hosts.is_first():
