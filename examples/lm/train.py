@@ -247,7 +247,7 @@ def _validate(
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"expected flags only, got {argv[1:]}.", exitcode=2)
+    _exit(2, f"expected flags only, got {argv[1:]}. See --help.")
   # A path may have bytes that are no text, and a model writes what not every
   # terminal can show.
   if isinstance(sys.stdout, io.TextIOWrapper):
