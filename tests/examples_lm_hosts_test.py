@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import config as config_lib
 import hosts
@@ -187,6 +188,10 @@ def _flags(*arguments):
     (["--coordinator=host:1"], "got 'host:1', None and None"),
     (["--num_processes=2"], "got '', 2 and None"),
     (
+      ["--coordinator=host:99999", "--num_processes=2", "--process_id=1"],
+      "got 'host:99999', 2 and 1",
+    ),
+    (
       ["--coordinator=host", "--num_processes=2", "--process_id=1"],
       "got 'host', 2 and 1",
     ),
@@ -215,12 +220,63 @@ def test_several_slurm_tasks_find_each_other(monkeypatch, tasks, calls):
     monkeypatch.setenv(f"SLURM_{name}", tasks if name == "NTASKS" else "0")
   seen = []
 
-  def initialize(*given, heartbeat_timeout_seconds):
+  def initialize(*given, heartbeat_timeout_seconds, initialization_timeout):
+    del initialization_timeout
     seen.append((*given, heartbeat_timeout_seconds))
 
   monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
   hosts.start(_flags("--heartbeat_seconds=7"))
   assert seen == calls
+
+
+class _Ended(Exception):
+  """Stands for the end of a process."""
+
+
+@pytest.mark.any_jax
+def test_a_process_that_finds_no_other_says_so_and_ends(monkeypatch, capsys):
+  ended = threading.Event()
+
+  def end(code):
+    assert code == 2
+    ended.set()
+
+  monkeypatch.setattr(hosts, "_SILENCE", 0)
+  monkeypatch.setattr(hosts, "_PATIENCE", 0)
+  monkeypatch.setattr(hosts.os, "_exit", end)
+  monkeypatch.setattr(hosts.faulthandler, "disable", lambda: None)
+
+  def initialize(*given, **options):
+    assert ended.wait(60)
+    raise _Ended
+
+  monkeypatch.setattr(hosts.jax.distributed, "initialize", initialize)
+  address = ["--coordinator=host:1", "--num_processes=2", "--process_id=1"]
+  with pytest.raises(_Ended):
+    hosts.start(_flags(*address))
+  errors = capsys.readouterr().err
+  assert "did not find each other in 0 s. Start the same command on" in errors
+
+
+@pytest.mark.any_jax
+@pytest.mark.parametrize("number, other", [(0, 1), (1, 0)])
+def test_another_number_of_processes_is_named(monkeypatch, number, other):
+  store = {f"num_processes/{other}": "3"}
+
+  class Store:
+    key_value_set = store.__setitem__
+
+    def blocking_key_value_get(self, key, milliseconds):
+      del milliseconds
+      return store[key]
+
+  monkeypatch.setattr(hosts.distributed.global_state, "client", Store())
+  monkeypatch.setattr(hosts.faulthandler, "disable", lambda: None)
+  monkeypatch.setattr(hosts.jax.distributed, "initialize", lambda *a, **k: None)
+  flags_of_one = ["--coordinator=host:1", "--num_processes=2"]
+  message = f"got 2 in process {number} and 3 in process {other}"
+  with pytest.raises(config_lib.SetupError, match=message):
+    hosts.start(_flags(*flags_of_one, f"--process_id={number}"))
 
 
 @pytest.mark.any_jax

@@ -85,6 +85,10 @@ run() {
   : "${OUT:?Set OUT to gs://BUCKET/FOLDER, which all hosts can write to.}"
   line="$(printf ' %q' "--out=$OUT" "$@")"
   on all "cd jaxroute
+if [ -e ~/train.pid ] && kill -0 \"\$(cat ~/train.pid)\" 2>/dev/null; then
+  echo 'A run is in progress here. Say tpu.sh stop first.' >&2
+  exit 2
+fi
 nohup ~/venv/bin/python -u examples/lm/train.py$line >~/train.log 2>&1 </dev/null &
 echo \$! >~/train.pid"
 }

@@ -162,9 +162,7 @@ class Config:
         make()
       except ValueError as error:
         # The package names its arguments, which are the flags, in backticks.
-        raise SetupError(
-          str(error).replace("`", "--", 1).replace("`", "", 1)
-        ) from error
+        raise SetupError(re.sub("`([^`]*)`", r"--\1", str(error))) from error
 
   def _check_divides(self, data: int, expert: int):
     devices, unit = data * expert, self.micro_batches * data * expert

@@ -6,8 +6,12 @@ and writes; what one of them finds wrong, all of them raise.
 """
 
 import contextlib
+import faulthandler
 import json
+import os
 import re
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -16,8 +20,8 @@ import numpy as np
 from absl import flags
 from config import SaveError, SetupError
 
-# JAX has no public name for what `initialize` would find.
-from jax._src import clusters
+# JAX has no public name for what `initialize` would find, nor for its store.
+from jax._src import clusters, distributed
 from jax.experimental import multihost_utils
 
 _LAUNCHERS = (
@@ -26,6 +30,15 @@ _LAUNCHERS = (
   clusters.GkeTpuCluster,
   clusters.GceTpuCluster,
 )
+_NOT_FOUND = "the processes did not find each other"
+_MEND = (
+  "Start the same command on all hosts at about the same time; where neither"
+  " Cloud TPU nor SLURM tells them of each other, give each of N"
+  " --coordinator=HOST:PORT (of process 0, a free port that all reach),"
+  " --num_processes=N and its own --process_id."
+)
+# Seconds for the processes to find each other, and to wait in silence.
+_PATIENCE, _SILENCE = 300, 20
 
 
 def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
@@ -73,7 +86,7 @@ def start(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     if not _several():
       return
   elif (
-    not re.fullmatch(r"\S+:[0-9]+", f.coordinator)
+    not _is_address(f.coordinator)
     or count is None
     or number is None
     or not 0 <= number < count
@@ -83,15 +96,73 @@ def start(flag_values: flags.FlagValues = flags.FLAGS) -> None:
       f" go together, got {f.coordinator!r}, {count} and {number}. On Cloud TPU and"
       " under srun leave all three out."
     )
+  # JAX ends a process in C++ if another is lost, and says so. The stacks of all
+  # threads would hide that.
+  faulthandler.disable()
   try:
-    jax.distributed.initialize(
-      address, count, number, heartbeat_timeout_seconds=f.heartbeat_seconds
-    )
+    with _patience("" if address is None else f" {count}, at {address}"):
+      jax.distributed.initialize(
+        address,
+        count,
+        number,
+        initialization_timeout=2 * _PATIENCE,
+        heartbeat_timeout_seconds=f.heartbeat_seconds,
+      )
   except (ValueError, RuntimeError) as error:
-    raise SetupError(
-      f"the processes did not find each other: {error} Give each of N processes"
-      " --coordinator=HOST:PORT, --num_processes=N and its own --process_id."
-    ) from error
+    reason = str(error).strip().split("\n")[0]
+    raise SetupError(f"{_NOT_FOUND}: {reason}. {_MEND}") from error
+  if count is not None:
+    _agree_on_count(count, number)
+
+
+def _is_address(text: str) -> bool:
+  found = re.fullmatch(r"\S+:0*([1-9][0-9]{0,4})", text)
+  return bool(found) and int(found[1]) < 2**16
+
+
+@contextlib.contextmanager
+def _patience(whom: str) -> Iterator[None]:
+  """Says that it waits, if it takes long, and ends this process if too long.
+
+  JAX would end it, too, but by an abort that does not say what to do.
+  """
+
+  def say(text: str) -> None:
+    print(f"train.py: {text}", file=sys.stderr, flush=True)
+
+  def end() -> None:
+    say(f"{_NOT_FOUND} in {_PATIENCE} s. {_MEND}")
+    os._exit(2)
+
+  note = f"waiting for all processes{whom} ({_PATIENCE} s at most)."
+  timers = [
+    threading.Timer(_SILENCE, say, [note]),
+    threading.Timer(_PATIENCE, end),
+  ]
+  for timer in timers:
+    timer.daemon = True
+    timer.start()
+  try:
+    yield
+  finally:
+    for timer in timers:
+      timer.cancel()
+
+
+def _agree_on_count(count: int, number: int) -> None:
+  """Raises SetupError unless all have been given the same --num_processes.
+
+  Devices would be waited for that no process has.
+  """
+  store: Any = distributed.global_state.client
+  store.key_value_set(f"num_processes/{number}", str(count))
+  for i in range(count) if number == 0 else [0]:
+    there = store.blocking_key_value_get(f"num_processes/{i}", 1000 * _PATIENCE)
+    if there != str(count):
+      raise SetupError(
+        f"--num_processes must be the same in all processes, got {count} in"
+        f" process {number} and {there} in process {i}."
+      )
 
 
 def _several() -> bool:

@@ -247,7 +247,7 @@ def _validate(
 
 def main(argv: Sequence[str]) -> None:
   if len(argv) > 1:
-    raise app.UsageError(f"expected flags only, got {argv[1:]}.", exitcode=2)
+    _exit(2, f"expected flags only, got {argv[1:]}. See --help.")
   # A path may have bytes that are no text, and a model writes what not every
   # terminal can show.
   if isinstance(sys.stdout, io.TextIOWrapper):
@@ -258,6 +258,7 @@ def main(argv: Sequence[str]) -> None:
     hosts.start()
     with hosts.together():
       configs = command.from_flags()
+    hosts.agree({"--rule": ",".join(c.rule for c in configs)})
     summaries = [train(config) for config in configs]
     with hosts.together():
       if hosts.is_first():
