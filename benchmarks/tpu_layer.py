@@ -54,10 +54,10 @@ def _conditions() -> dict[str, tuple[float, ...]]:
   first = rows.ROWS / (t * top_k)
   num_blocks = t * top_k / grouped.ROWS
   return {
-    # The first block of a slice, whose sums are cleared; the last, to write them.
+    # The first block of a slice, and the last.
     "jaxroute_add_rows": (first, first),
-    "jaxroute_take_rows": (),
-    "jaxroute_multiply_rows": (),
+    "jaxroute_take_rows": (first,),
+    "jaxroute_multiply_rows": (first,),
     # A block that is new; one with rows of the group.
     "jaxroute_grouped_matmul": (num_blocks / (num_blocks + num_experts), 1),
     # One with rows of the group; the last of a group.

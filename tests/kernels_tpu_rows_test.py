@@ -80,5 +80,6 @@ def test_what_it_cannot_move_is_said():
   assert reason(d=7168) is None
   assert "got 1536" in reason(d=1536)
   assert "got 511" in reason(n=511)
-  assert "9200 tokens at most, got 9201" in reason(t=9201)
+  assert "8517 tokens of bfloat16, got 8518" in reason(t=8518)
+  assert "6384 tokens of float32, got 8192" in reason(dtype=jnp.float32)
   assert "float16" in reason(dtype=jnp.float16)

@@ -8,12 +8,15 @@ token is `[D / 128, 128]`, which one instruction reads or writes for every 1,024
 of D, whatever its number. In a block of rows, `[R, D]`, eight rows share a
 register; they are laid out anew on their way.
 
-Rows that belong to no expert have the number T, of a token that is not returned.
+Rows that belong to no expert have the number T, of a token that is not returned,
+or is 0.
 
   kernel | grid | stays in VMEM | a step reads | and writes
   `add` | [slices of D, blocks of rows] | sums, float32 | rows | sums, at the end
   `take` | the same | tokens, float32 | nothing more | weighted tokens
   `multiply` | the same | tokens, float32 | rows | products
+
+The slice of the tokens is in VMEM twice, as float32 and as it is in HBM.
 """
 
 import functools
@@ -38,8 +41,8 @@ ROWS = 512
 # Rows whose numbers are read ahead of those before being stored.
 _UNROLL = 16
 # What tokens may take of VMEM: v5p and v7x have 64 MiB, v5e and v6e 128.
-_TOKEN_BYTES = 36 * 2**20
-_SPARE_BYTES = 20 * 2**20
+_TOKEN_BYTES = 50 * 2**20
+_SPARE_BYTES = 8 * 2**20
 
 
 def unsupported(
@@ -51,7 +54,7 @@ def unsupported(
     num_tokens: T.
     num_rows: N.
     width: D.
-    dtype: of the rows.
+    dtype: of the rows and tokens.
 
   Returns:
     The reason, for an error message; None if they can.
@@ -63,9 +66,9 @@ def unsupported(
     return f"the TPU kernel takes a D in multiples of {_SLICE}, got {width}"
   if not isinstance(num_rows, int) or num_rows < ROWS:
     return f"the TPU kernel takes {ROWS} rows or more, got {num_rows}"
-  most = _TOKEN_BYTES // (4 * _SLICE) - _UNROLL
+  most = _TOKEN_BYTES // ((4 + dtype.itemsize) * _SLICE) - _UNROLL
   if num_tokens > most:
-    return f"the TPU kernel takes {most} tokens at most, got {num_tokens}"
+    return f"the TPU kernel takes {most} tokens of {dtype}, got {num_tokens}"
   return None
 
 
@@ -105,9 +108,7 @@ def add(
     numbers=numbers,
     operands=[rows],
     in_specs=[_row_spec()],
-    out_specs=pl.BlockSpec(
-      (size, _SLICE), lambda j, i: (0, j), pipeline_mode=pl.Buffered(1)
-    ),
+    out_specs=_token_spec(size),
     out_shape=_like(rows, (size, d), dtype, in_hbm=not interpret),
     scratch=[pltpu.VMEM((size, *_TOKEN), jnp.float32)],
     grid=(d // _SLICE, pl.cdiv(n, ROWS)),
@@ -142,10 +143,11 @@ def take(
     _take_kernel,
     name="jaxroute_take_rows",
     numbers=[_pad(token, t), _pad(weights, 0)],
-    operands=[_with_none(tokens, interpret)],
-    in_specs=[_token_spec(_token_rows(t))],
+    operands=[_in_hbm(tokens, interpret)],
+    in_specs=[_token_spec(t)],
     out_specs=_row_spec(),
-    out_shape=_like(tokens, (n, d), dtype, in_hbm=not interpret),
+    out_shape=_like(tokens, (n, d), dtype),
+    scratch=[pltpu.VMEM((_token_rows(t), *_TOKEN), jnp.float32)],
     grid=(d // _SLICE, pl.cdiv(n, ROWS)),
     interpret=interpret,
   )
@@ -177,26 +179,22 @@ def multiply(
     _multiply_kernel,
     name="jaxroute_multiply_rows",
     numbers=[_pad(token, t)],
-    operands=[_with_none(tokens, interpret), rows],
-    in_specs=[_token_spec(_token_rows(t)), _row_spec()],
+    operands=[_in_hbm(tokens, interpret), rows],
+    in_specs=[_token_spec(t), _row_spec()],
     out_specs=pl.BlockSpec((None, 1, ROWS), lambda j, i: (j, 0, i)),
     out_shape=_like(rows, (slices, 1, n), jnp.float32),
+    scratch=[pltpu.VMEM((_token_rows(t), *_TOKEN), jnp.float32)],
     grid=(slices, pl.cdiv(n, ROWS)),
     interpret=interpret,
   )
   return jnp.sum(products[:, 0], axis=0)
 
 
-def _with_none(tokens: jax.Array, interpret: Any) -> jax.Array:
-  """`[T + 1 or more, D / 128, 128]` float32: the tokens, and 0 for none."""
-  t, d = tokens.shape
-  more = (0, _token_rows(t) - t), (0, 0)
-  tokens = jnp.pad(tokens.astype(jnp.float32), more)
-  tokens = tokens.reshape(-1, d // _LANES, _LANES)
-  # XLA might keep all of it in VMEM, where the kernel needs a slice.
-  if not interpret:
-    tokens = pltpu.with_memory_space_constraint(tokens, pltpu.HBM)
-  return tokens
+def _in_hbm(tokens: jax.Array, interpret: Any) -> jax.Array:
+  """Tokens that XLA does not keep in VMEM, where the kernel needs the space."""
+  if interpret:
+    return tokens
+  return pltpu.with_memory_space_constraint(tokens, pltpu.HBM)
 
 
 def _token_rows(num_tokens: int) -> int:
@@ -227,8 +225,8 @@ def _row_spec() -> pl.BlockSpec:
 
 def _token_spec(size: int) -> pl.BlockSpec:
   return pl.BlockSpec(
-    (size, *_TOKEN),
-    lambda j, i: (0, j, 0),
+    (size, _SLICE),
+    lambda j, i: (0, j),
     # It changes a few times in all, and two of it may not fit.
     pipeline_mode=pl.Buffered(1),
   )
@@ -279,24 +277,36 @@ def _add_kernel(token: Ref, *refs: Ref) -> None:
 
 
 def _take_kernel(
-  token: Ref, weights: Ref, tokens: Ref, out: Ref, unpacked: Ref
+  token: Ref,
+  weights: Ref,
+  tokens: Ref,
+  out: Ref,
+  unpacked: Ref,
+  all_tokens: Ref,
 ) -> None:
   """Writes the weighted tokens of a block of rows."""
+  _unpack(tokens, all_tokens)
 
   def take_row(r):
-    unpacked[r] = tokens[token[r]] * weights[r]
+    unpacked[r] = all_tokens[token[r]] * weights[r]
 
   _for_each_row(ROWS, take_row)
   out[...] = unpacked[...].reshape(out.shape).astype(out.dtype)
 
 
 def _multiply_kernel(
-  token: Ref, tokens: Ref, rows: Ref, out: Ref, unpacked: Ref
+  token: Ref,
+  tokens: Ref,
+  rows: Ref,
+  out: Ref,
+  unpacked: Ref,
+  all_tokens: Ref,
 ) -> None:
   """Writes the products of a block of rows and their tokens."""
+  _unpack(tokens, all_tokens)
 
   def take_row(r):
-    unpacked[r] = tokens[token[r]]
+    unpacked[r] = all_tokens[token[r]]
 
   _for_each_row(ROWS, take_row)
   product = unpacked[...].reshape(rows.shape) * rows[...].astype(jnp.float32)
@@ -305,6 +315,28 @@ def _multiply_kernel(
     by_lane += product[:, begin : begin + _LANES]
   # A number for each lane, where a column of them would take a register for eight.
   out[...] = jnp.sum(by_lane.T, axis=0, keepdims=True)
+
+
+def _unpack(tokens: Ref, all_tokens: Ref) -> None:
+  """Lays a slice of the tokens out anew, in its first step, with 0 for none."""
+  count = tokens.shape[0]
+  whole = count // _UNROLL * _UNROLL
+
+  def unpack(begin, size):
+    some = pl.ds(begin, size)
+    values = tokens[some, :].astype(jnp.float32)
+    all_tokens[some] = values.reshape(size, *_TOKEN)
+
+  @pl.when(pl.program_id(1) == 0)
+  def _():
+    def body(k, _):
+      unpack(pl.multiple_of(k * _UNROLL, _UNROLL), _UNROLL)
+
+    lax.fori_loop(0, whole // _UNROLL, body, None)
+    if whole < count:
+      unpack(whole, count - whole)
+    for t in range(count, all_tokens.shape[0]):
+      all_tokens[t] = jnp.zeros(_TOKEN, jnp.float32)
 
 
 def _call(
