@@ -52,15 +52,13 @@ _JSON = flags.DEFINE_bool("json", False, "Print one JSON object.")
 _OF = {
   "route": (_TOKENS,),
   "layer": (
-    *(
-      _TOKENS_PER_CHIP,
-      _MESH,
-      _GRAD,
-      _EXCHANGE,
-      _BUFFER_FACTOR,
-      _DROP,
-      _EXPERTS,
-    ),
+    _TOKENS_PER_CHIP,
+    _MESH,
+    _GRAD,
+    _EXCHANGE,
+    _BUFFER_FACTOR,
+    _DROP,
+    _EXPERTS,
   ),
 }
 
