@@ -3,7 +3,9 @@
 
 No TPU is needed; see `tpu_cycles.py`, whose estimates leave out what loops and
 conditions make of a kernel. So the bundles of our kernels are counted here, and
-the compiler's estimates are taken for what XLA does around them.
+for what XLA does around them the estimates are taken that it writes to the
+program's text. There a sort of N pairs has none, and gets that of `tpu_cycles.py`; nor
+have some ops of fewer than N numbers, as a reshape of the weights: 0.06 cycles a row.
 
   python benchmarks/tpu_layer.py --generations=v6e
   python benchmarks/tpu_layer.py --write      # renew tpu_cycles.json
@@ -28,6 +30,7 @@ the kernels of the experts can have.
 
 import math
 import pathlib
+import re
 import sys
 import tempfile
 
@@ -46,6 +49,11 @@ PROGRAMS = tpu_programs.MOVES + tpu_programs.EXPERTS
 FIGURES = ("cycles", "kernels", "floor", "mxu")
 # Products of rows and the matrices of experts: three forward, two for each backward.
 _PRODUCTS = {"swiglu": 3, "swiglu grad": 9}
+# Ops that take no time of the core, or wait for memory.
+_FREE = (
+  *("parameter", "constant", "bitcast", "get-tuple-element", "tuple"),
+  *("copy-start", "copy-done"),
+)
 
 
 def _conditions() -> dict[str, tuple[float, ...]]:
@@ -65,14 +73,49 @@ def _conditions() -> dict[str, tuple[float, ...]]:
   }
 
 
-def _bundles(folder: pathlib.Path, op: tpu.Op) -> float | None:
-  """Those that a kernel of ours issues; None for another op."""
-  conditions = _conditions().get(op.name.partition(".")[0])
-  if conditions is None:
-    return None
-  final = f"*-{op.code}-*final_bundles.txt"
-  (path,) = (x for x in folder.glob(final) if "schedule" not in x.name)
-  return tpu_bundles.count(path.read_text(), conditions)
+def _bundles(path: pathlib.Path) -> float:
+  """Those that a kernel of ours issues."""
+  (kernel,) = (name for name in _conditions() if name in path.name)
+  return tpu_bundles.count(path.read_text(), _conditions()[kernel])
+
+
+def _is_small(op: str) -> bool:
+  """Whether the result is one number a row at most."""
+  t, _, top_k, _ = tpu_cycles.CASES[CASE]
+  shape = re.match(r"\w+\[([\d,]*)\]", op)
+  sizes = map(int, filter(None, shape[1].split(","))) if shape else ()
+  return shape is not None and math.prod(sizes) <= t * top_k
+
+
+def _kernels_and_others(
+  text: str, folder: pathlib.Path, cycles_of_sort: float
+) -> tuple[float, float]:
+  """Bundles of our kernels, and cycles of XLA's ops.
+
+  Args:
+    text: of the program.
+    folder: what the compiler wrote for its kernels.
+    cycles_of_sort: of one sort.
+  """
+  paths = {}
+  for path in folder.glob("*-jaxroute_*final_bundles.txt"):
+    if "schedule" not in path.name:
+      paths[path.name.split("-")[1]] = path
+  ops = re.findall(r"%(\S+) = (.*)", text[text.index("\nENTRY ") :])
+  by_kind = {tpu.without_names(op): paths[n] for n, op in ops if n in paths}
+  kernels = others = 0.0
+  for _, op in ops:
+    estimated = re.search(r'"estimated_cycles":"(\d+)"', op)
+    kind = re.search(r" ([a-z-]+)\(", op)
+    if tpu.without_names(op) in by_kind:
+      kernels += _bundles(by_kind[tpu.without_names(op)])
+    elif estimated:
+      others += int(estimated[1])
+    elif kind and kind[1] == "sort":
+      others += cycles_of_sort
+    elif not _is_small(op) and (not kind or kind[1] not in _FREE):
+      raise RuntimeError(f"the compiler gives no estimate of {op}")
+  return kernels, others
 
 
 def estimate(generation: str, program: str) -> dict[str, float]:
@@ -90,27 +133,27 @@ def estimate(generation: str, program: str) -> dict[str, float]:
   topology, clock, bandwidth = tpu_cycles.TPUS[generation]
   with tempfile.TemporaryDirectory() as name:
     folder = pathlib.Path(name)
-    job = tpu_cycles.compile_for, generation, CASE, program
+    case = tpu_cycles.compile_for, generation, CASE
     try:
-      found = tpu.profile(*job, dump_to=folder)
+      text, moved = tpu.listing(*case, program, dump_to=folder)
+      has_sort = " sort(" in text
+      sort = tpu.profile(*case, "sort pairs").cycles if has_sort else 0
+      kernels, others = _kernels_and_others(text, folder, sort)
     except (NotImplementedError, RuntimeError) as error:
       print(f"{generation} {program}: {error}", file=sys.stderr)
       return {}
-    bundles = {op.name: _bundles(folder, op) for op in found.ops}
-  ours = [x for x in bundles.values() if x is not None]
-  if not ours:
+  if not kernels:
     return {}
-  others = sum(op.cycles for op in found.ops if bundles[op.name] is None)
-  flops = 2 * tpu_programs.WIDTH * tpu_programs.EXPERT_WIDTH
   figures = {
-    "cycles": (sum(ours) + others) / (t * top_k),
-    "kernels": sum(ours) / (t * top_k),
-    "floor": found.moved / bandwidth * clock / (t * top_k),
+    "cycles": (kernels + others) / (t * top_k),
+    "kernels": kernels / (t * top_k),
+    "floor": moved / bandwidth * clock / (t * top_k),
   }
   if program in _PRODUCTS:
     # A core of v5p has half of its chip's unit, as of its bandwidth above.
     share = bandwidth * 1e9 / chips.chip(topology).hbm_bandwidth
     rate = chips.chip(topology).flops * share / (clock * 1e9)
+    flops = 2 * tpu_programs.WIDTH * tpu_programs.EXPERT_WIDTH
     figures["mxu"] = _PRODUCTS[program] * flops / rate
   return {name: round(figure, 2) for name, figure in figures.items()}
 

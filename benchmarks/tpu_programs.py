@@ -47,6 +47,9 @@ def shapes(
     operands = [rows, into, into, back, sizes]
     operands += [rows] if "grad" in candidate else []
     return [jax.ShapeDtypeStruct(*operand) for operand in operands]
+  if candidate == "sort pairs":
+    pairs = ((t * k,), jnp.int32), ((t * k,), jnp.float32)
+    return [jax.ShapeDtypeStruct(*operand) for operand in pairs]
   if candidate in MOVES:
     numbers = [((t * k,), jnp.int32), ((t * k,), jnp.int32), ((e,), jnp.int32)]
     rows, tokens = ((t * k, WIDTH), jnp.bfloat16), ((t, WIDTH), jnp.bfloat16)
@@ -175,7 +178,11 @@ def _move_programs(
 
     return jax.vjp(of, rows, weights)[1](d_out)
 
-  return dict(zip(MOVES, (combine, dispatch_grad, combine_grad), strict=True))
+  def sort_pairs(keys, values):
+    return jax.lax.sort((keys, values), num_keys=1, is_stable=False)
+
+  programs = combine, dispatch_grad, combine_grad
+  return dict(zip(MOVES, programs, strict=True)) | {"sort pairs": sort_pairs}
 
 
 def _expert_programs() -> dict[str, Callable[..., Any]]:

@@ -29,6 +29,8 @@ def test_add():
   token, rows, weights = _token(), _integers(0, N, D), _integers(1, N)
   expected = np.zeros((T + 1, D), np.float32)
   np.add.at(expected, token, rows * weights[:, None])
+  first = _integers(2, T)
+  expected[:T] += first[:, None]
   rows[-50:] = np.nan
   actual = kernel.add(
     jnp.asarray(rows, jnp.bfloat16),
@@ -36,6 +38,7 @@ def test_add():
     jnp.asarray(weights),
     num_tokens=T,
     dtype=jnp.float32,
+    first=jnp.asarray(first),
     interpret=True,
   )
   np.testing.assert_array_equal(actual, expected[:T])

@@ -9,7 +9,7 @@ import os
 import pathlib
 import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,42 +27,21 @@ _ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Op:
-  """What the compiler says of one op.
-
-  Attributes:
-    name: in the compiled program.
-    code: name of the op whose instructions it runs: of several that are the same
-      one is compiled.
-    cycles: the compiler's static estimate. A loop counts about once, and what a
-      SparseCore does not at all.
-  """
-
-  name: str
-  code: str
-  cycles: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Profile:
   """What the compiler says of one program.
 
   Attributes:
-    ops: of one core, those that are estimated.
+    cycles: of one core, the sum of the compiler's static estimates of all ops. A
+      loop counts about once, and what a SparseCore does not at all.
     moved: bytes of arguments and results in HBM.
     temporaries: bytes in HBM.
     vmem: bytes of vector memory that the op with the most of it takes.
   """
 
-  ops: Sequence[Op]
+  cycles: int
   moved: int
   temporaries: int
   vmem: int
-
-  @property
-  def cycles(self) -> int:
-    """The sum over all ops."""
-    return sum(op.cycles for op in self.ops)
 
 
 def missing() -> str:
@@ -142,23 +121,32 @@ def _profile(
   folder: pathlib.Path, make: Callable[..., jax.stages.Compiled], *args: Any
 ) -> Profile:
   """See `profile`, which has the compiler write to `folder`."""
+  text, moved, memory = _compiled(make, *args)
+  used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
+  return Profile(
+    cycles=_cycles(folder, text),
+    moved=moved,
+    temporaries=memory.temp_size_in_bytes,
+    vmem=max(map(int, re.findall(used, text)), default=0),
+  )
+
+
+def _compiled(
+  make: Callable[..., jax.stages.Compiled], *args: Any
+) -> tuple[str, int, Any]:
+  """The text of a program, what it moves, and the memory that it takes."""
   jax.config.update("jax_platforms", "cpu")
   # What is in the cache is not compiled.
   jax.config.update("jax_enable_compilation_cache", False)
   compiled = make(*args)
   text, memory = compiled.as_text(), compiled.memory_analysis()
   assert text is not None and memory is not None
-  used = r'"used_scoped_memory_configs":\[{"memory_space":"1".*?"size":"(\d+)"'
-  return Profile(
-    ops=_ops(folder, text),
-    moved=memory.argument_size_in_bytes + memory.output_size_in_bytes,
-    temporaries=memory.temp_size_in_bytes,
-    vmem=max(map(int, re.findall(used, text)), default=0),
-  )
+  moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
+  return text, moved, memory
 
 
-def _ops(folder: pathlib.Path, text: str) -> list[Op]:
-  """All ops that the compiler estimated, and those that are the same as one."""
+def _cycles(folder: pathlib.Path, text: str) -> int:
+  """The sum over all ops; of several that are the same one is estimated."""
   cycles: collections.Counter[str] = collections.Counter()
   for path in folder.glob("*_static_llo_profile.textproto"):
     for op, n in re.findall(
@@ -169,12 +157,54 @@ def _ops(folder: pathlib.Path, text: str) -> list[Op]:
     raise RuntimeError("the TPU compiler wrote no estimate of the program")
   same = collections.defaultdict(list)
   for name, op in re.findall(r"%(\S+) = (.*)", text):
-    op = re.sub(r"%\S+?(?=[,)])|, metadata=.*|, backend_config=.*", "", op)
-    same[op].append(name)
-  ops = [Op(name, name, n) for name, n in cycles.items()]
+    same[without_names(op)].append(name)
   for names in same.values():
-    known = next((name for name in names if name in cycles), None)
-    if known is not None:
-      others = [name for name in names if name not in cycles]
-      ops += [Op(name, known, cycles[known]) for name in others]
-  return ops
+    known = [cycles[name] for name in names if name in cycles]
+    if known and len(names) > 1:
+      cycles.update({n: known[0] for n in names if n not in cycles})
+  return cycles.total()
+
+
+def without_names(op: str) -> str:
+  """An op of a compiled program; of several that are the same one is compiled.
+
+  Args:
+    op: as the program's text has it, after its name.
+
+  Returns:
+    What is the same for all of them.
+  """
+  return re.sub(r"%\S+?(?=[,)])|, metadata=.*|, backend_config=.*", "", op)
+
+
+def listing(
+  make: Callable[..., jax.stages.Compiled], *args: Any, dump_to: pathlib.Path
+) -> tuple[str, int]:
+  """Compiles in a process of its own, and keeps the instructions of all kernels.
+
+  Args:
+    make: as of `profile`.
+    *args: its arguments.
+    dump_to: the folder for them.
+
+  Returns:
+    The text of the program, and the bytes of arguments and results in HBM.
+
+  Raises:
+    RuntimeError: if the compiler ended its process.
+  """
+  options = f"--xla_jf_dump_to={dump_to} --xla_jf_dump_llo_text=true"
+  return process.apart(
+    _listing,
+    make,
+    *args,
+    environment=_ENVIRONMENT | {"LIBTPU_INIT_ARGS": options},
+  )
+
+
+def _listing(
+  make: Callable[..., jax.stages.Compiled], *args: Any
+) -> tuple[str, int]:
+  """See `listing`."""
+  text, moved, _ = _compiled(make, *args)
+  return text, moved

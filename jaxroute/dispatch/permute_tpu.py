@@ -61,17 +61,17 @@ def weighted_sum(
   interpret: Any = False,
 ) -> jax.Array:
   """As `permute._weighted_sum`, in the order of the rows."""
-  out = kernel.add(
+  # A dropped assignment is no row, but its weight may be NaN.
+  is_lost = jnp.any(jnp.isnan(weights), axis=1)
+  return kernel.add(
     rows,
     _tokens(assignment, row, num_owned),
     _by_row(weights, row),
     num_tokens=row.shape[0],
     dtype=dtype,
+    first=jnp.where(is_lost, jnp.nan, jnp.float32(0)),
     interpret=interpret,
   )
-  # A dropped assignment is no row, but its weight may be NaN.
-  is_lost = jnp.any(jnp.isnan(weights), axis=1, keepdims=True)
-  return jnp.where(is_lost, jnp.nan, out)
 
 
 def weighted_copy(

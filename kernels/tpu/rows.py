@@ -82,6 +82,7 @@ def add(
   *,
   num_tokens: int,
   dtype: Any,
+  first: jax.Array | None = None,
   interpret: Any = False,
 ) -> jax.Array:
   """Sums the rows of every token, by weight, in the order of the rows.
@@ -92,6 +93,7 @@ def add(
     weights: `[N]` float32; None for 1.
     num_tokens: T; static.
     dtype: of the result; static. Sums are float32.
+    first: `[T]` float32. What all sums of a token begin with; None for 0.
     interpret: what `pallas_call` takes; static.
 
   Returns:
@@ -99,22 +101,27 @@ def add(
   """
   n, d = rows.shape
   size = _token_rows(num_tokens)
+  if first is None:
+    first = jnp.zeros(num_tokens, jnp.float32)
+  first = jnp.pad(first, (0, size - num_tokens))
   numbers = [_pad(token, num_tokens)]
   if weights is not None:
     numbers.append(_pad(weights, 0))
-  sums = _call(
+  return _call(
     _add_kernel,
     name="jaxroute_add_rows",
     numbers=numbers,
-    operands=[rows],
-    in_specs=[_row_spec()],
-    out_specs=_token_spec(size),
-    out_shape=_like(rows, (size, d), dtype, in_hbm=not interpret),
+    operands=[first, rows],
+    in_specs=[
+      pl.BlockSpec((size,), lambda j, i: (0,), memory_space=pltpu.SMEM),
+      _row_spec(),
+    ],
+    out_specs=_token_spec(num_tokens),
+    out_shape=_like(rows, (num_tokens, d), dtype, in_hbm=not interpret),
     scratch=[pltpu.VMEM((size, *_TOKEN), jnp.float32)],
     grid=(d // _SLICE, pl.cdiv(n, ROWS)),
     interpret=interpret,
   )
-  return sums[:num_tokens]
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "interpret"))
@@ -244,17 +251,16 @@ def _for_each_row(count: int, body: Any) -> None:
 
 def _add_kernel(token: Ref, *refs: Ref) -> None:
   """Adds a block of rows to the tokens, and writes them after the last."""
-  *weights, rows, out, unpacked, sums = refs
+  *weights, first, rows, out, unpacked, sums = refs
   i, count = pl.program_id(1), sums.shape[0]
 
   @pl.when(i == 0)
   def _():
-    zero = jnp.zeros(_TOKEN, jnp.float32)
 
-    def clear(t):
-      sums[t] = zero
+    def start(t):
+      sums[t] = jnp.full(_TOKEN, first[t])
 
-    _for_each_row(count, clear)
+    _for_each_row(count, start)
 
   unpacked[...] = rows[...].astype(jnp.float32).reshape(unpacked.shape)
 
@@ -266,14 +272,12 @@ def _add_kernel(token: Ref, *refs: Ref) -> None:
 
   _for_each_row(ROWS, add_row)
 
+  def write(some, size):
+    out[some, :] = sums[some].reshape(size, _SLICE).astype(out.dtype)
+
   @pl.when(i == pl.num_programs(1) - 1)
   def _():
-    def write(k, _):
-      some = pl.ds(pl.multiple_of(k * _UNROLL, _UNROLL), _UNROLL)
-      packed = sums[some].reshape(_UNROLL, _SLICE)
-      out[some, :] = packed.astype(out.dtype)
-
-    lax.fori_loop(0, count // _UNROLL, write, None)
+    _for_some_tokens(out.shape[0], write)
 
 
 def _take_kernel(
@@ -320,23 +324,28 @@ def _multiply_kernel(
 def _unpack(tokens: Ref, all_tokens: Ref) -> None:
   """Lays a slice of the tokens out anew, in its first step, with 0 for none."""
   count = tokens.shape[0]
-  whole = count // _UNROLL * _UNROLL
 
-  def unpack(begin, size):
-    some = pl.ds(begin, size)
+  def unpack(some, size):
     values = tokens[some, :].astype(jnp.float32)
     all_tokens[some] = values.reshape(size, *_TOKEN)
 
   @pl.when(pl.program_id(1) == 0)
   def _():
-    def body(k, _):
-      unpack(pl.multiple_of(k * _UNROLL, _UNROLL), _UNROLL)
-
-    lax.fori_loop(0, whole // _UNROLL, body, None)
-    if whole < count:
-      unpack(whole, count - whole)
+    _for_some_tokens(count, unpack)
     for t in range(count, all_tokens.shape[0]):
       all_tokens[t] = jnp.zeros(_TOKEN, jnp.float32)
+
+
+def _for_some_tokens(count: int, body: Any) -> None:
+  """Calls a function of some tokens' slice and number, until it had all."""
+  whole = count // _UNROLL
+
+  def some(k, _):
+    body(pl.ds(pl.multiple_of(k * _UNROLL, _UNROLL), _UNROLL), _UNROLL)
+
+  lax.fori_loop(0, whole, some, None)
+  if rest := count % _UNROLL:
+    body(pl.ds(whole * _UNROLL, rest), rest)
 
 
 def _call(
