@@ -20,9 +20,9 @@ The programs, of N = T K = 65,536 rows in bfloat16, D = 2,048, F = 1,024, E = 64
 
 Beside `cycles` stand `kernels`, the part of it in our kernels, and what none can
 take less than: `floor`, the time to move operands and results at the HBM
-bandwidth, and `mxu`, that of the products in the matrix unit. Waits for memory
-are in no figure. Where XLA gathers rows on a SparseCore, which is not estimated,
-no kernel of ours moves them, and those programs are left out.
+bandwidth, and `mxu`, that of the products in the matrix unit. Waits of the kernels
+for memory are not counted. Where XLA gathers rows on a SparseCore, which is not
+estimated, no kernel of ours moves them, and those programs are left out.
 
 Groups begin and end within blocks of rows, no two in the same: the most work that
 the kernels of the experts can have.

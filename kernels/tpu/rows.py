@@ -117,7 +117,7 @@ def add(
       _row_spec(),
     ],
     out_specs=_token_spec(num_tokens),
-    out_shape=_like(rows, (num_tokens, d), dtype, in_hbm=not interpret),
+    out_shape=_like(rows, (num_tokens, d), dtype),
     scratch=[pltpu.VMEM((size, *_TOKEN), jnp.float32)],
     grid=(d // _SLICE, pl.cdiv(n, ROWS)),
     interpret=interpret,
@@ -214,14 +214,8 @@ def _pad(x: jax.Array, value: Any) -> jax.Array:
   return jnp.pad(x, (0, -x.shape[0] % ROWS), constant_values=value)
 
 
-def _like(
-  x: jax.Array, shape: tuple[int, ...], dtype: Any, in_hbm: bool = False
-) -> Any:
-  """The type of a result that varies over the mesh axes of an operand."""
-  if in_hbm:
-    # XLA might keep the result in VMEM, where the kernel needs the space.
-    like_x = jax.typeof(x).update(shape=shape, dtype=jnp.dtype(dtype))
-    return pltpu.HBM.from_type(like_x)
+def _like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> Any:
+  """The shape of a result that varies over the mesh axes of an operand."""
   varying = jax.typeof(x).manual_axis_type
   return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=varying)
 
