@@ -2,14 +2,15 @@
 """What the command says of a layer, compiled for chips that are not here."""
 
 import collections
+import json
+import subprocess
+import sys
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 
 import jaxroute
 from jaxroute import presets
-from jaxroute.aot import __main__, chips, gpu, layer, route, tpu
+from jaxroute.aot import chips, gpu, layer, route, tpu
 
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
@@ -93,50 +94,74 @@ def test_the_kernel_is_reported_with_its_cycles():
   assert 2**20 < found["vmem"] < 2**24
 
 
-# The command, in this process: what it prints to stderr, and that it ends with 2.
-@pytest.mark.parametrize(
-  ("args", "words"),
-  [
-    ("", "expected one command, of route, layer, got []."),
-    ("layer v6e:2x2", "got ['layer', 'v6e:2x2']."),
-    ("route --preset=v4", "`preset` must be one of deepseek_v3, "),
-    ("route --grad", "--grad is of `layer`, got the command 'route'."),
-    ("route --nodrop --mesh=data=4", "--mesh, --drop is of `layer`, got"),
-    ("layer --tokens=4", "--tokens is of `route`, got the command 'layer'."),
-    ("route --tokens=0", "`tokens` must be at least 1, got 0."),
-    (
-      "layer --tokens_per_chip=-4",
-      "`tokens_per_chip` must be at least 1, got -4",
-    ),
-    ("route --tokens=9999999999", "`tokens` must be at most 268435455, got"),
-    ("layer --mesh=data=2", "the topology, 4, got 'data=2', which has 2."),
-    (
-      "layer --preset=kimi_k2 --topology=v5p:8x16x16 --mesh=data=8,expert=256",
-      "divide 384 experts, got 256. Take --mesh=data=16,expert=128.",
-    ),
-    (
-      "layer --preset=qwen3_235b --topology=v6e:16x16",
-      "divide 128 experts, got 256. Take --mesh=data=2,expert=128.",
-    ),
-    (
-      "layer --exchange=raged",
-      "`exchange` must be one of ('ragged', 'equal', ",
-    ),
-    ("layer --buffer_factor=0", "`buffer_factor` must be a number in (0, inf)"),
-    ("layer --exchange=all_gather --drop", "got `exchange`='all_gather'"),
-    ("layer --mesh=data=4 --drop", "an `expert_axis` that is one of"),
-    (
-      "layer --topology=v6e:0x0",
-      "at most 16x16, as 'v6e:16x16', got 'v6e:0x0'.",
-    ),
-  ],
-)
-def test_the_command_refuses_in_one_line(args, words, capsys):
-  with flagsaver.flagsaver(), pytest.raises(SystemExit) as ended:
-    __main__.main(flags.FLAGS(["aot", *args.split()]))
-  (line,) = capsys.readouterr().err.splitlines()
-  assert ended.value.code == 2
-  assert line.startswith("jaxroute.aot: ") and words in line
+# What the command refuses, and words of what it says.
+_REFUSED = [
+  ("", "expected one command, of route, layer, got []."),
+  ("layer v6e:2x2", "got ['layer', 'v6e:2x2']."),
+  ("route --preset=v4", "`preset` must be one of deepseek_v3, "),
+  ("route --grad", "--grad is of `layer`, got the command 'route'."),
+  ("route --nodrop --mesh=data=4", "--mesh, --drop is of `layer`, got"),
+  ("layer --tokens=4", "--tokens is of `route`, got the command 'layer'."),
+  ("route --tokens=0", "`tokens` must be at least 1, got 0."),
+  (
+    "layer --tokens_per_chip=-4",
+    "`tokens_per_chip` must be at least 1, got -4",
+  ),
+  ("route --tokens=9999999999", "`tokens` must be at most 268435455, got"),
+  ("layer --mesh=data=2", "the topology, 4, got 'data=2', which has 2."),
+  (
+    "layer --preset=kimi_k2 --topology=v5p:8x16x16 --mesh=data=8,expert=256",
+    "divide 384 experts, got 256. Take --mesh=data=16,expert=128.",
+  ),
+  (
+    "layer --preset=qwen3_235b --topology=v6e:16x16",
+    "divide 128 experts, got 256. Take --mesh=data=2,expert=128.",
+  ),
+  (
+    "layer --exchange=raged",
+    "`exchange` must be one of ('ragged', 'equal', ",
+  ),
+  ("layer --buffer_factor=0", "`buffer_factor` must be a number in (0, inf)"),
+  ("layer --exchange=all_gather --drop", "got `exchange`='all_gather'"),
+  ("layer --mesh=data=4 --drop", "an `expert_axis` that is one of"),
+  (
+    "layer --topology=v6e:0x0",
+    "at most 16x16, as 'v6e:16x16', got 'v6e:0x0'.",
+  ),
+]
+
+# All of them in one process, for flags are a process's and JAX takes seconds.
+_REFUSE = """
+import contextlib, io, json, sys
+from absl import flags
+from absl.testing import flagsaver
+from jaxroute.aot import __main__
+said = []
+for args in json.loads(sys.argv[1]):
+  with flagsaver.flagsaver(), contextlib.redirect_stderr(io.StringIO()) as text:
+    try:
+      __main__.main(flags.FLAGS(["aot", *args.split()]))
+      code = 0
+    except SystemExit as ended:
+      code = ended.code
+  said.append((code, text.getvalue()))
+print(json.dumps(said))
+"""
+
+
+def test_the_command_refuses_in_one_line():
+  cases = json.dumps([args for args, _ in _REFUSED])
+  ended = subprocess.run(
+    [sys.executable, "-c", _REFUSE, cases],
+    capture_output=True,
+    text=True,
+    check=True,
+  )
+  said = json.loads(ended.stdout)
+  for (args, words), (code, text) in zip(_REFUSED, said, strict=True):
+    (line,) = text.splitlines()
+    assert code == 2, args
+    assert line.startswith("jaxroute.aot: ") and words in line, args
 
 
 @pytest.mark.parametrize(

@@ -89,11 +89,6 @@ def test_an_axis_that_is_not_there_is_named():
       mesh_lib.mesh_of(partition)
 
 
-def test_a_partition_without_axes_needs_a_mesh_too():
-  with pytest.raises(ValueError, match="no mesh in force.*`jax.set_mesh"):
-    mesh_lib.mesh_of(jaxroute.Partition())
-
-
 def test_sizes_that_do_not_divide_are_named():
   mesh = _mesh((4, 2), AUTO, AUTO)
   with pytest.raises(ValueError, match="shards 6 tokens.*8 devices.*Pad"):

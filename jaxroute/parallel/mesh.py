@@ -327,7 +327,7 @@ def check_mesh(
   others = partition.expert_axis, partition.fsdp_axis, partition.tensor_axis
   wanted = {*partition.token_axes, *filter(None, others)}
   names = f"`partition` names the mesh axes {sorted(wanted)}"
-  if mesh.empty:
+  if mesh.empty and wanted:
     raise ValueError(
       f"{names}, got no mesh in force. Put the call under `jax.set_mesh(mesh)`, or"
       " leave `partition` out (None) on one device."

@@ -105,9 +105,12 @@ def _commands():
 
 
 def _flags(script):
-  """The names of the flags that a script defines."""
-  name = "tests/conftest.py" if script == "test.sh" else script
-  text = (_ROOT / name).read_text()
+  """The names of the flags that a script defines, or one beside it that it takes."""
+  path = _ROOT / ("tests/conftest.py" if script == "test.sh" else script)
+  text = path.read_text()
+  for name in re.findall(r"^import (\w+)$", text, flags=re.MULTILINE):
+    beside = path.with_name(f"{name}.py")
+    text += beside.read_text() if beside.exists() else ""
   return set(re.findall(r"(?:DEFINE_\w+|addoption)\(\s*\"(?:--)?(\w+)", text))
 
 
