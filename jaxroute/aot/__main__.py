@@ -77,7 +77,7 @@ def main(argv: list[str]) -> None:
     commands[argv[1]](preset, devices)
   except (ValueError, NotImplementedError, RuntimeError) as error:
     if isinstance(error, jax.errors.JaxRuntimeError):
-      # Of a layer that is in the report.
+      # A layer that does not fit ends in a report, and not here.
       lacking = tpu.lacking(error)
       if lacking is None:
         raise
