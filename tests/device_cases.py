@@ -80,6 +80,7 @@ CASES = {
   "sigmoid, 8 groups of 20, K=6": _of(129, 160, 6, **_OF_20),
   "megatron, 4 groups of 16": _of(130, 64, 8, "megatron_groups"),
   "sigmoid, 2 of 8": _of(257, 8, 2),
+  "sigmoid, 2 of 256": _of(17, 256, 2),
   "sigmoid, 6 of 60": _of(200, 60, 6),
   "softmax, 4 of 60, bfloat16": _of(33, 60, 4, "olmoe", dtype="bfloat16"),
   "softmax, 6 of 64, T=34001": _of(34_001, 64, 6, score_fn="softmax"),

@@ -19,8 +19,8 @@ from jaxroute import dispatch, experts, scores
 
 pytestmark = pytest.mark.gpu
 
-# 24 times this are a thousand.
-INPUTS = 42
+# 25 times this are a thousand.
+INPUTS = 40
 
 kernel, xla = (
   functools.partial(jaxroute.route, implementation=name)

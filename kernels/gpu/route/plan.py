@@ -129,6 +129,11 @@ class Plan:
     return max(self.warp_tokens * self.slots // WARP, 1)
 
   @property
+  def has_spare_lanes(self) -> bool:
+    """Whether a warp has more lanes than slots of its tokens."""
+    return self.warp_tokens * self.slots < WARP
+
+  @property
   def needs_softmax_sums(self) -> bool:
     """Whether the largest logit and the sum of all exponentials are needed."""
     config = self.config

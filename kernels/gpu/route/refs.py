@@ -81,7 +81,8 @@ class Buffers:
     softmax_sums: `[2 * 128]` float32. The largest logit of a row's token and the sum
       of the exponentials.
     chosen: `[tile_tokens * slots]` int32. By token, the chosen experts in order of
-      their index; then with their place in order of their score.
+      their index; then with their place in order of their score. With spare lanes
+      128 more, which these read.
     is_counted: `[tile_tokens]` int32. Whether a token is: 1, 0 or, for those of
       another block, -1.
     ranks: `[4 * (E + 1)]` int32. Assignments of an expert in the warps before one;
@@ -105,9 +106,10 @@ def buffer_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
   """Shapes and dtypes of the buffers that a call needs, but for the barriers."""
   chunk = plan.chunks, THREADS, plan.width
   lists = plan.groups * plan.group_list_length * THREADS
+  spare = THREADS if plan.has_spare_lanes else 0
   shapes: dict[str, tuple[tuple[int, ...], Any]] = {
     "logits": (chunk, plan.dtype),
-    "chosen": ((plan.tile_tokens * plan.slots,), jnp.int32),
+    "chosen": ((plan.tile_tokens * plan.slots + spare,), jnp.int32),
     "is_counted": ((plan.tile_tokens,), jnp.int32),
     "bits": ((2 * plan.chunks * THREADS,), jnp.int32),
   }

@@ -48,11 +48,17 @@ def slot_of(tile: Tile, round_: jax.Array | int) -> Slot:
   token = divide(pair, plan.slots)
   number = place.lane & (plan.slots - 1)
   is_used = number < plan.config.top_k
-  if plan.warp_tokens * plan.slots < WARP:
-    is_used = is_used & (token < plan.warp_tokens)
+  is_spare = token >= plan.warp_tokens
+  if plan.has_spare_lanes:
+    is_used = is_used & ~is_spare
     token = jnp.minimum(token, plan.warp_tokens - 1)
   token = place.warp * plan.warp_tokens + token
-  return Slot(token * plan.slots + number, token, number, is_used)
+  index = token * plan.slots + number
+  if plan.has_spare_lanes:
+    # A spare lane must not read what another writes in this round.
+    first = plan.tile_tokens * plan.slots
+    index = jnp.where(is_spare, first + place.row, index)
+  return Slot(index, token, number, is_used)
 
 
 @dataclasses.dataclass(frozen=True)

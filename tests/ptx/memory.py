@@ -1,0 +1,221 @@
+# Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
+"""Memory of a GPU: buffers of all blocks, and the shared memory of one.
+
+Shared memory knows who touched each word last. Two accesses, one of them a write, are a
+race unless a barrier stands between them: the block's, the warp's, or an mbarrier.
+"""
+
+import dataclasses
+
+import numpy as np
+
+WARP = 32
+# A buffer begins at a multiple of this, so that an address says which it is in.
+_BUFFER = 1 << 40
+# What memory holds before anything is written to it: a NaN, a large integer.
+_GARBAGE = 0x7FA5A5A5
+SHARED_BASE = 1024
+_WORD = 4
+
+
+class Fault(Exception):
+  """What a GPU would not do, or not always in the same way."""
+
+
+class Global:
+  """Buffers in global memory."""
+
+  def __init__(self):
+    self._buffers: list[np.ndarray] = []
+
+  def add(self, array: np.ndarray) -> int:
+    """Address of a new buffer with the array's bytes."""
+    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+    self._buffers.append(flat.copy())
+    return len(self._buffers) * _BUFFER
+
+  def add_garbage(self, size: int) -> int:
+    """Address of a new buffer that nothing was written to."""
+    words = np.full(-(-size // _WORD), _GARBAGE, np.uint32)
+    return self.add(words.view(np.uint8)[:size])
+
+  def bytes_at(self, address: int) -> np.ndarray:
+    """The buffer that begins at an address."""
+    number, offset = divmod(int(address), _BUFFER)
+    if offset or not 0 < number <= len(self._buffers):
+      raise Fault(f"no buffer begins at {address:#x}")
+    return self._buffers[number - 1]
+
+  def _find(
+    self, address: np.ndarray, size: int
+  ) -> tuple[np.ndarray, np.ndarray]:
+    numbers, offsets = np.divmod(address.astype(np.int64), _BUFFER)
+    number = int(numbers[0])
+    if (numbers != number).any() or not 0 < number <= len(self._buffers):
+      raise Fault(f"global addresses {address} are in no buffer, or in several")
+    buffer = self._buffers[number - 1]
+    if (offsets + size > len(buffer)).any():
+      raise Fault(
+        f"global memory ends at byte {len(buffer)}, accessed {offsets.max()}"
+      )
+    if (offsets % size).any():
+      raise Fault(f"global addresses {offsets} are no multiples of {size}")
+    return buffer, offsets[:, None] + np.arange(size)
+
+  def load(self, address: np.ndarray, size: int) -> np.ndarray:
+    """`[lanes, size]` uint8."""
+    buffer, at = self._find(address, size)
+    return buffer[at]
+
+  def store(self, address: np.ndarray, data: np.ndarray) -> None:
+    """Writes `[lanes, size]` uint8."""
+    buffer, at = self._find(address, data.shape[1])
+    buffer[at] = data
+
+
+@dataclasses.dataclass
+class Access:
+  """Who accesses shared memory.
+
+  Attributes:
+    warp: of the block.
+    clock: `[warps + 1]`: what the warp knows of every warp's time, and of the copy
+      engine's.
+  """
+
+  warp: int
+  clock: np.ndarray
+
+
+class Shared:
+  """The shared memory of a block, from address `SHARED_BASE` on."""
+
+  def __init__(self, size: int, warps: int):
+    words = -(-size // _WORD)
+    self._engine = warps * WARP
+    self._bytes = np.full(words, _GARBAGE, np.uint32).view(np.uint8)
+    self._size = size
+    # Of every word: who wrote it last, and when; who has read it since, and when.
+    self._writer = np.full(words, -1, np.int32)
+    self._written = np.zeros(words, np.int64)
+    self._reader = np.full((words, warps), -1, np.int32)
+    self._read = np.full((words, warps), -1, np.int64)
+    # Words that threads have written and no fence has shown to the copy engine.
+    self._unfenced = np.full(words, -1, np.int32)
+
+  def _offsets(self, address: np.ndarray, size: int, align: int) -> np.ndarray:
+    offsets = address.astype(np.int64) - SHARED_BASE
+    if (offsets < 0).any() or (offsets + size > self._size).any():
+      raise Fault(
+        f"shared memory has {self._size} bytes, accessed {size} from"
+        f" {offsets.min()} to {offsets.max()}"
+      )
+    if (offsets % align).any():
+      raise Fault(f"shared addresses {offsets} are no multiples of {align}")
+    return offsets[:, None] + np.arange(size)
+
+  def load(
+    self, address: np.ndarray, size: int, lanes: np.ndarray, who: Access
+  ) -> np.ndarray:
+    """`[lanes, size]` uint8."""
+    at = self._offsets(address, size, size)
+    words, thread = self._touched(at, lanes, who)
+    self._check_writes(words, thread, who, "read")
+    same = (self._read[words, who.warp] == who.clock[who.warp]) & (
+      self._reader[words, who.warp] != thread
+    )
+    self._reader[words, who.warp] = np.where(same, -2, thread)
+    # Words that several lanes read at once have no single reader.
+    unique, counts = np.unique(words, return_counts=True)
+    self._reader[unique[counts > 1], who.warp] = -2
+    self._read[words, who.warp] = who.clock[who.warp]
+    return self._bytes[at]
+
+  def store(
+    self, address: np.ndarray, data: np.ndarray, lanes: np.ndarray, who: Access
+  ) -> None:
+    """Writes `[lanes, size]` uint8."""
+    at = self._offsets(address, data.shape[1], data.shape[1])
+    if len(np.unique(at)) != at.size:
+      raise Fault("several lanes of a warp write to the same shared address")
+    words, thread = self._touched(at, lanes, who)
+    self._check_writes(words, thread, who, "written")
+    self._check_reads(words, thread, who)
+    self._writer[words] = thread
+    self._written[words] = who.clock[who.warp]
+    self._unfenced[words] = who.warp
+    self._bytes[at] = data
+
+  def _touched(self, at: np.ndarray, lanes: np.ndarray, who: Access):
+    words = (
+      at[:, ::_WORD] // _WORD if at.shape[1] > _WORD else at[:, :1] // _WORD
+    )
+    thread = np.broadcast_to((who.warp * WARP + lanes)[:, None], words.shape)
+    return words.reshape(-1), thread.reshape(-1)
+
+  def _check_writes(
+    self, words: np.ndarray, thread: np.ndarray, who: Access, what: str
+  ) -> None:
+    writer = self._writer[words]
+    known = who.clock[np.maximum(writer, 0) // WARP]
+    racing = (
+      (writer >= 0) & (writer != thread) & (self._written[words] >= known)
+    )
+    # A warp has its own present time, before which it has not synchronized.
+    if racing.any():
+      first = np.flatnonzero(racing)[0]
+      raise Fault(
+        f"race: shared byte {words[first] * _WORD}, written by thread"
+        f" {writer[first]}, is {what} by thread {thread[first]} without a"
+        " barrier between them"
+      )
+
+  def _check_reads(
+    self, words: np.ndarray, thread: np.ndarray, who: Access
+  ) -> None:
+    read = self._read[words]
+    racing = read >= who.clock[None, :-1]
+    racing[:, who.warp] &= self._reader[words, who.warp] != thread
+    if racing.any():
+      first, warp = np.argwhere(racing)[0]
+      raise Fault(
+        f"race: shared byte {words[first] * _WORD}, read by warp {warp}, is written"
+        f" by thread {thread[first]} without a barrier between them"
+      )
+
+  def fence(self, warp: int) -> None:
+    """Shows the copy engine what a warp has written."""
+    self._unfenced[self._unfenced == warp] = -1
+
+  def claim(self, offset: int, size: int, who: Access, time: int) -> None:
+    """Makes garbage of bytes that the copy engine is about to write, at its time."""
+    words = np.arange(offset // _WORD, (offset + size) // _WORD)
+    thread = np.full_like(words, -1)
+    self._offsets(np.array([offset + SHARED_BASE]), size, 1)
+    self._check_writes(words, thread, who, "copied to")
+    self._check_reads(words, thread, who)
+    self._bytes.view(np.uint32)[words] = _GARBAGE
+    self._writer[words] = self._engine
+    self._written[words] = time
+    self._unfenced[words] = -1
+
+  def put_at(self, offsets: np.ndarray, data: np.ndarray) -> None:
+    """Bytes from the copy engine."""
+    self._bytes[offsets] = data
+
+  def all_bytes(self) -> np.ndarray:
+    """What is there now, for an engine that has asked with `view`."""
+    return self._bytes
+
+  def view(self, offset: int, size: int, who: Access | None) -> np.ndarray:
+    """Bytes for an engine that reads memory without the threads."""
+    self._offsets(np.array([offset + SHARED_BASE]), size, 1)
+    words = np.arange(offset // _WORD, -(-(offset + size) // _WORD))
+    if who is not None:
+      if (self._unfenced[words] >= 0).any():
+        raise Fault(
+          f"shared bytes from {offset} on are copied or multiplied, and no"
+          " fence.proxy.async follows their write"
+        )
+      self._check_writes(words, np.full_like(words, -1), who, "copied")
+    return self._bytes[offset : offset + size]
