@@ -83,10 +83,27 @@ def test_every_product_on_hopper():
   assert len(re.findall(r"call @(?:matmul|outer)", text)) == 9
 
 
-@pytest.mark.parametrize("kind", ("NVIDIA A100-SXM4-80GB", "NVIDIA H100"))
-def test_batches_without_the_name(kind):
-  with _on(kind):
+@needs_kernels
+def test_hopper_takes_them_without_the_name():
+  with _on("NVIDIA H100 80GB HBM3"):
     text = _lowered(_step, *_operands())
+  assert KERNEL in text
+  assert len(re.findall(r"call @(?:matmul|outer)", text)) == 9
+
+
+@pytest.mark.parametrize(
+  "kind, operands",
+  [
+    ("NVIDIA A100-SXM4-80GB", {}),
+    ("NVIDIA B200", {}),
+    ("NVIDIA H100", dict(dtype=jnp.float32)),
+    ("NVIDIA H100", dict(n=156)),
+    ("NVIDIA H100", dict(d=100)),
+  ],
+)
+def test_what_they_cannot_do_is_batched(kind, operands):
+  with _on(kind):
+    text = _lowered(_step, *_operands(**operands))
   assert KERNEL not in text
   assert "while" in text
   assert "ragged_dot" not in text
@@ -176,7 +193,7 @@ def test_under_remat_in_a_scan_with_64_bits():
 @needs_kernels
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", (jnp.bfloat16, jnp.float16))
-def test_on_a_gpu_it_is_batched(dtype):
+def test_on_a_gpu_they_are_batched(dtype):
   if device.capability() != (9, 0):
     pytest.skip(f"needs compute capability 9.0, found {device.capability()}")
   x, params, _ = _operands(dtype, 3000, 512, 704)

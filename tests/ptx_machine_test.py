@@ -106,6 +106,10 @@ def test_the_nearest_bfloat16_is_the_even_one():
     ("popc.b32 %r2, %r2", lambda x: np.bitwise_count(x.view(np.uint32))),
     ("clz.b32 %r2, %r2", lambda x: [0, 31, 30, 32] * 8),
     ("mul.hi.s32 %r2, %r2, 1073741824", lambda x: x >> 2),
+    (
+      "cvt.s64.s32 %rd7, %r2;\nmul.hi.u64 %rd7, %rd7, %rd7;\ncvt.u32.u64 %r2, %rd7",
+      lambda x: [-14, 0, 0, 0] * 8,
+    ),
     ("div.s32 %r2, %r2, 2", lambda x: [-3, 0, 1, 0] * 8),
     ("rem.s32 %r2, %r2, 2", lambda x: [-1, 1, 0, 0] * 8),
     ("shfl.sync.bfly.b32 %r2, %r2, 1, 31, -1", lambda x: [1, -7, 0, 2] * 8),

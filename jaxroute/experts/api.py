@@ -59,9 +59,8 @@ def grouped_matmul(
       capability 9.0: bfloat16 and float16, N in multiples of 8, D and F in
       multiples of 64, all from 128 on, jax 0.11 or newer), or None for the one of
       the platform that the program is lowered for. For TPU that is the kernel
-      before jax 0.12, whose compiler has no grouped gradient, and else "ragged_dot".
-      Otherwise kernels are not taken without their names: they have not been timed
-      on a device. Only "ragged_dot" has
+      before jax 0.12, whose compiler has no grouped gradient, and else "ragged_dot";
+      for Hopper the kernel if it can, and else "batched". Only "ragged_dot" has
       forward-mode and second derivatives; "tiled" and the kernels cannot take the
       symbolic N of `jax.export`, and the kernels are lowered for their platform
       alone, not for several at once.
@@ -206,19 +205,24 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
 
   def by_platform():
     is_symbolic = not isinstance(operands[0].shape[0], int)
-    tpu = {}
-    try:
-      pallas_tpu.check_can_run(operands, by_name=False)
-      tpu["tpu"] = functools.partial(by_kernel, "tpu", functions["pallas_tpu"])
-    except NotImplementedError:
-      pass  # the default takes whatever the kernel cannot
-    return lax.platform_dependent(
-      *operands,
+    by_xla = dict(
       cpu=functions["batched" if is_symbolic else "tiled"],
       cuda=functions["batched"],
       default=functions["ragged_dot"],
-      **tpu,
     )
+    kernels = {}
+    for platform, name, check in (
+      ("tpu", "pallas_tpu", pallas_tpu.check_can_run),
+      ("cuda", "pallas_gpu", pallas_gpu.check_can_run),
+    ):
+      try:
+        check(operands, by_name=False)
+      except NotImplementedError:
+        continue  # XLA takes whatever the kernel cannot
+      kernels[platform] = functools.partial(
+        by_kernel, platform, functions[name]
+      )
+    return lax.platform_dependent(*operands, **by_xla | kernels)
 
   def by_kernel(
     platform: str, function: Callable[..., Any], *operands: Any
@@ -232,7 +236,7 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     return by_kernel("tpu", functions["pallas_tpu"], *operands)
 
   def by_pallas_gpu():
-    pallas_gpu.check_can_run(operands)
+    pallas_gpu.check_can_run(operands, by_name=True)
     return by_kernel("cuda", functions["pallas_gpu"], *operands)
 
   by_name = {

@@ -11,11 +11,13 @@ from jaxroute.experts import products as products_lib
 from jaxroute.kernels.gpu import device, grouped
 
 
-def check_can_run(operands: Any) -> None:
+def check_can_run(operands: Any, by_name: bool) -> None:
   """Raises NotImplementedError unless the kernels can multiply this, and here.
 
   Args:
     operands: of one of the `Products`; a pytree of arrays, the first `[N, D]`.
+    by_name: whether the kernels were asked for, and may be on their way to a GPU
+      that is not here.
 
   Raises:
     NotImplementedError: with the reason.
@@ -29,7 +31,7 @@ def check_can_run(operands: Any) -> None:
   ladder.check_can_run(
     unsupported,
     unavailable=device.unavailable,
-    by_name=True,
+    by_name=by_name,
     interpret=False,
   )
 

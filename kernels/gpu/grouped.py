@@ -200,7 +200,8 @@ def matmul(
 
     _run_with_scratch(run, pipeline, (lhs, rhs.at[0]), dtype)
 
-  return _call(body, tiles, lhs, rhs, (num_rows, n), dtype, interpret)
+  shape = num_rows, n
+  return _call("matmul", body, tiles, lhs, rhs, shape, dtype, interpret)
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "tiling", "interpret"))
@@ -294,7 +295,7 @@ def outer(
     _run_with_scratch(run, pipeline, (lhs, rhs), dtype)
 
   shape = len(group_sizes), m, n
-  return _call(body, groups, lhs, rhs, shape, dtype, interpret)
+  return _call("outer", body, groups, lhs, rhs, shape, dtype, interpret)
 
 
 class _Groups(NamedTuple):
@@ -470,6 +471,7 @@ def _keep_rows(ref: Any, begin: jax.Array, end: jax.Array) -> None:
 
 
 def _call(
+  name: str,
   body: Any,
   table: Iterable[jax.Array],
   lhs: jax.Array,
@@ -488,6 +490,7 @@ def _call(
     compiler_params=plgpu.CompilerParams(
       lowering_semantics=plgpu.LoweringSemantics.Warpgroup
     ),
+    kernel_name=f"jaxroute_{name}",
     interpret=interpret,
   )
   return kernel(*table, lhs, rhs)

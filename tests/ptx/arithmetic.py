@@ -46,11 +46,14 @@ CANONICAL_NAN = {
   "ex2",
   "lg2",
 }
+# Python's integers have no width.
 _WIDER = {
   np.int16: np.int32,
   np.uint16: np.uint32,
   np.int32: np.int64,
   np.uint32: np.uint64,
+  np.int64: object,
+  np.uint64: object,
 }
 _TINY = np.finfo(np.float32).tiny
 
@@ -116,7 +119,7 @@ def _multiply(parts: list[str], dtype: type) -> Callable[..., np.ndarray]:
   if "hi" in parts:
     wide, bits = _WIDER[dtype], np.dtype(dtype).itemsize * 8
     return lambda a, b: (
-      (a.astype(wide) * b.astype(wide)) >> wide(bits)
+      (a.astype(wide) * b.astype(wide)) >> np.array(bits).astype(wide)
     ).astype(dtype)
   return np.multiply
 
