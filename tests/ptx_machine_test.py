@@ -52,7 +52,7 @@ def _run(body, x, threads=64, shared=1024, tensor=None):
     maps=maps,
     memory=ram,
   ).run()
-  return ram.bytes_at(address).view(x.dtype).reshape(x.shape)
+  return ram.read(address).view(x.dtype).reshape(x.shape)
 
 
 def _compute(*lines, x, result="%r2"):
@@ -212,6 +212,10 @@ def test_a_write_over_what_others_read_is_a_race(barrier):
     ("st.shared.b32 [%rd3+1024], %r2", "shared memory has 1024 bytes"),
     ("st.shared.b32 [__dynamic_shmem__0], %r2", "same shared address"),
     ("mov.b32 %r3, %r9", "was not written"),
+    (
+      "st.global.b32 [%rd1], %r2;\nld.global.b32 %r3, [%rd1+-4]",
+      "race: global",
+    ),
   ],
 )
 def test_what_is_not_there_is_a_fault(line, reason):

@@ -74,6 +74,7 @@ def rank(
 
   def kernel(
     expert_ref: Ref,
+    tile_rank_ref: Ref,
     counts_ref: Ref,
     span_counts_ref: Ref,
     rank_ref: Ref,
@@ -107,7 +108,8 @@ def rank(
         index = block * choices + local
         is_here = threads.as_words((local < choices) & (index < n))
         index = jnp.minimum(index, n - 1)
-        expert, rank = (ops.gather(x, index) for x in (expert_ref, rank_ref))
+        expert = ops.gather(expert_ref, index)
+        rank = ops.gather(tile_rank_ref, index)
         loaded.append((local, index, is_here, expert, rank))
       for local, index, is_here, expert, rank in loaded:
         column = jnp.where(rank < 0, num_experts, expert)
@@ -120,17 +122,15 @@ def rank(
 
     lax.fori_loop(0, -(-choices // (_ROUNDS * THREADS)), run_rounds, 0)
 
-  # In place: a thread reads what it writes.
-  ranks = jax.new_ref(tile_rank)
-  mosaic.call(
+  (ranks,) = mosaic.call(
     kernel,
-    (),
+    [jax.ShapeDtypeStruct((n,), jnp.int32)],
     name="rank",
     blocks=blocks,
     scratch_types={"first_ref": _words(block_tiles * pitch)},
     interpret=interpret,
-  )(expert_idx, counts, span_counts, ranks)
-  return ranks[...]
+  )(expert_idx, tile_rank, counts, span_counts)
+  return ranks
 
 
 def _add_rows(

@@ -2,10 +2,10 @@
 """Kernels for NVIDIA GPUs run by their PTX, on a CPU: `emulate.kernels`.
 
 Pallas's interpreter runs what a kernel says; this runs what the compiler made of it, so
-that layouts, swizzles, inline PTX and barriers count. It finds wrong values, races on
-shared memory, barriers that not all reach, reads of what was not waited for, and
-accesses outside of memory. It does not know ptxas and the machine below it, time, races
-on global memory, or the last bits of approximate instructions.
+that layouts, swizzles, inline PTX and barriers count. It finds wrong values, races,
+barriers that not all reach, reads of what was not waited for, and accesses outside of
+memory. It does not know ptxas and the machine below it, time, or the last bits of
+approximate instructions.
 
   program.py       text -> instructions
   host.py          the host's code -> parameters, tensor maps, blocks

@@ -89,7 +89,7 @@ def _call(
   _launch(compiled, change, inputs + outputs, ram, seed)
 
   def read(address: int, like: Any) -> jax.Array:
-    found = ram.bytes_at(address).view(like.dtype)
+    found = ram.read(address).view(like.dtype)
     return jnp.asarray(found.reshape(like.shape))
 
   for x, address in zip(operands, inputs, strict=True):

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ptx import arithmetic, barriers, program, tensor_cores, transfers
+from ptx import (
+  arithmetic,
+  barriers,
+  memory,
+  program,
+  tensor_cores,
+  transfers,
+)
 from ptx.memory import WARP, Fault
 
 if TYPE_CHECKING:
@@ -142,7 +149,7 @@ def _load(i: program.Instruction) -> Step:
     if space == "shared":
       data = block.shared.load(at, size, _LANES[lanes], warp.who)
     else:
-      data = block.launch.memory.load(at, size)
+      data = block.launch.memory.load(at, size, warp.threads[lanes])
     values = np.zeros((WARP, len(names)), dtype)
     values[lanes] = np.ascontiguousarray(data).view(dtype)
     for name, value in zip(names, values.T, strict=True):
@@ -165,7 +172,7 @@ def _store(i: program.Instruction) -> Step:
     if is_shared:
       warp.block.shared.store(at, data, _LANES[lanes], warp.who)
     else:
-      warp.block.launch.memory.store(at, data)
+      warp.block.launch.memory.store(at, data, warp.threads[lanes])
 
   return run
 
@@ -179,13 +186,15 @@ def _atomic(i: program.Instruction) -> Step:
     raise NotImplementedError(f"no meaning is known of {i.text!r}")
 
   def run(warp: "Warp", lanes: np.ndarray) -> None:
-    at, memory_ = warp.address(address), warp.block.launch.memory
-    values, found = warp.value(source, dtype.type), np.zeros(WARP, dtype)
+    ram, values = warp.block.launch.memory, warp.value(source, dtype.type)
+    found = np.zeros(WARP, dtype)
+    # Lanes may add to the same address.
     for lane in _LANES[lanes]:
-      old = memory_.load(at[lane : lane + 1], dtype.itemsize).view(dtype)[:, 0]
+      at = warp.address(address)[[lane]]
+      old = ram.load(at, dtype.itemsize, memory.ATOMIC).view(dtype)[:, 0]
       found[lane] = old[0]
       new = (old + values[lane]).astype(dtype)[:, None].view(np.uint8)
-      memory_.store(at[lane : lane + 1], new)
+      ram.store(at, new, memory.ATOMIC)
     warp.write(target, found, lanes)
 
   return run

@@ -60,6 +60,13 @@ class Warp:
     """For accesses to shared memory."""
     return memory.Access(self.number, self.clock)
 
+  @property
+  def threads(self) -> np.ndarray:
+    """Numbers of its lanes among all threads, `[32]`."""
+    block = np.ravel_multi_index(self.block.number, self.block.launch.grid)
+    first = int(block) * self.block.warps + self.number
+    return first * WARP + np.arange(WARP)
+
   def publish(self) -> np.ndarray:
     """What others learn of who meets this warp now; its time goes on."""
     self.clock[self.number] += 1

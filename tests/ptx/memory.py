@@ -16,6 +16,9 @@ _BUFFER = 1 << 40
 _GARBAGE = 0x7FA5A5A5
 SHARED_BASE = 1024
 _WORD = 4
+_NOBODY = -1
+ATOMIC = -2
+"""Instead of a thread that writes by atomics."""
 
 
 class Fault(Exception):
@@ -23,15 +26,21 @@ class Fault(Exception):
 
 
 class Global:
-  """Buffers in global memory."""
+  """Buffers in global memory, and which thread wrote each byte.
+
+  What one thread writes no other may touch: blocks do not wait for each other, and
+  kernels do not exchange within a block in this way. Atomics may meet.
+  """
 
   def __init__(self):
     self._buffers: list[np.ndarray] = []
+    self._writers: list[np.ndarray] = []
 
   def add(self, array: np.ndarray) -> int:
     """Address of a new buffer with the array's bytes."""
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     self._buffers.append(flat.copy())
+    self._writers.append(np.full(len(flat), _NOBODY, np.int64))
     return len(self._buffers) * _BUFFER
 
   def add_garbage(self, size: int) -> int:
@@ -39,38 +48,53 @@ class Global:
     words = np.full(-(-size // _WORD), _GARBAGE, np.uint32)
     return self.add(words.view(np.uint8)[:size])
 
-  def bytes_at(self, address: int) -> np.ndarray:
-    """The buffer that begins at an address."""
+  def read(self, address: int) -> np.ndarray:
+    """All bytes of the buffer that begins at an address."""
     number, offset = divmod(int(address), _BUFFER)
     if offset or not 0 < number <= len(self._buffers):
       raise Fault(f"no buffer begins at {address:#x}")
     return self._buffers[number - 1]
 
-  def _find(
-    self, address: np.ndarray, size: int
-  ) -> tuple[np.ndarray, np.ndarray]:
+  def load(
+    self, address: np.ndarray, size: int, thread: np.ndarray | int
+  ) -> np.ndarray:
+    """`[addresses, size]` uint8, for a thread each or for one."""
+    number, at = self._find(address, size)
+    self._check(number, at, thread, "read")
+    return self._buffers[number][at]
+
+  def store(
+    self, address: np.ndarray, data: np.ndarray, thread: np.ndarray | int
+  ) -> None:
+    """Writes `[addresses, size]` uint8."""
+    number, at = self._find(address, data.shape[1])
+    self._check(number, at, thread, "written")
+    self._buffers[number][at] = data
+    self._writers[number][at] = np.reshape(thread, (-1, 1))
+
+  def _find(self, address: np.ndarray, size: int) -> tuple[int, np.ndarray]:
     numbers, offsets = np.divmod(address.astype(np.int64), _BUFFER)
     number = int(numbers[0])
     if (numbers != number).any() or not 0 < number <= len(self._buffers):
       raise Fault(f"global addresses {address} are in no buffer, or in several")
-    buffer = self._buffers[number - 1]
-    if (offsets + size > len(buffer)).any():
-      raise Fault(
-        f"global memory ends at byte {len(buffer)}, accessed {offsets.max()}"
-      )
+    end = len(self._buffers[number - 1])
+    if (offsets + size > end).any():
+      raise Fault(f"global memory ends at byte {end}, accessed {offsets.max()}")
     if (offsets % size).any():
       raise Fault(f"global addresses {offsets} are no multiples of {size}")
-    return buffer, offsets[:, None] + np.arange(size)
+    return number - 1, offsets[:, None] + np.arange(size)
 
-  def load(self, address: np.ndarray, size: int) -> np.ndarray:
-    """`[lanes, size]` uint8."""
-    buffer, at = self._find(address, size)
-    return buffer[at]
-
-  def store(self, address: np.ndarray, data: np.ndarray) -> None:
-    """Writes `[lanes, size]` uint8."""
-    buffer, at = self._find(address, data.shape[1])
-    buffer[at] = data
+  def _check(
+    self, number: int, at: np.ndarray, thread: np.ndarray | int, what: str
+  ) -> None:
+    writer = self._writers[number][at]
+    racing = (writer != _NOBODY) & (writer != np.reshape(thread, (-1, 1)))
+    if racing.any():
+      row, column = np.argwhere(racing)[0]
+      raise Fault(
+        f"race: global byte {at[row, column]}, written by thread"
+        f" {writer[row, column]} of all, is {what} by another"
+      )
 
 
 @dataclasses.dataclass

@@ -12,6 +12,7 @@ from ptx import program
 from ptx.memory import SHARED_BASE, Fault
 
 if TYPE_CHECKING:
+  from ptx.barriers import Mbarrier
   from ptx.machine import Warp
 
 # By Mosaic GPU's number of a type: integers of 4 and 8 bits, and so on.
@@ -140,68 +141,77 @@ def _to_shared(i: program.Instruction) -> Any:
   target, source, barrier = i.operands[:3]
 
   def run(warp: "Warp", lanes: np.ndarray) -> None:
-    block = warp.block
     for lane in np.flatnonzero(lanes):
-      tensor, corner = _find(warp, source, lane)
-      address = int(warp.address(target)[lane])
-      mbarrier = block.mbarriers.at(int(warp.address(barrier)[lane]))
-      places = _shared_places(tensor, address)
-      block.copies += 1
-      time = block.copies
-      block.shared.claim(
-        address - SHARED_BASE, tensor.box_bytes, warp.who, time
+      _begin_load(
+        warp,
+        int(warp.threads[lane]),
+        *_find(warp, source, lane),
+        int(warp.address(target)[lane]),
+        warp.block.mbarriers.at(int(warp.address(barrier)[lane])),
       )
 
-      def finish(
-        tensor=tensor,
-        corner=corner,
-        places=places,
-        mbarrier=mbarrier,
-        time=time,
-      ) -> None:
-        offset, inside = tensor.places(corner)
-        memory = block.launch.memory.bytes_at(tensor.base)
-        size = tensor.element_bytes
-        if inside.any() and offset[inside].max() + size > len(memory):
-          raise Fault("a tensor map reaches out of its buffer")
-        data = np.zeros((len(places), size), np.uint8)
-        data[inside] = memory[offset[inside][:, None] + np.arange(size)]
-        for k in range(size):
-          block.shared.put_at(places + k, data[:, k])
-        clock = np.zeros_like(mbarrier.clock)
-        clock[-1] = time + 1
-        mbarrier.receive(tensor.box_bytes, clock)
-
-      mbarrier.copies.append(finish)
-
   return run
+
+
+def _begin_load(
+  warp: "Warp",
+  thread: int,
+  tensor: TensorMap,
+  corner: list[int],
+  address: int,
+  mbarrier: "Mbarrier",
+) -> None:
+  block, places = warp.block, _shared_places(tensor, address)
+  block.copies += 1
+  time = block.copies
+  block.shared.claim(address - SHARED_BASE, tensor.box_bytes, warp.who, time)
+
+  def finish() -> None:
+    offset, inside = tensor.places(corner)
+    # What is outside of the tensor is 0.
+    data = np.zeros((len(places), tensor.element_bytes), np.uint8)
+    if inside.any():
+      data[inside] = block.launch.memory.load(
+        tensor.base + offset[inside], tensor.element_bytes, thread
+      )
+    for k in range(tensor.element_bytes):
+      block.shared.put_at(places + k, data[:, k])
+    clock = np.zeros_like(mbarrier.clock)
+    clock[-1] = time + 1
+    mbarrier.receive(tensor.box_bytes, clock)
+
+  mbarrier.copies.append(finish)
 
 
 def _to_global(i: program.Instruction) -> Any:
   target, source = i.operands[:2]
 
   def run(warp: "Warp", lanes: np.ndarray) -> None:
-    block = warp.block
     for lane in np.flatnonzero(lanes):
-      tensor, corner = _find(warp, target, lane)
-      address = int(warp.address(source)[lane])
-      places = _shared_places(tensor, address)
-      offset = address - SHARED_BASE
-      block.shared.view(offset, tensor.box_bytes, warp.who)
-
-      def finish(tensor=tensor, corner=corner, places=places) -> None:
-        to, inside = tensor.places(corner)
-        memory, size = (
-          block.launch.memory.bytes_at(tensor.base),
-          tensor.element_bytes,
-        )
-        shared = block.shared.all_bytes()
-        for k in range(size):
-          memory[to[inside] + k] = shared[places[inside] + k]
-
-      warp.stores.add(finish)
+      _begin_store(
+        warp,
+        int(warp.threads[lane]),
+        *_find(warp, target, lane),
+        int(warp.address(source)[lane]),
+      )
 
   return run
+
+
+def _begin_store(
+  warp: "Warp", thread: int, tensor: TensorMap, corner: list[int], address: int
+) -> None:
+  block, places = warp.block, _shared_places(tensor, address)
+  block.shared.view(address - SHARED_BASE, tensor.box_bytes, warp.who)
+
+  def finish() -> None:
+    offset, inside = tensor.places(corner)
+    size = tensor.element_bytes
+    data = block.shared.all_bytes()[places[inside][:, None] + np.arange(size)]
+    if inside.any():
+      block.launch.memory.store(tensor.base + offset[inside], data, thread)
+
+  warp.stores.add(finish)
 
 
 def commit(i: program.Instruction) -> Any:
