@@ -5,6 +5,7 @@ Approximations (`ex2.approx`, `rcp.approx`) are as exact as NumPy's float32 here
 so differ from a GPU's in their last bits.
 """
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
@@ -155,6 +156,9 @@ def operation(
     Of arrays of that type; None if it is not known.
   """
   is_float = dtype in (np.float32, np.float64, np.float16)
+  largest, least = np.maximum, np.minimum
+  if is_float and "NaN" not in parts:
+    largest, least = np.fmax, np.fmin
   simple: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -182,8 +186,8 @@ def operation(
     "lg2": np.log2,
     "selp": lambda a, b, p: np.where(p, a, b),
     "mov": lambda a: a,
-    "max": np.maximum if "NaN" in parts or not is_float else np.fmax,
-    "min": np.minimum if "NaN" in parts or not is_float else np.fmin,
+    "max": lambda *x: functools.reduce(largest, x),
+    "min": lambda *x: functools.reduce(least, x),
   }
   if parts[0] == "shf":
     return _funnel_left if parts[1] == "l" else _funnel_right

@@ -3,6 +3,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import os
 import pathlib
 import re
@@ -41,12 +42,14 @@ class Compiled:
 
 @contextlib.contextmanager
 def kernels(
+  target: str = "h100",
   change: Callable[[program.Program], program.Program] = lambda code: code,
   seed: int = 0,
 ) -> Iterator[None]:
-  """Within it, kernels run by their PTX for an H100, and nothing is jitted.
+  """Within it, kernels run by their PTX, and nothing is jitted.
 
   Args:
+    target: a GPU of `jaxroute.aot.gpu`, the same for all of a process.
     change: of a program, before it runs.
     seed: of the order in which blocks and warps run.
   """
@@ -58,7 +61,8 @@ def kernels(
 
     def call(*operands: Any) -> Any:
       types = [out_type] if is_one else out_type
-      results = _call(compiled_later, types, operands, change, seed)
+      compiled = functools.partial(_compile, target, compiled_later)
+      results = _call(compiled, types, operands, change, seed)
       return results[0] if is_one else tuple(results)
 
     return call
@@ -68,7 +72,7 @@ def kernels(
 
 
 def _call(
-  kernel: Callable[..., Any],
+  compile_for: Callable[..., Compiled],
   out_type: Sequence[jax.ShapeDtypeStruct],
   operands: Sequence[Any],
   change: Callable[[program.Program], program.Program],
@@ -80,7 +84,7 @@ def _call(
     np.asarray(x[...] if r else x)
     for x, r in zip(operands, is_ref, strict=True)
   ]
-  compiled = _compile(kernel, values, is_ref)
+  compiled = compile_for(values, is_ref)
   ram = memory.Global()
   inputs = [ram.add(value) for value in values]
   outputs = [
@@ -99,7 +103,10 @@ def _call(
 
 
 def _compile(
-  kernel: Callable[..., Any], values: list[np.ndarray], is_ref: list[bool]
+  target: str,
+  kernel: Callable[..., Any],
+  values: list[np.ndarray],
+  is_ref: list[bool],
 ) -> Compiled:
   """Compiles a kernel for operands like these."""
 
@@ -119,7 +126,7 @@ def _compile(
     assert found is not None
     if found[0] not in _COMPILED:
       with mock.patch.dict(os.environ, MOSAIC_GPU_DUMP_TO=folder):
-        gpu.compile_for("h100", function, *shapes)
+        gpu.compile_for(target, function, *shapes)
       (path,) = pathlib.Path(folder).glob("*.ptx")
       log = path.with_suffix(".mlir-passes.log").read_text()
       _COMPILED[found[0]] = Compiled(

@@ -30,6 +30,8 @@ def step(i: program.Instruction) -> Step:
   for prefix, make in _STEPS.items():
     if i.name.startswith(prefix):
       return make(i)
+  if i.parts[-1] == "f32x2":
+    return _compute_pairs(i)
   dtype = arithmetic.DTYPES.get(i.parts[-1])
   function = None if dtype is None else arithmetic.operation(i.parts, dtype)
   if function is None:
@@ -46,11 +48,35 @@ def step(i: program.Instruction) -> Step:
 
   def run(warp: "Warp", lanes: np.ndarray) -> None:
     values = [warp.value(s, t) for s, t in zip(sources, types, strict=True)]
-    with np.errstate(all="ignore"):
-      result = function(*values)
-    if dtype is np.float32 and kind in arithmetic.CANONICAL_NAN:
-      result = np.where(np.isnan(result), arithmetic.NAN, result)
-    warp.write(target, result, lanes)
+    warp.write(target, _computed(kind, function, values), lanes)
+
+  return run
+
+
+def _computed(
+  kind: str, function: Callable[..., np.ndarray], values: list[np.ndarray]
+) -> np.ndarray:
+  with np.errstate(all="ignore"):
+    result = function(*values)
+  if result.dtype == np.float32 and kind in arithmetic.CANONICAL_NAN:
+    result = np.where(np.isnan(result), arithmetic.NAN, result)
+  return result
+
+
+def _compute_pairs(i: program.Instruction) -> Step:
+  """Arithmetic on two float32 in a register of 64 bits, as Blackwell has."""
+  function = arithmetic.operation(i.parts, np.float32)
+  if function is None:
+    raise NotImplementedError(f"no meaning is known of {i.text!r}")
+  target, *sources = i.operands
+
+  def run(warp: "Warp", lanes: np.ndarray) -> None:
+    values = [
+      np.ascontiguousarray(warp.value(s, np.uint64)).view(np.float32)
+      for s in sources
+    ]
+    result = _computed(i.parts[0], function, values)
+    warp.write(target, result.view(np.uint64), lanes)
 
   return run
 

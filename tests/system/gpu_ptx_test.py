@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Kernels as they are compiled for an H100, run by their PTX: values, races, hangs."""
+"""Kernels as they are compiled, run by their PTX: values, races, hangs."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ from ptx import emulate, memory
 
 import jaxroute
 from jaxroute import types
-from jaxroute.aot import gpu
+from jaxroute.aot import gpu, process
 from jaxroute.kernels.gpu import device, grouped, order
 from jaxroute.kernels.gpu import route as kernel
 from jaxroute.kernels.gpu.route import lanes
@@ -45,13 +45,12 @@ def _first(names, first):
   ]
 
 
-@pytest.mark.parametrize("name", _first(device_cases.CASES, _FIRST))
-def test_the_compiled_kernel_routes_as_xla_does(name):
+def _assert_routes_as_xla_does(name, tokens, seeds, target="h100"):
   case = device_cases.CASES[name]
   config = case.config
   threads = lanes.choose(config, case.t, jnp.dtype(case.dtype))
   # Of many tokens the first are enough, on as many threads each.
-  case = dataclasses.replace(case, t=min(case.t, 40))
+  case = dataclasses.replace(case, t=min(case.t, tokens))
 
   @jax.jit
   def by_xla(*args):
@@ -59,9 +58,9 @@ def test_the_compiled_kernel_routes_as_xla_does(name):
     route = functools.partial(jaxroute.route, implementation="xla")
     return conformance.with_selection(route)(logits, bias, config, mask)
 
-  for seed in range(2):
+  for seed in range(seeds):
     args = case.inputs(seed)
-    with emulate.kernels(seed=seed):
+    with emulate.kernels(target, seed=seed):
       out = kernel.route(*args, config=config, lanes=threads, with_rank=True)
     ours = types.Routing(
       expert_idx=out.expert_idx,
@@ -75,6 +74,19 @@ def test_the_compiled_kernel_routes_as_xla_does(name):
     np.testing.assert_array_equal(
       out.rank, oracle.ranks(*map(np.asarray, (out.expert_idx, out.token_mask)))
     )
+
+
+@pytest.mark.parametrize("name", _first(device_cases.CASES, _FIRST))
+def test_the_compiled_kernel_routes_as_xla_does(name):
+  _assert_routes_as_xla_does(name, tokens=40, seeds=2)
+
+
+@pytest.mark.parametrize(
+  "name", _first(("V3, bfloat16", "sqrtsoftplus, 8 of 256"), ("V3, bfloat16",))
+)
+def test_on_blackwell_too(name):
+  # A process compiles for one target only.
+  process.apart(_assert_routes_as_xla_does, name, 40, 1, "b200")
 
 
 _BARRIERS = "bar.sync", "bar.warp.sync", "mbarrier.try_wait", "mbarrier.init"
@@ -108,7 +120,7 @@ def test_no_barrier_of_the_routing_kernel_is_idle():
     return dataclasses.replace(code, instructions=tuple(instructions))
 
   def run(number):
-    with emulate.kernels(functools.partial(without, number)):
+    with emulate.kernels(change=functools.partial(without, number)):
       kernel.route(*case.inputs(0), config=case.config, with_rank=True)
 
   run(None)
