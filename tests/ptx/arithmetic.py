@@ -2,7 +2,7 @@
 """What PTX instructions compute, as NumPy does, lane by lane.
 
 Approximations (`ex2.approx`, `rcp.approx`) are as exact as NumPy's float32 here, and
-so differ from a GPU's in their last bits.
+so differ from a GPU's in their last bits. A fused product passes through float64.
 """
 
 import functools

@@ -17,6 +17,7 @@ _GARBAGE = 0x7FA5A5A5
 SHARED_BASE = 1024
 _WORD = 4
 _NOBODY = -1
+_SEVERAL = -2
 ATOMIC = -2
 """Instead of a thread that writes by atomics."""
 
@@ -120,12 +121,12 @@ class Shared:
     self._bytes = np.full(words, _GARBAGE, np.uint32).view(np.uint8)
     self._size = size
     # Of every word: who wrote it last, and when; who has read it since, and when.
-    self._writer = np.full(words, -1, np.int32)
+    self._writer = np.full(words, _NOBODY, np.int32)
     self._written = np.zeros(words, np.int64)
-    self._reader = np.full((words, warps), -1, np.int32)
+    self._reader = np.full((words, warps), _NOBODY, np.int32)
     self._read = np.full((words, warps), -1, np.int64)
-    # Words that threads have written and no fence has shown to the copy engine.
-    self._unfenced = np.full(words, -1, np.int32)
+    # Words that a warp has written and no fence has shown to other engines.
+    self._unfenced = np.full(words, _NOBODY, np.int32)
 
   def _offsets(self, address: np.ndarray, size: int, align: int) -> np.ndarray:
     offsets = address.astype(np.int64) - SHARED_BASE
@@ -148,10 +149,10 @@ class Shared:
     same = (self._read[words, who.warp] == who.clock[who.warp]) & (
       self._reader[words, who.warp] != thread
     )
-    self._reader[words, who.warp] = np.where(same, -2, thread)
+    self._reader[words, who.warp] = np.where(same, _SEVERAL, thread)
     # Words that several lanes read at once have no single reader.
     unique, counts = np.unique(words, return_counts=True)
-    self._reader[unique[counts > 1], who.warp] = -2
+    self._reader[unique[counts > 1], who.warp] = _SEVERAL
     self._read[words, who.warp] = who.clock[who.warp]
     return self._bytes[at]
 
@@ -170,10 +171,11 @@ class Shared:
     self._unfenced[words] = who.warp
     self._bytes[at] = data
 
-  def _touched(self, at: np.ndarray, lanes: np.ndarray, who: Access):
-    words = (
-      at[:, ::_WORD] // _WORD if at.shape[1] > _WORD else at[:, :1] // _WORD
-    )
+  def _touched(
+    self, at: np.ndarray, lanes: np.ndarray, who: Access
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Words, and the thread that touches each."""
+    words = at[:, ::_WORD] // _WORD
     thread = np.broadcast_to((who.warp * WARP + lanes)[:, None], words.shape)
     return words.reshape(-1), thread.reshape(-1)
 
@@ -183,9 +185,8 @@ class Shared:
     writer = self._writer[words]
     known = who.clock[np.maximum(writer, 0) // WARP]
     racing = (
-      (writer >= 0) & (writer != thread) & (self._written[words] >= known)
+      (writer != _NOBODY) & (writer != thread) & (self._written[words] >= known)
     )
-    # A warp has its own present time, before which it has not synchronized.
     if racing.any():
       first = np.flatnonzero(racing)[0]
       raise Fault(
@@ -209,37 +210,32 @@ class Shared:
 
   def fence(self, warp: int) -> None:
     """Shows the copy engine what a warp has written."""
-    self._unfenced[self._unfenced == warp] = -1
+    self._unfenced[self._unfenced == warp] = _NOBODY
 
   def claim(self, offset: int, size: int, who: Access, time: int) -> None:
     """Makes garbage of bytes that the copy engine is about to write, at its time."""
     words = np.arange(offset // _WORD, (offset + size) // _WORD)
-    thread = np.full_like(words, -1)
+    thread = np.full_like(words, _NOBODY)
     self._offsets(np.array([offset + SHARED_BASE]), size, 1)
     self._check_writes(words, thread, who, "copied to")
     self._check_reads(words, thread, who)
     self._bytes.view(np.uint32)[words] = _GARBAGE
     self._writer[words] = self._engine
     self._written[words] = time
-    self._unfenced[words] = -1
+    self._unfenced[words] = _NOBODY
 
   def put_at(self, offsets: np.ndarray, data: np.ndarray) -> None:
     """Bytes from the copy engine."""
     self._bytes[offsets] = data
 
-  def all_bytes(self) -> np.ndarray:
-    """What is there now, for an engine that has asked with `view`."""
-    return self._bytes
-
-  def view(self, offset: int, size: int, who: Access | None) -> np.ndarray:
-    """Bytes for an engine that reads memory without the threads."""
+  def for_engine(self, offset: int, size: int, who: Access) -> np.ndarray:
+    """All bytes, now and later, for an engine that reads some of them."""
     self._offsets(np.array([offset + SHARED_BASE]), size, 1)
     words = np.arange(offset // _WORD, -(-(offset + size) // _WORD))
-    if who is not None:
-      if (self._unfenced[words] >= 0).any():
-        raise Fault(
-          f"shared bytes from {offset} on are copied or multiplied, and no"
-          " fence.proxy.async follows their write"
-        )
-      self._check_writes(words, np.full_like(words, -1), who, "copied")
-    return self._bytes[offset : offset + size]
+    if (self._unfenced[words] != _NOBODY).any():
+      raise Fault(
+        f"shared bytes from {offset} on are copied or multiplied, and no"
+        " fence.proxy.async follows their write"
+      )
+    self._check_writes(words, np.full_like(words, _NOBODY), who, "copied")
+    return self._bytes

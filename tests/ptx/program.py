@@ -93,7 +93,7 @@ def parse(text: str) -> Program:
   source = ""
   # A line of debug information ends without a semicolon.
   body = re.sub(r"(\.loc[^\n]*)\n", r"\1;\n", body)
-  for statement in _with_scopes_named(_joined(body)).split(";"):
+  for statement in _with_scopes_named(_apart(body)).split(";"):
     while start := re.match(r"\s*(?:[{}]|([$\w]+):(?!:))", statement):
       if start[1]:
         labels[start[1]] = len(instructions)
@@ -115,19 +115,11 @@ def parse(text: str) -> Program:
   )
 
 
-def _joined(body: str) -> str:
-  """The text with lists on one line, and scopes in braces on lines of their own."""
-  body = re.sub(
-    r"\{([^{}]*?)\}",
-    # What holds a statement is a scope, and another is a list.
-    lambda m: f"\n{{\n{m[1]}\n}}\n" if ";" in m[1] else m[0].replace("\n", " "),
-    _without_lists(body),
-  )
-  return body.replace("\x01", "{").replace("\x02", "}")
-
-
-def _without_lists(body: str) -> str:
-  return re.sub(r"\{([^{};]*)\}", "\x01\\1\x02", body)
+def _apart(body: str) -> str:
+  """The text with scopes in braces on lines of their own, where no list is."""
+  hidden = re.sub(r"\{([^{};]*)\}", "\x01\\1\x02", body)
+  apart = re.sub(r"\{([^{}]*)\}", "\n{\n\\1\n}\n", hidden)
+  return apart.replace("\x01", "{").replace("\x02", "}")
 
 
 def _with_scopes_named(body: str) -> str:

@@ -128,8 +128,7 @@ def _operand(
     plain = row % 8 * width + row // 8 * stride + depth * 2
   address = transfers.swizzle(start + plain, width) - SHARED_BASE
   low, high = int(address.min()), int(address.max()) + 2
-  warp.block.shared.view(low, high - low, warp.who)
-  shared = warp.block.shared.all_bytes()
+  shared = warp.block.shared.for_engine(low, high - low, warp.who)
   halves = shared[address[..., None] + np.arange(2)].view(np.uint16)[..., 0]
   if kind == "f16":
     return halves.view(np.float16).astype(np.float32)

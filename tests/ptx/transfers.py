@@ -42,7 +42,7 @@ class TensorMap:
   @property
   def element_bytes(self) -> int:
     """Of an element."""
-    return element_bytes(self.kind)
+    return _BYTES[self.kind]
 
   @property
   def box_bytes(self) -> int:
@@ -68,11 +68,6 @@ class TensorMap:
       offset += at * stride
       inside &= (at >= 0) & (at < size)
     return offset.reshape(-1) * self.element_bytes, inside.reshape(-1)
-
-
-def element_bytes(kind: int) -> int:
-  """Bytes of an element of Mosaic GPU's type."""
-  return _BYTES[kind]
 
 
 def swizzle(address: np.ndarray, size: int) -> np.ndarray:
@@ -202,12 +197,14 @@ def _begin_store(
   warp: "Warp", thread: int, tensor: TensorMap, corner: list[int], address: int
 ) -> None:
   block, places = warp.block, _shared_places(tensor, address)
-  block.shared.view(address - SHARED_BASE, tensor.box_bytes, warp.who)
+  shared = block.shared.for_engine(
+    address - SHARED_BASE, tensor.box_bytes, warp.who
+  )
 
   def finish() -> None:
     offset, inside = tensor.places(corner)
     size = tensor.element_bytes
-    data = block.shared.all_bytes()[places[inside][:, None] + np.arange(size)]
+    data = shared[places[inside][:, None] + np.arange(size)]
     if inside.any():
       block.launch.memory.store(tensor.base + offset[inside], data, thread)
 
