@@ -18,6 +18,8 @@ SHARED_BASE = 1024
 _WORD = 4
 _NOBODY = -1
 _SEVERAL = -2
+# Has read for a warp, which has waited for that.
+_ENGINE = -3
 ATOMIC = -2
 """Instead of a thread that writes by atomics."""
 
@@ -200,7 +202,8 @@ class Shared:
   ) -> None:
     read = self._read[words]
     racing = read >= who.clock[None, :-1]
-    racing[:, who.warp] &= self._reader[words, who.warp] != thread
+    reader = self._reader[words, who.warp]
+    racing[:, who.warp] &= (reader != thread) & (reader != _ENGINE)
     if racing.any():
       first, warp = np.argwhere(racing)[0]
       raise Fault(
@@ -229,7 +232,7 @@ class Shared:
     self._bytes[offsets] = data
 
   def for_engine(self, offset: int, size: int, who: Access) -> np.ndarray:
-    """All bytes, now and later, for an engine that reads some of them."""
+    """All bytes, for an engine that reads some of them for a warp."""
     self._offsets(np.array([offset + SHARED_BASE]), size, 1)
     words = np.arange(offset // _WORD, -(-(offset + size) // _WORD))
     if (self._unfenced[words] != _NOBODY).any():
@@ -238,4 +241,6 @@ class Shared:
         " fence.proxy.async follows their write"
       )
     self._check_writes(words, np.full_like(words, _NOBODY), who, "copied")
+    self._reader[words, who.warp] = _ENGINE
+    self._read[words, who.warp] = who.clock[who.warp]
     return self._bytes

@@ -197,13 +197,13 @@ def _begin_store(
   warp: "Warp", thread: int, tensor: TensorMap, corner: list[int], address: int
 ) -> None:
   block, places = warp.block, _shared_places(tensor, address)
-  shared = block.shared.for_engine(
-    address - SHARED_BASE, tensor.box_bytes, warp.who
-  )
+  first, size = address - SHARED_BASE, tensor.element_bytes
+  block.shared.for_engine(first, tensor.box_bytes, warp.who)
 
   def finish() -> None:
     offset, inside = tensor.places(corner)
-    size = tensor.element_bytes
+    # Nobody may have written since.
+    shared = block.shared.for_engine(first, tensor.box_bytes, warp.who)
     data = shared[places[inside][:, None] + np.arange(size)]
     if inside.any():
       block.launch.memory.store(tensor.base + offset[inside], data, thread)
