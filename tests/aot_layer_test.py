@@ -130,6 +130,32 @@ _REFUSED = [
   ),
 ]
 
+
+@pytest.mark.parametrize(
+  ("args", "flags", "found"),
+  [
+    (
+      "route --preset=qwen3_235b --tokens=256",
+      {"preset": "qwen3_235b", "topology": "v6e:1x1", "tokens": 256},
+      ("pallas_tpu", "xla"),
+    ),
+    (
+      "layer --preset=qwen3_235b --tokens_per_chip=128",
+      {"preset": "qwen3_235b", "tokens_per_chip": 128, "grad": False},
+      ("arguments", "collectives", "binds", "mesh"),
+    ),
+  ],
+)
+def test_json_says_what_was_asked(args, flags, found):
+  command = [sys.executable, "-m", "jaxroute.aot", *args.split()]
+  command += ["--topology=v6e:1x1", "--json"]
+  ended = subprocess.run(command, capture_output=True, text=True, check=True)
+  said = json.loads(ended.stdout)
+  assert flags.items() <= said["flags"].items()
+  assert "libtpu" in said["versions"]
+  assert set(found) <= said.keys()
+
+
 # All of them in one process, for flags are a process's and JAX takes seconds.
 _REFUSE = """
 import contextlib, io, json, sys

@@ -9,6 +9,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -122,7 +123,7 @@ def _route(preset: presets.Preset, devices: list[jax.Device]) -> None:
     for name in route.implementations(_TOPOLOGY.value)
   }
   if _JSON.value:
-    print(json.dumps(found, indent=1))
+    _print_json(found, _OF["route"])
     return
   print(
     f"{_PRESET.value}, {_TOKENS.value} tokens, one {devices[0].device_kind};"
@@ -156,9 +157,8 @@ def _layer(preset: presets.Preset, devices: list[jax.Device]) -> None:
     experts_implementation=_EXPERTS.value,
   )
   if _JSON.value:
-    found = dataclasses.asdict(report)
-    found |= {"binds": report.binds, "versions": _versions()}
-    print(json.dumps(found, indent=1))
+    found = dataclasses.asdict(report) | {"binds": report.binds, "mesh": sizes}
+    _print_json(found, _OF["layer"])
     return
   of = " with gradients" if _GRAD.value else ""
   print(
@@ -166,6 +166,13 @@ def _layer(preset: presets.Preset, devices: list[jax.Device]) -> None:
     f" {len(devices)} x {devices[0].device_kind}, {sizes}; {_versions()}\n"
   )
   _print_layer(report)
+
+
+def _print_json(found: dict[str, Any], of: Sequence[flags.FlagHolder]) -> None:
+  """What was found, below the flags that it is of and what compiled it."""
+  given = {flag.name: flag.value for flag in (_PRESET, _TOPOLOGY, *of)}
+  text = {"flags": given, "versions": _versions()} | found
+  print(json.dumps(text, indent=1))
 
 
 def _print_layer(report: layer.Report) -> None:
