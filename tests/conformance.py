@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 
-from jaxroute import scores
+from jaxroute import scores, types
 
 # An interpreted kernel is thousands of small operations: fusing them takes ten
 # times as long as running them.
@@ -70,6 +70,17 @@ def with_selection(route):
     return routing, jax.lax.optimization_barrier(selection)
 
   return both
+
+
+def routing_of(outputs):
+  """A `Routing` of what a GPU kernel returns."""
+  return types.Routing(
+    expert_idx=outputs.expert_idx,
+    weights=outputs.weights,
+    counts=types.Counts(load=outputs.load),
+    cutoff=outputs.cutoff,
+    token_mask=outputs.token_mask,
+  )
 
 
 def assert_is_oracle(

@@ -87,13 +87,7 @@ def _assert_is_right(logits, bias, mask, config, lanes, is_ordinary):
     out.rank, oracle.ranks(xla.expert_idx, xla.token_mask)
   )
   if is_ordinary:
-    routing = types.Routing(
-      expert_idx=out.expert_idx,
-      weights=out.weights,
-      counts=types.Counts(load=out.load),
-      cutoff=out.cutoff,
-      token_mask=out.token_mask,
-    )
+    routing = conformance.routing_of(out)
     conformance.assert_is_oracle(
       lambda *args: (routing, selection),
       np.float32(logits),

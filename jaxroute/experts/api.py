@@ -9,6 +9,7 @@ blocks. The platform's choice is made when a trace is lowered, so that one trace
 serves every platform.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -32,6 +33,14 @@ from jaxroute.parallel import mesh
 Implementation = Literal[
   "ragged_dot", "tiled", "batched", "pallas_tpu", "pallas_gpu"
 ]
+
+
+# The kernel of each platform that has one, and what raises where it cannot run.
+_KERNELS = {"tpu": "pallas_tpu", "cuda": "pallas_gpu"}
+_CHECKS = {
+  "pallas_tpu": pallas_tpu.check_can_run,
+  "pallas_gpu": pallas_gpu.check_can_run,
+}
 
 
 def grouped_matmul(
@@ -203,53 +212,35 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     for name, products in all_products.items()
   }
 
-  def by_platform():
+  def kernel(platform: str, name: str, by_name: bool) -> Callable[..., Any]:
+    """The kernel of a platform, if it can multiply this."""
+    _CHECKS[name](operands, by_name=by_name)
+    return functools.partial(
+      ladder.call_kernel, "grouped_matmul", platform, functions[name], False
+    )
+
+  def by_platform() -> Any:
     is_symbolic = not isinstance(operands[0].shape[0], int)
-    by_xla = dict(
+    branches: dict[str, Callable[..., Any]] = dict(
       cpu=functions["batched" if is_symbolic else "tiled"],
       cuda=functions["batched"],
       default=functions["ragged_dot"],
     )
-    kernels = {}
-    for platform, name, check in (
-      ("tpu", "pallas_tpu", pallas_tpu.check_can_run),
-      ("cuda", "pallas_gpu", pallas_gpu.check_can_run),
-    ):
-      try:
-        check(operands, by_name=False)
-      except NotImplementedError:
-        continue  # XLA takes whatever the kernel cannot
-      kernels[platform] = functools.partial(
-        by_kernel, platform, functions[name]
-      )
-    return lax.platform_dependent(*operands, **by_xla | kernels)
+    for platform, name in _KERNELS.items():
+      with contextlib.suppress(NotImplementedError):
+        # XLA keeps whatever the kernel cannot do.
+        branches[platform] = kernel(platform, name, by_name=False)
+    return lax.platform_dependent(*operands, **branches)
 
-  def by_kernel(
-    platform: str, function: Callable[..., Any], *operands: Any
-  ) -> Any:
-    return ladder.call_kernel(
-      "grouped_matmul", platform, function, False, *operands
-    )
-
-  def by_pallas_tpu():
-    pallas_tpu.check_can_run(operands, by_name=True)
-    return by_kernel("tpu", functions["pallas_tpu"], *operands)
-
-  def by_pallas_gpu():
-    pallas_gpu.check_can_run(operands, by_name=True)
-    return by_kernel("cuda", functions["pallas_gpu"], *operands)
-
-  by_name = {
+  rungs = {None: by_platform} | {
     name: functools.partial(function, *operands)
     for name, function in functions.items()
   }
-  return ladder.climb(
-    "grouped_matmul",
-    {None: by_platform}
-    | by_name
-    | {"pallas_tpu": by_pallas_tpu, "pallas_gpu": by_pallas_gpu},
-    how.implementation,
-  )
+  for platform, name in _KERNELS.items():
+    rungs[name] = lambda platform=platform, name=name: kernel(
+      platform, name, by_name=True
+    )(*operands)
+  return ladder.climb("grouped_matmul", rungs, how.implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))

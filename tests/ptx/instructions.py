@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """What PTX instructions do to a warp, as functions of the warp and the lanes."""
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -365,8 +366,8 @@ _STEPS: dict[str, Callable[[program.Instruction], Step]] = {
   "cp.async.bulk.tensor": transfers.copy,
   "cp.async.bulk.commit_group": transfers.commit,
   "cp.async.bulk.wait_group": transfers.wait,
-  "wgmma.fence": tensor_cores.fence,
+  "wgmma.fence": _nothing,
   "wgmma.mma_async": tensor_cores.multiply,
-  "wgmma.commit_group": tensor_cores.commit,
-  "wgmma.wait_group": tensor_cores.wait,
+  "wgmma.commit_group": functools.partial(transfers.commit, queue="products"),
+  "wgmma.wait_group": functools.partial(transfers.wait, queue="products"),
 }

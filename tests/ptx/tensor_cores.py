@@ -30,24 +30,6 @@ class _Sums:
   products: int = 0
 
 
-def fence(i: program.Instruction) -> Any:
-  """`wgmma.fence`."""
-  del i
-  return lambda warp, lanes: None
-
-
-def commit(i: program.Instruction) -> Any:
-  """`wgmma.commit_group`."""
-  del i
-  return lambda warp, lanes: warp.products.commit()
-
-
-def wait(i: program.Instruction) -> Any:
-  """`wgmma.wait_group`."""
-  pending = int(i.operands[0])
-  return lambda warp, lanes: warp.products.wait(pending)
-
-
 def multiply(i: program.Instruction) -> Any:
   """`wgmma.mma_async`: 64 x 16 by 16 x n, of which a warp has 16 rows."""
   size = re.search(r"m64n(\d+)k16\.f32\.(f16|bf16)\.(f16|bf16)$", i.name)

@@ -211,13 +211,13 @@ def _begin_store(
   warp.stores.add(finish)
 
 
-def commit(i: program.Instruction) -> Any:
-  """`cp.async.bulk.commit_group`."""
+def commit(i: program.Instruction, queue: str = "stores") -> Any:
+  """`commit_group`, of one of a warp's queues."""
   del i
-  return lambda warp, lanes: warp.stores.commit()
+  return lambda warp, lanes: getattr(warp, queue).commit()
 
 
-def wait(i: program.Instruction) -> Any:
-  """`cp.async.bulk.wait_group`."""
+def wait(i: program.Instruction, queue: str = "stores") -> Any:
+  """`wait_group`."""
   pending = int(i.operands[0])
-  return lambda warp, lanes: warp.stores.wait(pending)
+  return lambda warp, lanes: getattr(warp, queue).wait(pending)

@@ -15,7 +15,6 @@ import pytest
 from ptx import emulate, memory
 
 import jaxroute
-from jaxroute import types
 from jaxroute.aot import gpu, process
 from jaxroute.kernels.gpu import device, grouped, order
 from jaxroute.kernels.gpu import route as kernel
@@ -62,13 +61,7 @@ def _assert_routes_as_xla_does(name, tokens, seeds, target="h100"):
     args = case.inputs(seed)
     with emulate.kernels(target, seed=seed):
       out = kernel.route(*args, config=config, lanes=threads, with_rank=True)
-    ours = types.Routing(
-      expert_idx=out.expert_idx,
-      weights=out.weights,
-      counts=types.Counts(load=out.load),
-      cutoff=out.cutoff,
-      token_mask=out.token_mask,
-    )
+    ours = conformance.routing_of(out)
     # The last bits of its exponentials are not a GPU's.
     device_cases.assert_routed_alike(ours, *by_xla(*args), config, exact=False)
     np.testing.assert_array_equal(
