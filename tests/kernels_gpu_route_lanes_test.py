@@ -121,6 +121,7 @@ def test_it_takes_every_shape(shape):
   (
     ("DeepSeek-V3", 16, 8),
     ("DeepSeek-V3", 4096, 8),
+    ("DeepSeek-V3", 16384, 4),
     ("DeepSeek-V3", 65536, 4),
     ("Qwen3 235B", 65536, 2),
     ("DeepSeek-MoE", 16, 2),

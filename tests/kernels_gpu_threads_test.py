@@ -75,6 +75,12 @@ def test_ballot():
   np.testing.assert_array_equal(_TWINS.ballot(full * 0), 0)
 
 
+def test_any_tells_of_one():
+  flags = jnp.zeros(THREADS, jnp.int32)
+  assert _TWINS.any(flags) == 0
+  assert _TWINS.any(flags.at[77].set(-4)) == 1
+
+
 def test_count_bits():
   x = np.concatenate([_words()[:-3], [0, -1, -(2**31)]]).astype(np.int32)
   expected = [sum(_bit(word, i) for i in range(32)) for word in x]
@@ -253,6 +259,9 @@ _USES = {
   "warp_barrier": _barrier("warp_barrier"),
   "shuffle_xor": _on_ints("shuffle_xor", 5),
   "ballot": _on_ints("ballot"),
+  "any": lambda ops, floats, ints: jnp.where(
+    ops.any(ops.gather(ints, ops.index())) != 0, ops.index(), 0
+  ),
   "count_bits": _on_ints("count_bits"),
   "transpose_bits": _on_ints("transpose_bits"),
   "gather": lambda ops, floats, ints: ops.gather(ints, ops.index()),

@@ -118,6 +118,16 @@ def test_the_nearest_bfloat16_is_the_even_one():
       "setp.lt.s32 %p1, %r2, 0;\nvote.sync.ballot.b32 %r2, %p1, -1",
       lambda x: 0 * x + 0x11111111,
     ),
+    (
+      "setp.eq.s32 %p1, %r2, -7;\nvote.sync.any.pred %p1, %p1, -1;\n"
+      "selp.b32 %r2, 5, 6, %p1",
+      lambda x: 0 * x + 5,
+    ),
+    (
+      "setp.eq.s32 %p1, %r2, 9;\nvote.sync.any.pred %p1, %p1, -1;\n"
+      "selp.b32 %r2, 5, 6, %p1",
+      lambda x: 0 * x + 6,
+    ),
   ],
 )
 def test_integers(line, expected):

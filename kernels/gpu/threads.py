@@ -9,6 +9,7 @@ round as XLA's programs for GPUs do. `twins.py` has all of them in plain JAX, fo
 Pallas's interpreter.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -132,6 +133,28 @@ class Threads:
 
     return _elementwise(vote, flags)
 
+  def any(self, flags: jax.Array) -> jax.Array:
+    """int32 scalar: whether `flags`, int32, is not 0 in any thread of the warp.
+
+    Interpreted, of the block: let nothing but work that is not needed depend on it.
+    """
+    layout = plgpu.Layout.WG_SPLAT(())
+
+    @plgpu.inline_mgpu(
+      arg_types=(ROW,),
+      return_type=plgpu.ShapeDtypeStruct((), jnp.int32, layout=layout),
+    )
+    def run(ctx: Any, flags: Any) -> Any:
+      del ctx
+      ne = arith.CmpIPredicate.ne
+      predicate = arith.cmpi(ne, _scalar(flags), _int32(0))
+      vote = nvvm.vote_sync(_int32(-1), predicate, nvvm.VoteSyncKind.any)
+      return mosaic.FragmentedArray.splat(
+        arith.extui(_i32(), vote), (), is_signed=True
+      )
+
+    return run(flags)
+
   def count_bits(self, x: jax.Array) -> jax.Array:
     """The number of ones of int32."""
     return _elementwise(math_dialect.ctpop, x)
@@ -186,10 +209,14 @@ class Threads:
   ) -> None:
     """`ref[index] = value`, where `keep`, int32, is not 0 or is None."""
 
-    def store(ref: Value, index: Value, value: Value) -> None:
-      element = ir.MemRefType(ref.type).element_type
-      if element == ir.IntegerType.get_signless(1):
-        value = arith.trunci(element, value)
+    def store(
+      ref: Value, index: Value, value: Value, predicate: Value | None
+    ) -> None:
+      if predicate is not None:
+        _store_if(predicate, ref, index, value)
+        return
+      if ir.MemRefType(ref.type).element_type == _integer(1):
+        value = arith.trunci(_integer(1), value)
       memref.store(value, ref, [index])
 
     _scatter(store, ref, index, value, keep)
@@ -202,18 +229,25 @@ class Threads:
     Sums of integers do not depend on the order.
     """
 
-    def add(ref: Value, index: Value, value: Value) -> None:
-      pointer = mosaic.utils.memref_ptr(ref)
-      i64 = ir.IntegerType.get_signless(64)
-      offset = arith.index_cast(i64, index)
-      address = mosaic.utils.getelementptr(pointer, [offset], value.type)
-      llvm.atomicrmw(
-        llvm.AtomicBinOp.add,
-        address,
-        value,
-        llvm.AtomicOrdering.monotonic,
-        syncscope="device",
-      )
+    def add(
+      ref: Value, index: Value, value: Value, predicate: Value | None
+    ) -> None:
+      address = _address(ref, index, value.type)
+      branch = None if predicate is None else scf.IfOp(predicate)
+      with (
+        ir.InsertionPoint(branch.then_block)
+        if branch
+        else contextlib.nullcontext()
+      ):
+        llvm.atomicrmw(
+          llvm.AtomicBinOp.add,
+          address,
+          value,
+          llvm.AtomicOrdering.monotonic,
+          syncscope="device",
+        )
+        if branch:
+          scf.YieldOp([])
 
     _scatter(add, ref, index, value, keep)
 
@@ -265,7 +299,7 @@ class Threads:
 
 
 def _scatter(
-  write: Callable[[Value, Value, Value], None],
+  write: Callable[[Value, Value, Value, Value | None], None],
   ref: Ref,
   index: jax.Array,
   value: jax.Array,
@@ -277,17 +311,42 @@ def _scatter(
   def run(ctx: Any, ref: Any, *rows: Any) -> None:
     del ctx
     index, value, *keep = map(_scalar, rows)
-    index = _as_index(index)
-    if not keep:
-      write(ref, index, value)
-      return
-    predicate = arith.cmpi(arith.CmpIPredicate.ne, keep[0], _int32(0))
-    branch = scf.IfOp(predicate)
-    with ir.InsertionPoint(branch.then_block):
-      write(ref, index, value)
-      scf.YieldOp([])
+    predicate = None
+    if keep:
+      predicate = arith.cmpi(arith.CmpIPredicate.ne, keep[0], _int32(0))
+    write(ref, _as_index(index), value, predicate)
 
   run(ref, *rows)
+
+
+def _store_if(predicate: Value, ref: Value, index: Value, value: Value) -> None:
+  """`ref[index] = value` where the predicate holds: one instruction, no branch."""
+  if ir.MemRefType(ref.type).element_type == _integer(1):
+    element, value = _integer(8), arith.trunci(_integer(16), value)
+  else:
+    element = value.type
+  bits = mosaic.utils.bitwidth(element)
+  if isinstance(element, ir.FloatType):
+    value = arith.bitcast(_integer(bits), value)
+  is_shared = mosaic.utils.is_smem_ref(ref)
+  space, pointer, width = (
+    ("shared", "r", 32) if is_shared else ("global", "l", 64)
+  )
+  address = llvm.ptrtoint(_integer(width), _address(ref, index, element))
+  llvm.inline_asm(
+    ir.Type.parse("!llvm.void"),
+    [predicate, address, value],
+    f"@$0 st.{space}.b{bits} [$1], $2;",
+    f"b,{pointer},{'r' if bits == 32 else 'h'},~{{memory}}",
+    has_side_effects=True,
+  )
+
+
+def _address(ref: Value, index: Value, element: Any) -> Value:
+  """A pointer to an element of a vector in memory."""
+  offset = arith.index_cast(_integer(64), index)
+  pointer = mosaic.utils.memref_ptr(ref)
+  return mosaic.utils.getelementptr(pointer, [offset], element)
 
 
 def _assembly(name: str, *arrays: jax.Array) -> jax.Array:
@@ -350,7 +409,7 @@ def _row_of(value: Value, dtype: Any) -> Any:
   """The array in which this thread holds a value."""
   layout = ROW.to_mgpu()
   registers = np.empty(layout.registers_shape((THREADS,)), object)
-  if value.type == ir.IntegerType.get_signless(1):
+  if value.type == _integer(1):
     value = arith.extui(_i32(), value)
   registers.flat[0] = vector.broadcast(
     ir.VectorType.get((1,), value.type), value
@@ -389,8 +448,12 @@ def _as_index(value: Value) -> Value:
   return arith.index_cast(ir.IndexType.get(), value)
 
 
+def _integer(bits: int) -> Any:
+  return ir.IntegerType.get_signless(bits)
+
+
 def _i32() -> Any:
-  return ir.IntegerType.get_signless(32)
+  return _integer(32)
 
 
 def _int32(value: int) -> Value:

@@ -34,6 +34,9 @@ class Twins(Threads):
     words = jnp.sum(bits << _lanes(), axis=1, dtype=jnp.int32)
     return jnp.repeat(words, WARP)
 
+  def any(self, flags: jax.Array) -> jax.Array:
+    return jnp.any(flags != 0).astype(jnp.int32)
+
   def count_bits(self, x: jax.Array) -> jax.Array:
     return jax.lax.population_count(x)
 

@@ -257,12 +257,13 @@ def _vote(i: program.Instruction) -> Step:
   target, predicate, _ = i.operands
 
   def run(warp: "Warp", lanes: np.ndarray) -> None:
-    if i.parts[2] != "ballot" or not lanes.all():
-      raise Fault("only ballots of all lanes are known")
-    bits = np.sum(
-      warp.value(predicate, np.bool_).astype(np.uint64)
-      << _LANES.astype(np.uint64)
-    )
+    if i.parts[2] not in ("ballot", "any") or not lanes.all():
+      raise Fault("only votes of all lanes are known")
+    flags = warp.value(predicate, np.bool_)
+    if i.parts[2] == "any":
+      warp.write(target, flags.any(), lanes)
+      return
+    bits = np.sum(flags.astype(np.uint64) << _LANES.astype(np.uint64))
     warp.write(target, np.array(bits, np.uint64).astype(np.uint32), lanes)
 
   return run

@@ -17,21 +17,20 @@ are few.
          score.score_chunk       logits,            selection_scores
                                  expert_bias
   2      select.threshold        selection_scores   lists
-  3      select.compare          selection_scores   bits
          weigh.write_cutoff                         cutoff (out)
-  4      select.extract          bits               chosen
-  5      weigh.weigh             chosen, logits (in),  chosen, is_counted;
+  3      select.choose           selection_scores   bits, chosen
+  4      weigh.weigh             chosen, logits (in),  chosen, is_counted;
                                  expert_bias,       expert_idx, weights, token_mask,
                                  softmax_sums,      chosen (out)
                                  token_mask (in)
-  6      count.transpose_chosen  is_counted         bits
+  5      count.transpose_chosen  is_counted         bits
          count.count             bits               ranks; load, counts, span_counts
                                                     (out)
-  7      count.write_ranks       bits, ranks,       rank (out)
+  6      count.write_ranks       bits, ranks,       rank (out)
                                  chosen
 
 Names are those of `refs.Buffers`, in shared memory; (in) and (out) mark operands and
-results, in global memory. Stage 7 is there if ranks are asked for. What the table does
+results, in global memory. Stage 6 is there if ranks are asked for. What the table does
 not say of a stage:
 
   start  Chunks of up to 32 experts of all rows arrive one by one, each with a barrier
@@ -40,21 +39,21 @@ not say of a stage:
          those of the row so far: no indices. With groups every group has a list, and
          the lists of groups that are not kept count as -inf. The lists of a token's
          rows are merged last, by exchanges within the warp.
-  3      A score sets one bit if it is not below the K-th largest, and one if above.
-  4      K bits are taken one by one, those of equals from the lowest index on while
-         there is a quota of them. The experts of a token come out in order of their
+  3      A score sets a bit if it is not below the K-th largest. If a token has more
+         than K bits, the warp compares again, and of the equals of the K-th those of
+         the lowest index stay. The experts of a token come out in order of their
          index, its rows one after the other.
-  5      Now a thread has one of the K experts of a token. It scores it again, from the
+  4      Now a thread has one of the K experts of a token. It scores it again, from the
          logit in global memory, finds its place among the K by comparing, and writes
          the results to it.
-  6      A transpose of 32 by 32 bits in every warp turns a word for each row with a
+  5      A transpose of 32 by 32 bits in every warp turns a word for each row with a
          bit for each expert into the opposite; ones are counted. A block adds its
          counts to the load of all. Sums of integers do not depend on the order.
-  7      The ones before a row, and those of the warps before, make the rank of an
+  6      The ones before a row, and those of the warps before, make the rank of an
          assignment in its tile. `order.rank` adds what the tiles before have.
 
 Blocks do not wait for each other. Within a block, warps wait three times: for the
-bias, for all bits of stage 6, and for the sums of stage 7. Stages 4 and 5 exchange by
+bias, for all bits of stage 5, and for the sums of stage 6. Stages 3 and 4 exchange by
 shared memory within a warp only.
 
 Memory: the logits of a tile once, 64 KiB / L for 128 experts, if these are float32.

@@ -240,9 +240,8 @@ def run_tile(tile: Tile) -> None:
   score.load_bias(tile)
   total = score.softmax_sums(tile) if plan.needs_softmax_sums else None
   top, kept = select.threshold(tile, total)
-  select.compare(tile, top[plan.config.top_k - 1], kept)
   weigh.write_cutoff(tile, top)
-  picked = select.extract(tile, top)
+  picked = select.choose(tile, top, kept)
   plan.threads.warp_barrier()
   weigh.weigh(tile)
   plan.threads.warp_barrier()

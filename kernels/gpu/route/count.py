@@ -22,7 +22,7 @@ def transpose_chosen(tile: Tile, picked: list[jax.Array]) -> None:
 
   Args:
     tile: of the block.
-    picked: from `select.extract`.
+    picked: from `select.choose`.
   """
   plan, place, buffers = tile.plan, tile.place, tile.buffers
   counted = plan.threads.gather(buffers.is_counted, place.token)

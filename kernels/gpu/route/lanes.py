@@ -9,8 +9,8 @@ from jaxroute.kernels.gpu.route.plan import MAX_SHARED_BYTES, Plan
 from jaxroute.kernels.gpu.threads import THREADS
 
 _MAX_EXPERTS, _MAX_TOP_K, _MAX_GROUPS = 1024, 16, 32
-# Four blocks for every multiprocessor of an H100; fewer leave some of it idle.
-_ENOUGH_BLOCKS = 4 * 132
+# Three blocks for every multiprocessor of an H100; fewer leave some of it idle.
+_ENOUGH_BLOCKS = 3 * 132
 # With so many experts a thread, shared memory has room for three blocks at once.
 _FEW_EXPERTS = 96
 # With fewer experts a thread, to merge lists is most of the work.

@@ -74,9 +74,9 @@ class Buffers:
       moment the exponentials of a softmax.
     expert_bias: `[lanes * bias_pitch]` float32, by parts; None if there is none.
     lists: `[groups * length * 128]` float32. The largest of the groups of a row.
-    bits: `[2 * chunks * 128]` int32. A bit for every expert of a row: whether its
-      score is not below the K-th largest, and whether it is above. Then, for an
-      expert of a chunk and a warp, a bit for every row that chose it; and behind
+    bits: `[chunks * 128]` int32, 128 more with a rank. A bit for every expert of a
+      row: whether its score is not below, or is above, the K-th largest. Then, for
+      an expert of a chunk and a warp, a bit for every row that chose it; and behind
       those of all chunks, for a warp, a bit for every row that is not counted.
     softmax_sums: `[2 * 128]` float32. The largest logit of a row's token and the sum
       of the exponentials.
@@ -111,7 +111,7 @@ def buffer_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     "logits": (chunk, plan.dtype),
     "chosen": ((plan.tile_tokens * plan.slots + spare,), jnp.int32),
     "is_counted": ((plan.tile_tokens,), jnp.int32),
-    "bits": ((2 * plan.chunks * THREADS,), jnp.int32),
+    "bits": (((plan.chunks + plan.with_rank) * THREADS,), jnp.int32),
   }
   if plan.dtype != jnp.float32:
     shapes["selection_scores"] = chunk, jnp.float32

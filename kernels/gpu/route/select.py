@@ -17,7 +17,7 @@ from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route import score
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.score import NEG_INF
-from jaxroute.kernels.gpu.route.tile import Place, Tile, loop
+from jaxroute.kernels.gpu.route.tile import Place, Tile, loop, over_lanes
 from jaxroute.kernels.gpu.threads import ROW, THREADS, by_row, full
 
 UNREACHABLE = 1 << 16
@@ -189,13 +189,69 @@ def _merge_groups(tile: Tile, kept: list[jax.Array]) -> list[jax.Array]:
   return _fill(top, plan.list_length)
 
 
-def compare(tile: Tile, kth: jax.Array, kept: list[jax.Array]) -> None:
-  """Sets two bits for every expert of a row: reads `selection_scores`, writes `bits`.
+def choose(
+  tile: Tile, top: list[jax.Array], kept: list[jax.Array]
+) -> list[jax.Array]:
+  """Finds the K experts: those above the K-th score, and the first of its equals.
+
+  Reads `selection_scores`, and writes `bits` and `chosen`. No barrier follows.
 
   Args:
     tile: of the block.
-    kth: `[128]`. The K-th largest selection score.
+    top: from `threshold`, as is the next.
+    kept: whether groups are.
+
+  Returns:
+    For every chunk of a row, `[128]` int32 with a bit for every chosen expert.
+  """
+  plan = tile.plan
+  k, kth = plan.config.top_k, top[plan.config.top_k - 1]
+  not_below = _compare(tile, kth, kept, is_strict=False)
+  own = _count(plan, not_below)
+  total = over_lanes(plan, own, jnp.add, plan.lanes)
+
+  def choose_all() -> list[jax.Array]:
+    _write_chosen(tile, not_below, own)
+    return not_below
+
+  def choose_first() -> list[jax.Array]:
+    above = _compare(tile, kth, kept, is_strict=True)
+    equal = [a & ~b for a, b in zip(not_below, above, strict=True)]
+    quota = full(k, jnp.int32)
+    for value in top[:k]:
+      quota = quota - plan.threads.is_less(kth, value)
+    if plan.lanes > 1:
+      # Parts in front come first.
+      quota = quota - _sum_before(plan, tile.place, _count(plan, equal))
+    equal = _first_bits(equal, quota, k)
+    chosen = [a | b for a, b in zip(above, equal, strict=True)]
+    # What cannot be reached is chosen if all that can be is: then the K-th is -inf.
+    forced = [jnp.where(kth == NEG_INF, b, 0) for b in equal]
+    _write_chosen(
+      tile, chosen, _count(plan, chosen), forced if plan.groups else None
+    )
+    return chosen
+
+  # Hardly ever more are not below the K-th than K.
+  has_ties = plan.threads.any(threads.as_words(total != k))
+  return lax.cond(has_ties != 0, choose_first, choose_all)
+
+
+def _compare(
+  tile: Tile, kth: jax.Array, kept: list[jax.Array], is_strict: bool
+) -> list[jax.Array]:
+  """Finds which scores of a row are not below a threshold, or are above it.
+
+  Reads `selection_scores` and writes `bits`.
+
+  Args:
+    tile: of the block.
+    kth: `[128]`. The threshold.
     kept: from `threshold`.
+    is_strict: whether to find those above.
+
+  Returns:
+    For every chunk, `[128]` int32 with a bit for every expert.
   """
   plan, buffers = tile.plan, tile.buffers
   all_bits = (1 << plan.width) - 1 if plan.width < 32 else -1
@@ -204,29 +260,33 @@ def compare(tile: Tile, kth: jax.Array, kept: list[jax.Array]) -> None:
     chunk: jax.Array | int, reachable: jax.Array | None = None
   ) -> None:
     x = plgpu.load(buffers.selection_scores.at[chunk], layout=by_row(4))
-    below = above = full(0, jnp.int32)
+    bits = full(0, jnp.int32)
     for value in reversed(threads.columns(x)):
-      below = (below << 1) | plan.threads.is_less(value, kth)
-      above = (above << 1) | plan.threads.is_less(kth, value)
-    not_below = ~below & all_bits
+      pair = (kth, value) if is_strict else (value, kth)
+      bits = (bits << 1) | plan.threads.is_less(*pair)
+    if not is_strict:
+      bits = ~bits & all_bits
     if reachable is not None:
-      # If the K-th is -inf, all that cannot be reached are its equals.
-      others = jnp.where(kth == NEG_INF, all_bits & ~reachable, 0)
-      not_below = (not_below & reachable) | others
-      above = above & reachable
-    buffers.bits[_bits_slice(chunk)] = not_below
-    buffers.bits[_bits_slice(plan.chunks + chunk)] = above
+      bits = bits & reachable
+      if not is_strict:
+        # If the K-th is -inf, all that cannot be reached are its equals.
+        bits = bits | jnp.where(kth == NEG_INF, all_bits & ~reachable, 0)
+    buffers.bits[_bits_slice(chunk)] = bits
 
-  if not kept:
+  if kept:
+    for chunk in range(plan.chunks):
+      compare_chunk(chunk, _reachable_bits(plan, chunk, kept))
+  else:
 
     def step(chunk: jax.Array | int, carry: int) -> int:
       compare_chunk(chunk)
       return carry
 
     loop(plan.chunks, step, 0)
-    return
-  for chunk in range(plan.chunks):
-    compare_chunk(chunk, _reachable_bits(plan, chunk, kept))
+  return [
+    plgpu.load(buffers.bits.at[_bits_slice(chunk)], layout=ROW)
+    for chunk in range(plan.chunks)
+  ]
 
 
 def _reachable_bits(plan: Plan, chunk: int, kept: list[jax.Array]) -> jax.Array:
@@ -246,66 +306,76 @@ def _bits_slice(chunk: jax.Array | int) -> Any:
   return pl.ds(chunk * THREADS, THREADS)
 
 
-def extract(tile: Tile, top: list[jax.Array]) -> list[jax.Array]:
-  """Finds the K experts: those above the K-th score, and the first of its equals.
-
-  Reads `bits` and writes `chosen`. No barrier follows.
+def _write_chosen(
+  tile: Tile,
+  words: list[jax.Array],
+  own: jax.Array,
+  forced: list[jax.Array] | None = None,
+) -> None:
+  """Writes the experts of a row to `chosen`, behind those of the parts before.
 
   Args:
     tile: of the block.
-    top: from `threshold`.
-
-  Returns:
-    For every chunk of a row, `[128]` int32 with a bit for every chosen expert.
+    words: for every chunk, `[128]` int32 with a bit for every chosen expert.
+    own: `[128]` int32. How many these are.
+    forced: bits of those that are chosen for want of others, if there may be any.
   """
-  plan, place, buffers = tile.plan, tile.place, tile.buffers
-  k, kth = plan.config.top_k, top[plan.config.top_k - 1]
-
-  def load(chunk: int) -> jax.Array:
-    return plgpu.load(buffers.bits.at[_bits_slice(chunk)], layout=ROW)
-
-  above = [load(plan.chunks + chunk) for chunk in range(plan.chunks)]
-  equal = [load(chunk) & ~bits for chunk, bits in enumerate(above)]
-  quota = full(k, jnp.int32)
-  for value in top[:k]:
-    quota = quota - plan.threads.is_less(kth, value)
-  first_slot, own = place.token * plan.slots, full(k, jnp.int32)
+  plan, place = tile.plan, tile.place
+  last = place.token * plan.slots + own - 1
   if plan.lanes > 1:
-    num_equal, num_above = (_count(plan, bits) for bits in (equal, above))
-    # Parts in front come first.
-    quota = jnp.maximum(quota - _sum_before(plan, place, num_equal), 0)
-    own = num_above + jnp.minimum(quota, num_equal)
-    first_slot = first_slot + _sum_before(plan, place, own)
+    last = last + _sum_before(plan, place, own)
   first_expert = place.part * plan.part
-  picked = [full(0, jnp.int32)] * plan.chunks
-  for i in range(k):
-    # The lowest bit of all that may be chosen.
-    words = [
-      jnp.where(quota > 0, a | e, a) for a, e in zip(above, equal, strict=True)
-    ]
-    word, chunk = words[-1], full(plan.chunks - 1, jnp.int32)
-    for c in reversed(range(plan.chunks - 1)):
+  words = list(words)
+  for i in range(plan.config.top_k):
+    # From the highest bit down.
+    word, chunk = words[0], full(0, jnp.int32)
+    for c in range(1, plan.chunks):
       word = jnp.where(words[c] == 0, word, words[c])
       chunk = jnp.where(words[c] == 0, chunk, c)
-    bit = word & -word
-    expert = first_expert + chunk * plan.width + (31 - lax.clz(bit))
+    place_in_word = 31 - lax.clz(word)
+    bit = full(1, jnp.int32) << place_in_word
     taken = [
       jnp.where(chunk == c, bit, 0) if plan.chunks > 1 else bit
       for c in range(plan.chunks)
     ]
-    was_equal = functools.reduce(
-      jnp.bitwise_or, [e & t for e, t in zip(equal, taken, strict=True)]
-    )
-    if plan.groups:
-      is_forced = (was_equal != 0) & (kth == NEG_INF)
-      expert = jnp.where(is_forced, expert + UNREACHABLE, expert)
+    expert = first_expert + chunk * plan.width + place_in_word
+    if forced is not None:
+      is_forced = functools.reduce(
+        jnp.bitwise_or, [f & t for f, t in zip(forced, taken, strict=True)]
+      )
+      expert = jnp.where(is_forced != 0, expert + UNREACHABLE, expert)
     keep = threads.as_words(i < own) if plan.lanes > 1 else None
-    plan.threads.scatter(buffers.chosen, first_slot + i, expert, keep)
-    quota = jnp.where(was_equal != 0, quota - 1, quota)
-    above = [a & ~t for a, t in zip(above, taken, strict=True)]
-    equal = [e & ~t for e, t in zip(equal, taken, strict=True)]
-    picked = [p | t for p, t in zip(picked, taken, strict=True)]
-  return picked
+    plan.threads.scatter(tile.buffers.chosen, last - i, expert, keep)
+    words = [w & ~t for w, t in zip(words, taken, strict=True)]
+
+
+def _first_bits(
+  words: list[jax.Array], quota: jax.Array, most: int
+) -> list[jax.Array]:
+  """The lowest bits of some words, the first word first.
+
+  Args:
+    words: `[128]` int32.
+    quota: `[128]` int32. How many bits to take; less than 0 is none.
+    most: no quota is more.
+
+  Returns:
+    Words with these bits.
+  """
+
+  def take(
+    i: jax.Array, carry: tuple[list[jax.Array], list[jax.Array]]
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
+    first, rest = list(carry[0]), list(carry[1])
+    is_open = i < quota
+    for c, word in enumerate(rest):
+      bit = jnp.where(is_open, word & -word, 0)
+      first[c], rest[c] = first[c] | bit, word & ~bit
+      is_open = is_open & (bit == 0)
+    return first, rest
+
+  none = [full(0, jnp.int32)] * len(words)
+  return lax.fori_loop(0, most, take, (none, words))[0]
 
 
 def _count(plan: Plan, words: list[jax.Array]) -> jax.Array:

@@ -93,31 +93,53 @@ def weigh(tile: Tile) -> None:
   rounds = tile.plan.rounds
   if rounds <= _ROUNDS_AT_ONCE:
     # No round waits for the memory of the one before.
-    for choice in [_look_up(tile, round_) for round_ in range(rounds)]:
-      _run_round(tile, choice)
+    fetched = [_fetch(tile, round_) for round_ in range(rounds)]
+    for round_ in range(rounds):
+      _run_round(tile, _look_up(tile, round_, *fetched[round_]))
     return
 
-  def run_round(round_: jax.Array, carry: int) -> int:
-    _run_round(tile, _look_up(tile, round_))
-    return carry
+  def run_round(
+    round_: jax.Array, fetched: tuple[jax.Array, jax.Array]
+  ) -> tuple[jax.Array, jax.Array]:
+    # The next logits arrive while these are weighed.
+    following = _fetch(tile, jnp.minimum(round_ + 1, rounds - 1))
+    _run_round(tile, _look_up(tile, round_, *fetched))
+    return following
 
-  lax.fori_loop(0, rounds, run_round, 0)
+  lax.fori_loop(0, rounds, run_round, _fetch(tile, 0))
 
 
-def _look_up(tile: Tile, round_: jax.Array | int) -> _Choice:
-  """What a thread works on in a round."""
+def _fetch(tile: Tile, round_: jax.Array | int) -> tuple[jax.Array, jax.Array]:
+  """What `chosen` holds for a thread in a round, and the logit of that expert."""
   plan = tile.plan
   slot = slot_of(tile, round_)
+  word = plan.threads.gather(tile.buffers.chosen, slot.index)
+  word = jnp.where(slot.is_used, word, 0)
   token = tile.first_token + slot.token
-  expert = plan.threads.gather(tile.buffers.chosen, slot.index)
-  expert = jnp.where(slot.is_used, expert, 0)
+  index = token * plan.padded_experts + _expert(plan, word)
+  return word, plan.threads.gather(tile.operands.logits, index)
+
+
+def _look_up(
+  tile: Tile, round_: jax.Array | int, word: jax.Array, logit: jax.Array
+) -> _Choice:
+  """What a thread works on in a round, of what it has fetched."""
+  slot = slot_of(tile, round_)
   is_reachable = slot.is_used
-  if plan.groups:
-    is_reachable = is_reachable & (expert < UNREACHABLE)
-    expert = expert & (UNREACHABLE - 1)
-  index = token * plan.padded_experts + expert
-  logit = plan.threads.gather(tile.operands.logits, index)
-  return _Choice(slot, token, expert, logit, is_reachable)
+  if tile.plan.groups:
+    is_reachable = is_reachable & (word < UNREACHABLE)
+  return _Choice(
+    slot=slot,
+    token=tile.first_token + slot.token,
+    expert=_expert(tile.plan, word),
+    logit=logit,
+    is_reachable=is_reachable,
+  )
+
+
+def _expert(plan: Plan, word: jax.Array) -> jax.Array:
+  """The expert of a word of `chosen`, without what `UNREACHABLE` adds to it."""
+  return word & (UNREACHABLE - 1) if plan.groups else word
 
 
 def _run_round(tile: Tile, choice: _Choice) -> None:
