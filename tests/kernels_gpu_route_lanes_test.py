@@ -124,7 +124,7 @@ def test_it_takes_every_shape(shape):
     ("DeepSeek-V3", 16384, 4),
     ("DeepSeek-V3", 65536, 4),
     ("Qwen3 235B", 65536, 2),
-    ("DeepSeek-MoE", 16, 2),
+    ("DeepSeek-MoE", 16, 8),
     ("DeepSeek-MoE", 10**6, 1),
     ("Mixtral 8x7B", 16, 1),
     # Groups of 20 are of one thread, and 60 has no parts of whole chunks.

@@ -97,6 +97,7 @@ class Kernel:
     barriers: `bar.sync` in the PTX.
     instructions: machine instructions that a warp executes, counted by
       `gpu_sass.executed`; None if that depends on data.
+    sass: its machine code, with what the assembler tells the core.
   """
 
   name: str
@@ -107,6 +108,7 @@ class Kernel:
   blocks_per_core: int
   barriers: int
   instructions: int | None
+  sass: str = dataclasses.field(repr=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -347,6 +349,7 @@ def _kernels(folder: pathlib.Path, gpu: dict[str, Any]) -> tuple[Kernel, ...]:
         blocks_per_core=min(room),
         barriers=len(re.findall(r"\bbar\.sync\b", ptx)),
         instructions=_instructions(sass),
+        sass=sass,
       )
     )
   return tuple(kernels)

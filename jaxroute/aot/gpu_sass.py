@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Counts the machine instructions that a warp executes, in a disassembly.
+"""The machine instructions that a warp executes, from a disassembly.
 
 The code is walked from its entry. Registers whose value was known when it was
 compiled are computed, so that a loop of a fixed number of trips is walked as
@@ -21,15 +21,38 @@ count.
 import operator
 import re
 import struct
+from typing import NamedTuple
 
 # More than any kernel of ours executes.
 _LIMIT = 1_000_000
 _WORD = 2**32
 
-# Operation (with flags), operands.
-Instruction = tuple[str, list[str]]
 # Register or predicate to its value.
 Values = dict[str, int]
+
+
+class Instruction(NamedTuple):
+  """One of a disassembly.
+
+  Attributes:
+    predicate: under which it does something; "PT" is always.
+    op: with its flags.
+    operands: as they are written.
+    control: what the assembler tells the core of it, if that is shown:
+      counters to wait for, those to set when it has read and written, whether
+      others may go first, and cycles until the next.
+  """
+
+  predicate: str
+  op: str
+  operands: list[str]
+  control: str = ""
+
+  @property
+  def base(self) -> str:
+    """The operation without flags."""
+    return self.op.split(".")[0]
+
 
 _COMPARISONS = {
   "EQ": operator.eq,
@@ -53,25 +76,41 @@ def executed(sass: str) -> int:
   Raises:
     ValueError: if the trips of a loop are not known.
   """
+  return sum(step.base != "NOP" for step in walk(sass))
+
+
+def walk(sass: str, votes: int | None = None) -> list[Instruction]:
+  """Lists the instructions that a warp executes, in their order.
+
+  Args:
+    sass: one kernel, disassembled by nvdisasm.
+    votes: what votes of a warp for any of its threads are taken to find, 0 or
+      1; None if that is not known.
+
+  Returns:
+    Those to the first EXIT.
+
+  Raises:
+    ValueError: if the trips of a loop are not known.
+  """
   code, labels = _parse(sass)
   values: Values = {}
-  at = count = 0
-  while at < len(code) and count < _LIMIT:
-    predicate, (op, operands) = code[at]
-    base = op.split(".")[0]
-    count += base != "NOP"
-    holds = _value(predicate, values)
-    if base == "EXIT" and holds:
-      return count
-    if base == "BRA":
+  at, steps = 0, []
+  while at < len(code) and len(steps) < _LIMIT:
+    step = code[at]
+    op, operands = step.op, step.operands
+    holds = _value(step.predicate, values)
+    steps.append(step)
+    if step.base == "EXIT" and holds:
+      return steps
+    if step.base == "BRA":
       # A second predicate may stand before the label.
       for extra in operands[:-1]:
         also = _value(extra, values)
         holds = also if holds else holds
       label = labels[operands[-1].strip("`()")]
       if holds is None and label <= at:
-        loop = code[label : at + 1]
-        if not any(op.startswith("SYNCS") for _, (op, _) in loop):
+        if not any(other.base == "SYNCS" for other in code[label : at + 1]):
           raise ValueError(
             f"expected loops of a fixed number of trips; that to {operands[-1]}"
             " depends on data, or on an operation that is not known here"
@@ -81,23 +120,25 @@ def executed(sass: str) -> int:
     if holds is None or not _compute(op, operands, values):
       for name in _written(op, operands):
         values.pop(name, None)
+      is_vote = holds and op == "VOTE.ANY" and _is_predicate(operands[0])
+      if is_vote and votes is not None:
+        values[operands[0]] = votes
     at += 1
   raise ValueError(f"expected EXIT within {_LIMIT} instructions, found none")
 
 
-def _parse(
-  sass: str,
-) -> tuple[list[tuple[str, Instruction]], dict[str, int]]:
-  """Every instruction with its predicate; and the places of the labels."""
+def _parse(sass: str) -> tuple[list[Instruction], dict[str, int]]:
+  """Every instruction; and the places of the labels."""
   code, labels = [], {}
   for line in sass.splitlines():
     if label := re.match(r"(\.L_x_\d+):", line):
       labels[label[1]] = len(code)
     elif found := re.search(
-      r"/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*)", line
+      r"([^\s/]*)\s*/\*[0-9a-f]{4,}\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*)",
+      line,
     ):
-      operands = [x.strip() for x in found[3].split(",") if x.strip()]
-      code.append((found[1] or "PT", (found[2], operands)))
+      operands = [x.strip() for x in found[4].split(",") if x.strip()]
+      code.append(Instruction(found[2] or "PT", found[3], operands, found[1]))
   return code, labels
 
 
@@ -133,8 +174,11 @@ def _written(op: str, operands: list[str]) -> list[str]:
   width = 1
   if {"64", "WIDE"} & set(flags) or base in ("CS2R", "FADD2", "FMUL2", "FFMA2"):
     width = 2
-  if "128" in flags or base in ("LDSM", "ATOM", "ATOMS", "ATOMG"):
+  if "128" in flags or base in ("ATOM", "ATOMS", "ATOMG"):
     width = 4
+  if base == "LDSM":
+    # So many matrices of 8 x 8.
+    width = next((n for n in (4, 2) if str(n) in flags), 1)
   names = [f"{found[1]}{int(found[2]) + i}" for i in range(width)]
   # A sum writes its carry, too.
   return names + [x for x in operands[1:3] if _is_predicate(x)]

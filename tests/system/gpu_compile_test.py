@@ -5,6 +5,7 @@ import json
 import re
 
 import cases
+import gpu_model
 import gpu_static
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,19 @@ def test_tokens_stay_in_their_shards():
   for collectives, sorts in process.apart(_shards_of_xla):
     assert collectives == ["all-reduce"]  # of the load
     assert sorts == ["s32[16,64]"]
+
+
+@needs_compiler
+def test_the_model_of_a_core_prefers_the_threads_that_are_chosen():
+  few, many = (
+    process.apart(gpu_model.compile_router, "V3", lanes) for lanes in (4, 8)
+  )
+  for tokens in (16, 16_384, 65_536):
+    times = [gpu_model.estimate("V3", c, tokens) for c in (few, many)]
+    assert (times[0] < times[1]) == (tokens > 16)
+    # Of a copy of the logits, on an H100, by `docs/performance.md`.
+    if tokens == 65_536:
+      assert times[0] < 0.85 * 45.7
 
 
 # A wait, four trips of a loop whose counter moves through a predicate, and an

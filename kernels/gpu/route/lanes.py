@@ -13,8 +13,6 @@ _MAX_EXPERTS, _MAX_TOP_K, _MAX_GROUPS = 1024, 16, 32
 _ENOUGH_BLOCKS = 3 * 132
 # With so many experts a thread, shared memory has room for three blocks at once.
 _FEW_EXPERTS = 96
-# With fewer experts a thread, to merge lists is most of the work.
-_MIN_EXPERTS = 32
 
 
 def unsupported(config: types.RouterConfig, dtype: Any) -> str | None:
@@ -50,9 +48,10 @@ def choose(config: types.RouterConfig, tokens: int, dtype: Any) -> int:
   """Threads for a token: as few as keep all multiprocessors busy.
 
   More threads a token cost instructions, for their lists have to be merged. Fewer
-  need more shared memory, so that fewer blocks run at once. On one H100, of 65,536
-  tokens and 256 experts, a prototype with 1, 2, 4 and 8 took 61, 43, 38 and 50
-  microseconds; of 4,096 tokens, with 4 and 8, 5.3 and 5.1.
+  need more shared memory, so that fewer blocks run at once, and take longer if there
+  are few tokens. `benchmarks/gpu_model.py` estimates the time of each number. On one
+  H100, of 65,536 tokens and 256 experts, a prototype with 1, 2, 4 and 8 took 61, 43,
+  38 and 50 microseconds; of 4,096 tokens, with 4 and 8, 5.3 and 5.1.
 
   Args:
     config: one that is not `unsupported`.
@@ -67,8 +66,7 @@ def choose(config: types.RouterConfig, tokens: int, dtype: Any) -> int:
     blocks = tokens * lanes // THREADS
     if config.num_experts // lanes <= _FEW_EXPERTS and blocks >= _ENOUGH_BLOCKS:
       return lanes
-  large = [n for n in candidates if config.num_experts // n >= _MIN_EXPERTS]
-  return max(large, default=candidates[0])
+  return candidates[-1]
 
 
 def possible(config: types.RouterConfig, dtype: Any) -> list[int]:
