@@ -25,23 +25,25 @@ _ON_EVERY_JAX = (
 )
 
 
-def rows(values, on_every_jax=_ON_EVERY_JAX):
+def rows(values, on_every_jax=_ON_EVERY_JAX, long=()):
   """Parameters of a test, of which a second version of JAX gets some.
 
   Args:
     values: a shape, a name of a family, ... each.
     on_every_jax: those that it gets.
+    long: those that are for `--all`.
 
   Returns:
     A list of the parameters.
   """
+
+  def marks(value):
+    if value in long:
+      return pytest.mark.long
+    return () if value in on_every_jax else pytest.mark.any_jax
+
   return [
-    pytest.param(
-      value,
-      marks=() if value in on_every_jax else pytest.mark.any_jax,
-      id=str(value),
-    )
-    for value in values
+    pytest.param(value, marks=marks(value), id=str(value)) for value in values
   ]
 
 
