@@ -38,10 +38,18 @@ _MATMUL = [(128, 128, 4), (128, 128, 6), (128, 192, 4), (128, 256, 4)]
 _MATMUL += [(128, 256, 3), (256, 128, 4)]
 _OUTER = [(128, 128, 4), (128, 128, 6), (128, 256, 4), (256, 128, 4)]
 _WIDTHS = (1, 4, None)
+# In pairs, too.
+_IN_PAIRS = [(128, 128, 6), (128, 256, 4)]
 
 
 def _tilings(shapes: list[tuple[int, int, int]]) -> list[grouped.Tiling]:
-  return [grouped.Tiling(*shape, w) for shape in shapes for w in _WIDTHS]
+  pairs = [shape for shape in shapes if shape in _IN_PAIRS]
+  return [
+    grouped.Tiling(*shape, width, cluster)
+    for cluster, these in ((1, shapes), (2, pairs))
+    for shape in these
+    for width in _WIDTHS
+  ]
 
 
 def matmul(group_sizes: jax.Array, transpose_rhs: bool) -> Any:
@@ -116,9 +124,10 @@ def outer(group_sizes: jax.Array, m: int, f: int) -> Any:
 
 
 def _name(tiling: grouped.Tiling, chosen: grouped.Tiling) -> str:
-  m, n, stages, width = tiling
+  m, n, stages, width, cluster = tiling
+  pairs = ", in pairs" if cluster > 1 else ""
   mark = ", by default" if tiling == chosen else ""
-  return f"{m} x {n}, {stages} stages, width {width or 'all'}{mark}"
+  return f"{m} x {n}, {stages} stages, width {width or 'all'}{pairs}{mark}"
 
 
 def main(argv: list[str]) -> None:

@@ -121,28 +121,6 @@ def test_what_is_not_finite_stays_in_its_group(operand, bad):
   assert not jnp.any(jnp.isfinite(actual[1]))
 
 
-def test_every_row_is_in_one_tile_of_its_group():
-  rng = np.random.default_rng(0)
-  for num_groups in (1, 3, 40):
-    for m in (128, 256):
-      sizes = rng.integers(0, 300, num_groups) * rng.integers(0, 2, num_groups)
-      n = int(sizes.sum()) + int(rng.integers(0, 2)) * 131
-      tiles = grouped._row_tiles(jnp.asarray(sizes, jnp.int32), n, m)
-      count = int(tiles.count[0])
-      assert count <= len(tiles.group)
-      owners = np.full(n, -1)
-      for group, start, begin, end in zip(
-        *(np.asarray(x)[:count] for x in tiles[:4]), strict=True
-      ):
-        assert start % 8 == 0
-        assert 0 <= begin < end <= m
-        assert np.all(owners[start + begin : start + end] == -1)
-        owners[start + begin : start + end] = group
-      expected = np.repeat(np.arange(num_groups), sizes)
-      np.testing.assert_array_equal(owners[: len(expected)], expected)
-      assert np.all(owners[len(expected) :] == num_groups)
-
-
 def test_tiles_are_large_where_they_fit():
   assert grouped.matmul_tiling(2048) == grouped.Tiling(128, 256)
   assert grouped.matmul_tiling(1408) == grouped.Tiling(128, 256)

@@ -33,12 +33,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jaxroute.kernels.gpu import device
+from jaxroute.kernels.gpu import device, row_tiles
+from jaxroute.kernels.gpu.row_tiles import PACK
 
 # One swizzled row of 16-bit operands, 128 bytes.
 _STEP = 64
-# Rows of a tile in shared memory come in packs of 8.
-_PACK = 8
 # Rows of the result that are stored at a time.
 _PIECE = 64
 _PIECE_BYTES = 128
@@ -57,14 +56,18 @@ class Tiling(NamedTuple):
     n: columns of a tile, a multiple of 64; of 128 for `outer`. A thread holds
       m n / 256 sums.
     stages: steps that are in shared memory at a time.
-    width: columns of tiles that are walked before the next row of tiles; None
-      for all.
+    width: columns of tiles, or of clusters of them, that are walked before the
+      next row; None for all.
+    cluster: tiles side by side that are made at once, by as many blocks: in a
+      row of `matmul`, in a column of `outer`. They share what they have in
+      common, of which each loads a part for all.
   """
 
   m: int
   n: int
   stages: int = 4
   width: int | None = None
+  cluster: int = 1
 
 
 def unsupported(num_rows: Any, widths: Iterable[int], dtype: Any) -> str | None:
@@ -82,7 +85,7 @@ def unsupported(num_rows: Any, widths: Iterable[int], dtype: Any) -> str | None:
     return f"the GPU kernel takes bfloat16 and float16, got {jnp.dtype(dtype)}"
   if not isinstance(num_rows, int):
     return f"the GPU kernel needs a number of rows, got {num_rows}"
-  sizes = [("a number of rows", num_rows, _PACK)]
+  sizes = [("a number of rows", num_rows, PACK)]
   sizes += [("a width", width, _STEP) for width in widths]
   for what, size, unit in sizes:
     if size < _MIN_SIZE or size % unit:
@@ -144,19 +147,21 @@ def matmul(
   num_groups, n = rhs.shape[0], rhs.shape[1 if transpose_rhs else 2]
   tiling = tiling or matmul_tiling(n)
   stages = min(tiling.stages, depth // _STEP)
-  blocks_n = pl.cdiv(n, tiling.n)
-  tiles = _row_tiles(group_sizes, num_rows, tiling.m)
+  blocks_n = pl.cdiv(n, tiling.n * tiling.cluster)
+  tiles = row_tiles.row_tiles_of(group_sizes, num_rows, tiling.m)
   if transpose_rhs:
     rhs_spec = plgpu.BlockSpec((tiling.n, _STEP), lambda k: (0, k))
   else:
     rhs_spec = plgpu.BlockSpec((_STEP, tiling.n), lambda k: (k, 0))
-  lhs_spec = plgpu.BlockSpec((tiling.m, _STEP), lambda k: (0, k))
+  lhs_spec = plgpu.BlockSpec(
+    (tiling.m, _STEP), lambda k: (0, k), collective_axes=_shared_by(tiling)
+  )
   pipeline = functools.partial(_pipeline, [lhs_spec, rhs_spec], stages)
   half = tiling.m // 2
 
   def make_tile(index, tiles, lhs, rhs, out, scratch):
     group, start, begin, end = (ref[index[0]] for ref in tiles[:4])
-    start = pl.multiple_of(start, _PACK)
+    start = pl.multiple_of(start, PACK)
     columns = pl.ds(index[1] * tiling.n, tiling.n)
     warpgroup = lax.axis_index("warpgroup")
 
@@ -196,12 +201,15 @@ def matmul(
         index = plgpu.planar_snake(
           info.index[0], grid, 1, tiling.width or blocks_n
         )
+        index = index[0], _of_cluster(tiling, index[1])
         make_tile(index, tiles, lhs, rhs, out, scratch)
 
     _run_with_scratch(run, pipeline, (lhs, rhs.at[0]), dtype)
 
   shape = num_rows, n
-  return _call("matmul", body, tiles, lhs, rhs, shape, dtype, interpret)
+  return _call(
+    "matmul", body, tiles, lhs, rhs, shape, dtype, tiling.cluster, interpret
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("dtype", "tiling", "interpret"))
@@ -229,18 +237,18 @@ def outer(
   """
   (num_rows, m), n = lhs.shape, rhs.shape[1]
   tiling = tiling or outer_tiling(m, n)
-  grid = pl.cdiv(m, tiling.m), pl.cdiv(n, tiling.n)
-  groups = _groups(group_sizes)
+  grid = pl.cdiv(m, tiling.m * tiling.cluster), pl.cdiv(n, tiling.n)
+  groups = row_tiles.groups_of(group_sizes)
   specs = [
-    plgpu.BlockSpec((_STEP, size), lambda k: (k, 0))
-    for size in (tiling.m, tiling.n)
+    plgpu.BlockSpec((_STEP, size), lambda k: (k, 0), collective_axes=axes)
+    for size, axes in ((tiling.m, ()), (tiling.n, _shared_by(tiling)))
   ]
   pipeline = functools.partial(_pipeline, specs, tiling.stages)
   half_m, half_n = tiling.m // 2, tiling.n // 2
 
   def make_tile(group, index, groups, lhs, rhs, out, scratch):
     start, begin, end = (ref[group] for ref in groups)
-    start = pl.multiple_of(start, _PACK)
+    start = pl.multiple_of(start, PACK)
     warpgroup = lax.axis_index("warpgroup")
 
     def multiply(step, lhs_smem, rhs_smem, acc):
@@ -290,67 +298,15 @@ def outer(
       def _(info):
         group, tile = info.index
         index = plgpu.planar_snake(tile, grid, 1, tiling.width or grid[1])
+        index = _of_cluster(tiling, index[0]), index[1]
         make_tile(group, index, groups, lhs, rhs, out, scratch)
 
     _run_with_scratch(run, pipeline, (lhs, rhs), dtype)
 
   shape = len(group_sizes), m, n
-  return _call("outer", body, groups, lhs, rhs, shape, dtype, interpret)
-
-
-class _Groups(NamedTuple):
-  """Where the rows of every group are, `[E]` int32 each.
-
-  Attributes:
-    start: the first row, rounded down to a multiple of _PACK.
-    begin: the first row.
-    end: the row after the last.
-  """
-
-  start: jax.Array
-  begin: jax.Array
-  end: jax.Array
-
-
-def _groups(group_sizes: jax.Array) -> _Groups:
-  ends = jnp.cumsum(group_sizes)
-  begins = ends - group_sizes
-  return _Groups(begins // _PACK * _PACK, begins, ends)
-
-
-class _RowTiles(NamedTuple):
-  """The rows of every tile of `matmul`, in order; those past the groups last.
-
-  Attributes:
-    group: `[tiles]` int32; E for rows past the groups.
-    start: `[tiles]` int32. The first row that is read, a multiple of _PACK.
-    begin: `[tiles]` int32. The first row of the tile that is the group's.
-    end: `[tiles]` int32. The row of the tile after the group's last.
-    count: `[1]` int32. How many tiles there are.
-  """
-
-  group: jax.Array
-  start: jax.Array
-  begin: jax.Array
-  end: jax.Array
-  count: jax.Array
-
-
-def _row_tiles(group_sizes: jax.Array, num_rows: int, m: int) -> _RowTiles:
-  rest = num_rows - jnp.sum(group_sizes, dtype=jnp.int32)
-  sizes = jnp.concatenate([group_sizes, rest[None]])
-  groups = _groups(sizes)
-  counts = jnp.where(sizes > 0, pl.cdiv(groups.end - groups.start, m), 0)
-  num_before = jnp.cumsum(counts)
-  # A group has up to _PACK - 1 rows before it, and fills its last tile in part.
-  bound = (num_rows + len(sizes) * (m + _PACK - 2)) // m
-  tile = jnp.arange(bound, dtype=jnp.int32)
-  group = jnp.sum(num_before[None] <= tile[:, None], axis=1, dtype=jnp.int32)
-  group = jnp.minimum(group, len(group_sizes))
-  start = groups.start[group] + m * (tile - num_before[group] + counts[group])
-  begin = jnp.clip(groups.begin[group] - start, 0, m)
-  end = jnp.clip(groups.end[group] - start, 0, m)
-  return _RowTiles(group, start, begin, end, num_before[-1:])
+  return _call(
+    "outer", body, groups, lhs, rhs, shape, dtype, tiling.cluster, interpret
+  )
 
 
 class _Scratch(NamedTuple):
@@ -401,6 +357,18 @@ def _run_with_scratch(
     masked=plgpu.Barrier(num_arrivals=2),
     collective_axes="warpgroup",
   )
+
+
+def _shared_by(tiling: Tiling) -> tuple[str, ...]:
+  """The axes of blocks for which one loads what all need."""
+  return ("cluster",) if tiling.cluster > 1 else ()
+
+
+def _of_cluster(tiling: Tiling, index: Any) -> Any:
+  """Which of the tiles that a cluster makes at once is of this block."""
+  if tiling.cluster == 1:
+    return index
+  return index * tiling.cluster + lax.axis_index("cluster")
 
 
 def _ignore(*args: Any, **kwargs: Any) -> None:
@@ -478,13 +446,18 @@ def _call(
   rhs: jax.Array,
   shape: tuple[int, ...],
   dtype: Any,
+  cluster: int,
   interpret: Any,
 ) -> jax.Array:
+  blocks: dict[str, Any] = {}
+  if cluster > 1:
+    blocks = dict(cluster=(cluster,), cluster_names=("cluster",))
   kernel = plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct(shape, dtype),
-    grid=(device.num_cores(),),
+    grid=(device.num_cores() // cluster,),
     grid_names=("core",),
+    **blocks,
     num_threads=3,
     thread_name="warpgroup",
     compiler_params=plgpu.CompilerParams(

@@ -9,9 +9,9 @@ approximate instructions.
 
   program.py       text -> instructions
   host.py          the host's code -> parameters, tensor maps, blocks
-  machine.py       blocks and warps
+  machine.py       clusters, blocks and warps
   instructions.py  what each does; arithmetic.py, to numbers
-  barriers.py      of a block, of a warp, and in shared memory
+  barriers.py      of a cluster, of a block, of a warp, and in shared memory
   memory.py        global and shared, and who touched it
   transfers.py     copies of boxes; tensor_cores.py, products
 """

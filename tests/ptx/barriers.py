@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ptx import program
-from ptx.memory import SHARED_BASE, WARP, Fault
+from ptx.memory import CLUSTER_STEP, SHARED_BASE, WARP, Fault
 
 if TYPE_CHECKING:
   from ptx.machine import Warp
@@ -39,6 +39,25 @@ class BlockBarriers:
       self._waiting[number] = []
       self._opened[number] = ticket
     return lambda: self._opened.get(number, 0) >= ticket
+
+
+class ClusterBarrier:
+  """The barrier of all blocks of a cluster."""
+
+  def __init__(self):
+    self._arrived: dict[Warp, int] = {}
+
+  def arrive(self, warp: "Warp") -> None:
+    """A warp comes, and goes on."""
+    self._arrived[warp] = self._arrived.get(warp, 0) + 1
+
+  def wait(self, warp: "Warp") -> Callable[[], bool]:
+    """Returns whether all warps have come as often as this one."""
+    blocks, times = warp.block.cluster.blocks, self._arrived[warp]
+    warps = sum(block.warps for block in blocks)
+    return lambda: (
+      sum(count >= times for count in self._arrived.values()) == warps
+    )
 
 
 @dataclasses.dataclass
@@ -126,6 +145,30 @@ def wait_for_block(i: program.Instruction) -> Any:
   return run
 
 
+def meet_cluster(i: program.Instruction) -> Any:
+  """`barrier.cluster.arrive` and `.wait`.
+
+  Who arrives without `.release` shows nothing but the mbarriers it has made.
+  """
+  if i.parts[2] == "wait":
+    return lambda warp, lanes: warp.block.cluster.barrier.wait(warp)
+  if "relaxed" not in i.parts:
+    raise NotImplementedError(f"no meaning is known of {i.text!r}")
+  return lambda warp, lanes: warp.block.cluster.barrier.arrive(warp)
+
+
+def map_address(i: program.Instruction) -> Any:
+  """`mapa.shared::cluster`: the same place in the memory of a block of the cluster."""
+  target, source, rank = i.operands
+
+  def run(warp: "Warp", lanes: np.ndarray) -> None:
+    ranks = warp.value(rank, np.uint32).astype(np.int64)
+    address = warp.value(source, np.uint32) + (ranks + 1) * CLUSTER_STEP
+    warp.write(target, address.astype(np.uint32), lanes)
+
+  return run
+
+
 def wait_for_warp(i: program.Instruction) -> Any:
   """`bar.warp.sync`: the lanes are together; a new time begins."""
   del i
@@ -155,9 +198,10 @@ def arrive(i: program.Instruction) -> Any:
     for lane in np.flatnonzero(lanes):
       value = int(warp.value(number[0], np.int32)[lane]) if number else 1
       count, expected = (1, value) if expects else (value, 0)
-      warp.block.mbarriers.at(int(addresses[lane])).arrive(
-        count, expected, clock
-      )
+      block, at = warp.block.cluster.block_of(int(addresses[lane]), warp.block)
+      if not block.running:
+        raise Fault("it arrives in the memory of a block that has ended")
+      block.mbarriers.at(at).arrive(count, expected, clock)
 
   return run
 

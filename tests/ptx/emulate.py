@@ -158,6 +158,7 @@ def _launch(
   machine.Launch(
     program=code,
     grid=launch.grid,
+    cluster=max(launch.cluster[0], 1),
     shared_bytes=launch.shared_bytes,
     params=params,
     maps=maps,

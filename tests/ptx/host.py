@@ -22,11 +22,13 @@ class Call:
 
   Attributes:
     grid: blocks.
+    cluster: blocks of a cluster.
     shared_bytes: dynamic shared memory of a block.
     params: an address, or a tuple of `TensorMap`s, for every parameter.
   """
 
   grid: tuple[int, int, int]
+  cluster: tuple[int, int, int]
   shared_bytes: int
   params: tuple[int | tuple[TensorMap, ...], ...]
 
@@ -159,7 +161,12 @@ class _Host:
       while (at := pointers + 8 * len(params)) in self._memory:
         at = self._memory[at]
         params.append(self._maps(at) or self._memory[at])
-      self._call = Call(tuple(arguments[1:4]), arguments[10], tuple(params))
+      self._call = Call(
+        tuple(arguments[1:4]),
+        tuple(arguments[4:7]),
+        arguments[10],
+        tuple(params),
+      )
       return 0
     raise NotImplementedError(f"no meaning is known of a call of {name}")
 

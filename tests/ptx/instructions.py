@@ -357,6 +357,8 @@ _STEPS: dict[str, Callable[[program.Instruction], Step]] = {
   "bar.warp.sync": barriers.wait_for_warp,
   "bar.sync": barriers.wait_for_block,
   "barrier.sync": barriers.wait_for_block,
+  "barrier.cluster": barriers.meet_cluster,
+  "mapa.shared::cluster": barriers.map_address,
   "mbarrier.init": barriers.init_mbarrier,
   "mbarrier.arrive": barriers.arrive,
   "mbarrier.try_wait": barriers.try_wait,
@@ -370,5 +372,5 @@ _STEPS: dict[str, Callable[[program.Instruction], Step]] = {
   "wgmma.fence": _nothing,
   "wgmma.mma_async": tensor_cores.multiply,
   "wgmma.commit_group": functools.partial(transfers.commit, queue="products"),
-  "wgmma.wait_group": functools.partial(transfers.wait, queue="products"),
+  "wgmma.wait_group": tensor_cores.wait,
 }

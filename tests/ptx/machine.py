@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Runs a PTX kernel for Hopper, block by block.
+"""Runs a PTX kernel for Hopper, block by block, or cluster by cluster.
 
 The 32 lanes of a warp go together. Where they part, those that are behind in the text
 go first, until they come to an instruction that needs them all. If they are to wait at
@@ -27,14 +27,45 @@ _MOST = 10_000_000
 _DTYPES = {"%rs": np.uint16, "%rd": np.uint64}
 
 
+class Cluster:
+  """Blocks that reach into each other's shared memory."""
+
+  def __init__(self, launch: "Launch", numbers: list[tuple[int, int, int]]):
+    self.barrier = barriers.ClusterBarrier()
+    self.blocks = [
+      Block(launch, self, rank, number) for rank, number in enumerate(numbers)
+    ]
+
+  def block_of(self, address: int, own: "Block") -> tuple["Block", int]:
+    """Whose memory an address is in, and the address there."""
+    rank, address = divmod(address, memory.CLUSTER_STEP)
+    return (self.blocks[rank - 1] if rank else own), address
+
+
 class Block:
   """What the warps of a block share."""
 
-  def __init__(self, launch: "Launch", number: tuple[int, int, int]):
+  def __init__(
+    self,
+    launch: "Launch",
+    cluster: Cluster,
+    rank: int,
+    number: tuple[int, int, int],
+  ):
     self.launch = launch
+    self.cluster = cluster
+    self.rank = rank
     self.number = number
     self.warps = launch.program.threads // WARP
-    self.shared = memory.Shared(launch.shared_bytes, self.warps)
+    self.members: list[Warp] = []
+    self.running = self.warps
+    # Of its tensor cores, for each warpgroup.
+    self.product_times = [1] * -(-self.warps // 4)
+    readers = self.warps + len(self.product_times)
+    # Of a warp's clock, what is of this block: the times of its warps, of its
+    # tensor cores and of its copy engine.
+    self.times = slice(rank * (readers + 1), (rank + 1) * (readers + 1))
+    self.shared = memory.Shared(launch.shared_bytes, readers)
     self.barriers = barriers.BlockBarriers()
     self.mbarriers = barriers.Mbarriers()
     self.copies = 0  # of the copy engine, begun: its time
@@ -47,8 +78,11 @@ class Warp:
     self.block = block
     self.number = number
     self.pc = np.zeros(WARP, np.int64)
-    self.clock = np.zeros(block.warps + 1, np.int64)
-    self.clock[number] = 1
+    self.clock = np.zeros(
+      (block.times.stop - block.times.start) * block.launch.cluster, np.int64
+    )
+    self._own_time = block.times.start + number
+    self.clock[self._own_time] = 1
     self.products = transfers.Queue()
     self.stores = transfers.Queue()
     self.sums: dict[Any, Any] = {}  # that products add to, by their names
@@ -58,7 +92,13 @@ class Warp:
   @property
   def who(self) -> memory.Access:
     """For accesses to shared memory."""
-    return memory.Access(self.number, self.clock)
+    return memory.Access(self.number, self.clock[self.block.times])
+
+  def who_in(self, block: Block) -> memory.Access:
+    """For what an engine does for this warp in some block of the cluster."""
+    if block is self.block:
+      return self.who
+    return memory.Access(memory.ELSEWHERE, self.clock[block.times])
 
   @property
   def threads(self) -> np.ndarray:
@@ -69,7 +109,7 @@ class Warp:
 
   def publish(self) -> np.ndarray:
     """What others learn of who meets this warp now; its time goes on."""
-    self.clock[self.number] += 1
+    self.clock[self._own_time] += 1
     return self.clock.copy()
 
   def learn(self, clock: np.ndarray) -> None:
@@ -119,6 +159,7 @@ class Warp:
       "%ctaid.x": self.block.number[0],
       "%ctaid.y": self.block.number[1],
       "%ctaid.z": self.block.number[2],
+      "%cluster_ctaid.x": self.block.rank,
       "%ntid.x": launch.program.threads,
       "%nctaid.x": launch.grid[0],
       **launch.params,
@@ -153,6 +194,7 @@ class Launch:
     params: address by name of parameter: of a buffer, or of tensor maps.
     maps: tensor maps by address.
     memory: global.
+    cluster: blocks of a cluster, along the first dimension of the grid.
     seed: of the order in which blocks and warps run.
   """
 
@@ -162,6 +204,7 @@ class Launch:
   params: dict[str, int]
   maps: dict[int, transfers.TensorMap]
   memory: memory.Global
+  cluster: int = 1
   seed: int = 0
 
   def run(self) -> None:
@@ -172,17 +215,23 @@ class Launch:
     """
     steps = [instructions.step(i) for i in self.program.instructions]
     rng = random.Random(self.seed)
-    numbers = list(np.ndindex(self.grid))
-    rng.shuffle(numbers)
-    for number in numbers:
-      self._run_block(Block(self, number), steps, rng)
+    x, *others = self.grid
+    firsts = list(np.ndindex((x // self.cluster, *others)))
+    rng.shuffle(firsts)
+    for first, *rest in firsts:
+      numbers = [
+        (first * self.cluster + rank, *rest) for rank in range(self.cluster)
+      ]
+      self._run_cluster(Cluster(self, numbers), steps, rng)
 
-  def _run_block(
-    self, block: Block, steps: list[instructions.Step], rng: random.Random
+  def _run_cluster(
+    self, cluster: Cluster, steps: list[instructions.Step], rng: random.Random
   ) -> None:
-    warps = {i: Warp(block, i) for i in range(block.warps)}
+    for block in cluster.blocks:
+      block.members = [Warp(block, i) for i in range(block.warps)]
+    warps = [warp for block in cluster.blocks for warp in block.members]
     running = {
-      i: _run_warp(warp, self.program, steps) for i, warp in warps.items()
+      i: _run_warp(warp, self.program, steps) for i, warp in enumerate(warps)
     }
     asleep: set[int] = set()
     while running:
@@ -191,7 +240,8 @@ class Launch:
         where = {
           i: self.program.instructions[warps[i].pc.min()].text for i in running
         }
-        raise Fault(f"block {block.number} hangs; its warps wait at {where}")
+        first = cluster.blocks[0].number
+        raise Fault(f"block {first} hangs; its warps wait at {where}")
       number = rng.choice(awake)
       state = next(running[number], "ends")
       if state == "waits":
@@ -200,6 +250,7 @@ class Launch:
       asleep.clear()
       if state == "ends":
         warps[number].stores.wait(0)
+        warps[number].block.running -= 1
         del running[number]
 
 

@@ -22,6 +22,10 @@ _SEVERAL = -2
 _ENGINE = -3
 ATOMIC = -2
 """Instead of a thread that writes by atomics."""
+ELSEWHERE = -1
+"""Instead of a warp of the block: one of another block of the cluster."""
+CLUSTER_STEP = 1 << 24
+"""A shared address and so often this is that of the block of that rank, from 1."""
 
 
 class Fault(Exception):
@@ -105,9 +109,10 @@ class Access:
   """Who accesses shared memory.
 
   Attributes:
-    warp: of the block.
-    clock: `[warps + 1]`: what the warp knows of every warp's time, and of the copy
-      engine's.
+    warp: of the block, or a number behind those for the tensor cores that a
+      warpgroup has, or `ELSEWHERE`.
+    clock: `[readers + 1]`: what is known of the time of each of these, and of the
+      copy engine's.
   """
 
   warp: int
@@ -117,16 +122,16 @@ class Access:
 class Shared:
   """The shared memory of a block, from address `SHARED_BASE` on."""
 
-  def __init__(self, size: int, warps: int):
+  def __init__(self, size: int, readers: int):
     words = -(-size // _WORD)
-    self._engine = warps * WARP
+    self._engine = readers * WARP
     self._bytes = np.full(words, _GARBAGE, np.uint32).view(np.uint8)
     self._size = size
     # Of every word: who wrote it last, and when; who has read it since, and when.
     self._writer = np.full(words, _NOBODY, np.int32)
     self._written = np.zeros(words, np.int64)
-    self._reader = np.full((words, warps), _NOBODY, np.int32)
-    self._read = np.full((words, warps), -1, np.int64)
+    self._reader = np.full((words, readers), _NOBODY, np.int32)
+    self._read = np.full((words, readers), -1, np.int64)
     # Words that a warp has written and no fence has shown to other engines.
     self._unfenced = np.full(words, _NOBODY, np.int32)
 
@@ -202,8 +207,9 @@ class Shared:
   ) -> None:
     read = self._read[words]
     racing = read >= who.clock[None, :-1]
-    reader = self._reader[words, who.warp]
-    racing[:, who.warp] &= (reader != thread) & (reader != _ENGINE)
+    if who.warp != ELSEWHERE:
+      reader = self._reader[words, who.warp]
+      racing[:, who.warp] &= (reader != thread) & (reader != _ENGINE)
     if racing.any():
       first, warp = np.argwhere(racing)[0]
       raise Fault(

@@ -49,7 +49,8 @@ class Instruction:
     """Whether all lanes of a warp have to be there."""
     if self.parts[0] == "elect":
       return False
-    return "sync" in self.parts or self.parts[0] == "setmaxnreg"
+    together = {"sync", "aligned", "setmaxnreg"}
+    return not together.isdisjoint(self.parts)
 
 
 @dataclasses.dataclass(frozen=True)

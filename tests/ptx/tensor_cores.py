@@ -3,12 +3,13 @@
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ptx import program, transfers
-from ptx.memory import SHARED_BASE, Fault
+from ptx.memory import SHARED_BASE, Access, Fault
 
 if TYPE_CHECKING:
   from ptx.machine import Warp
@@ -70,6 +71,42 @@ def multiply(i: program.Instruction) -> Any:
   return run
 
 
+def wait(i: program.Instruction) -> Any:
+  """`wgmma.wait_group`: the four warps of a warpgroup multiply together.
+
+  When one of them has waited, the operands of all have been read.
+  """
+  pending = int(i.operands[0])
+
+  def run(warp: "Warp", lanes: np.ndarray) -> Callable[[], bool]:
+    del lanes
+    block, group = warp.block, warp.number // 4
+    groups = warp.products.committed - pending
+
+    def is_over() -> bool:
+      together = block.members[4 * group : 4 * group + 4]
+      if any(other.products.committed < groups for other in together):
+        return False
+      for other in together:
+        other.products.end(groups)
+      block.product_times[group] += 1
+      place = block.times.start + block.warps + group
+      warp.clock[place] = block.product_times[group]
+      return True
+
+    return is_over
+
+  return run
+
+
+def _reader(warp: "Warp") -> Access:
+  """The tensor cores, which know what a warp knows."""
+  block, group = warp.block, warp.number // 4
+  number, clock = block.warps + group, warp.who.clock.copy()
+  clock[number] = block.product_times[group]
+  return Access(number, clock)
+
+
 def _spread(product: np.ndarray) -> list[np.ndarray]:
   """`[16, n]` to the registers of a warp, `[32]` each."""
   lane = np.arange(32)
@@ -110,7 +147,7 @@ def _operand(
     plain = row % 8 * width + row // 8 * stride + depth * 2
   address = transfers.swizzle(start + plain, width) - SHARED_BASE
   low, high = int(address.min()), int(address.max()) + 2
-  shared = warp.block.shared.for_engine(low, high - low, warp.who)
+  shared = warp.block.shared.for_engine(low, high - low, _reader(warp))
   halves = shared[address[..., None] + np.arange(2)].view(np.uint16)[..., 0]
   if kind == "f16":
     return halves.view(np.float16).astype(np.float32)

@@ -12,8 +12,7 @@ from ptx import program
 from ptx.memory import SHARED_BASE, Fault
 
 if TYPE_CHECKING:
-  from ptx.barriers import Mbarrier
-  from ptx.machine import Warp
+  from ptx.machine import Block, Warp
 
 # By Mosaic GPU's number of a type: integers of 4 and 8 bits, and so on.
 _BYTES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 2, 6: 4, 7: 2, 9: 4, 10: 8}
@@ -82,6 +81,8 @@ class Queue:
   """Work that a warp has begun, in groups; it is done when the warp waits."""
 
   def __init__(self):
+    self.committed = 0  # groups
+    self._done = 0
     self._open: list[Callable[[], None]] = []
     self._groups: list[list[Callable[[], None]]] = []
 
@@ -93,12 +94,18 @@ class Queue:
     """Makes a group of what was begun."""
     self._groups.append(self._open)
     self._open = []
+    self.committed += 1
 
   def wait(self, pending: int) -> None:
     """Ends all groups but the last so many."""
-    while len(self._groups) > pending:
+    self.end(self.committed - pending)
+
+  def end(self, groups: int) -> None:
+    """Ends the first groups, so many of all there ever were."""
+    while self._done < groups:
       for work in self._groups.pop(0):
         work()
+      self._done += 1
 
 
 def copy(i: program.Instruction) -> Any:
@@ -133,33 +140,50 @@ def _shared_places(tensor: TensorMap, address: int) -> np.ndarray:
 
 
 def _to_shared(i: program.Instruction) -> Any:
-  target, source, barrier = i.operands[:3]
+  target, source, barrier, *mask = i.operands
+  is_shared_by = "multicast::cluster" in i.name
 
   def run(warp: "Warp", lanes: np.ndarray) -> None:
+    own, blocks = warp.block, warp.block.cluster.blocks
     for lane in np.flatnonzero(lanes):
-      _begin_load(
-        warp,
-        int(warp.threads[lane]),
-        *_find(warp, source, lane),
-        int(warp.address(target)[lane]),
-        warp.block.mbarriers.at(int(warp.address(barrier)[lane])),
-      )
+      ranks = [own.rank]
+      if is_shared_by:
+        bits = int(warp.value(mask[0], np.uint16)[lane])
+        ranks = [r for r in range(len(blocks)) if bits >> r & 1]
+      for rank in ranks:
+        _begin_load(
+          warp,
+          blocks[rank],
+          int(warp.threads[lane]),
+          *_find(warp, source, lane),
+          int(warp.address(target)[lane]),
+          int(warp.address(barrier)[lane]),
+        )
 
   return run
 
 
 def _begin_load(
   warp: "Warp",
+  block: "Block",
   thread: int,
   tensor: TensorMap,
   corner: list[int],
   address: int,
-  mbarrier: "Mbarrier",
+  mbarrier_at: int,
 ) -> None:
-  block, places = warp.block, _shared_places(tensor, address)
+  """Copies to the memory of a block, whose mbarrier learns of it."""
+  if not block.running:
+    raise Fault("it copies to the memory of a block that has ended")
+  mbarrier, places = (
+    block.mbarriers.at(mbarrier_at),
+    _shared_places(tensor, address),
+  )
   block.copies += 1
   time = block.copies
-  block.shared.claim(address - SHARED_BASE, tensor.box_bytes, warp.who, time)
+  block.shared.claim(
+    address - SHARED_BASE, tensor.box_bytes, warp.who_in(block), time
+  )
 
   def finish() -> None:
     offset, inside = tensor.places(corner)
@@ -172,7 +196,7 @@ def _begin_load(
     for k in range(tensor.element_bytes):
       block.shared.put_at(places + k, data[:, k])
     clock = np.zeros_like(mbarrier.clock)
-    clock[-1] = time + 1
+    clock[block.times.stop - 1] = time + 1
     mbarrier.receive(tensor.box_bytes, clock)
 
   mbarrier.copies.append(finish)
@@ -217,7 +241,7 @@ def commit(i: program.Instruction, queue: str = "stores") -> Any:
   return lambda warp, lanes: getattr(warp, queue).commit()
 
 
-def wait(i: program.Instruction, queue: str = "stores") -> Any:
+def wait(i: program.Instruction) -> Any:
   """`wait_group`."""
   pending = int(i.operands[0])
-  return lambda warp, lanes: getattr(warp, queue).wait(pending)
+  return lambda warp, lanes: warp.stores.wait(pending)

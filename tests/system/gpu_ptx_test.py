@@ -148,7 +148,7 @@ def test_the_compiled_order_is_that_of_a_sort(capacity):
   np.testing.assert_array_equal(permutation[inverse], np.arange(t * k))
 
 
-# Group sizes and N. On two cores each makes several tiles.
+# Group sizes and N. There are two cores, or pairs, and each makes several tiles.
 _LAYOUTS = {
   "ragged": ((0, 131, 0, 1, 2, 60, 0, 70), 304),
   "full": ((128, 64, 136), 328),
@@ -162,6 +162,10 @@ _PRODUCTS = {
   "empty": (128, 128, None),
   "ragged, tiles of 128 x 128": (192, 320, grouped.Tiling(128, 128, 3, 1)),
   "ragged, two stages": (320, 192, grouped.Tiling(128, 256, 2)),
+  # Of a pair the second may be past the end.
+  "ragged, in pairs": (320, 320, grouped.Tiling(128, 128, 3, None, 2)),
+  "full, in pairs": (192, 512, grouped.Tiling(128, 256, 4, None, 2)),
+  "empty, in pairs": (128, 128, grouped.Tiling(128, 128, 4, None, 2)),
 }
 
 
@@ -174,8 +178,9 @@ def _integers(seed, *shape):
 @pytest.mark.parametrize("name", _first(_PRODUCTS, ("ragged", "small")))
 @pytest.mark.parametrize("product", ("matmul", "transposed", "outer"))
 def test_the_compiled_products_are_exact(name, product, monkeypatch):
-  monkeypatch.setattr(device, "num_cores", lambda: 2)
   d, f, tiling = _PRODUCTS[name]
+  cores = 2 * tiling.cluster if tiling else 2
+  monkeypatch.setattr(device, "num_cores", lambda: cores)
   sizes, n = _LAYOUTS[name.partition(",")[0]]
   sizes, dtype = np.array(sizes, np.int32), jnp.bfloat16
   lhs = _integers(0, n, d)
