@@ -14,8 +14,10 @@ or sets when it has read its operands or written its results. What is left is he
 - copies of the block, which a server of some bytes a cycle brings in turn;
 - barriers of the block; and the time until a block is followed by the next.
 
-Not modelled: bank conflicts, the fetch of instructions, caches, other cores except
-by the memory they leave to this one. A warp takes one path, the same for all.
+Not modelled: bank conflicts, the fetch of instructions, caches, what stores and loads
+of single numbers take of the bandwidth, hints to schedulers, waits that are tried
+again; other cores only by the bandwidth that they leave to this one. All warps take
+one path.
 """
 
 import dataclasses
@@ -25,6 +27,7 @@ from collections.abc import Sequence
 
 from jaxroute.aot import gpu_sass
 
+# Of a core, and warps of a block: each has one.
 _SCHEDULERS = 4
 _COUNTERS = 6
 # For how many cycles an instruction keeps its pipe, one number for each of a kind.
@@ -37,29 +40,34 @@ _PIPES = {
   "control": (),
 }
 _PIPE_OF = {
-  **dict.fromkeys(("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "IMAD"), "fma"),
-  **dict.fromkeys(
-    ("MUFU", "POPC", "FLO", "BREV", "F2I", "I2F", "F2F"), "special"
-  ),
-  **dict.fromkeys(("R2UR", "VOTEU", "ELECT"), "uniform"),
-  **dict.fromkeys(("NOP", "BRA", "EXIT", "BSSY", "BSYNC"), "control"),
+  base: pipe
+  for pipe, bases in {
+    "fma": ("FADD", "FMUL", "FFMA", "HFMA2", "HADD2", "IMAD"),
+    "special": ("MUFU", "POPC", "FLO", "BREV", "F2I", "I2F", "F2F"),
+    "uniform": ("R2UR", "VOTEU", "ELECT"),
+    "control": ("NOP", "BRA", "EXIT", "BSSY", "BSYNC"),
+    "memory": (
+      *("LDS", "STS", "LDSM", "STSM", "SHFL", "SYNCS"),
+      *("LDG", "LD", "STG", "ST", "REDG", "RED", "ATOMG"),
+      *("S2R", "S2UR", "LDC", "UTMALDG", "UTMACCTL", "BAR", "REDUX"),
+    ),
+  }.items()
+  for base in bases
 }
 # Only the first of the two pipes multiplies integers.
 _FIRST_OF_TWO = ("IMAD",)
-# Where the values of shared memory pass, 128 bytes a cycle, one warp at a time.
-_SHARED = ("LDS", "STS", "LDSM", "STSM", "SHFL")
-# Operands of these are read late.
-_GLOBAL = ("LDG", "LD", "STG", "ST", "REDG", "RED", "ATOMG")
-_OTHER_LATENCIES = {"S2R": 30, "S2UR": 30, "LDC": 30, "UTMALDG": 30}
+_SHARED = ("LDS", "STS", "SHFL")
+# Of special registers, constants, and the start of a copy.
+_SETUP = ("S2R", "S2UR", "LDC", "UTMALDG")
 
 
 @dataclasses.dataclass(frozen=True)
 class Core:
   """Times in cycles.
 
-  Those that no manual states were set so that the model agrees with ten times
-  that a prototype of the routing kernel took on an H100 80GB HBM3: see
-  docs/performance.md.
+  The first seven and `enter` to `setup` are round numbers of what is known of such
+  cores. `copy`, `start`, `clock_ghz` and `launch_us`, and `copy` of `FROM_L2`, were
+  set by ten times of a prototype of the routing kernel: see docs/performance.md.
 
   Attributes:
     shared: from an access to shared memory, or a shuffle, to its result.
@@ -67,9 +75,13 @@ class Core:
     special: of special functions.
     sync: of a look at a barrier in memory.
     load: from global memory.
-    copy: from the start of a copy to its first bytes.
     bytes_per_cycle: of copies, for this core.
     barrier: after the last warp came.
+    enter: of what was issued to memory, before it may use a path that all share.
+    leave: from that path until operands may be overwritten.
+    plain: until the operands of others may be, and until their results are there.
+    setup: of special registers, constants, and the start of a copy.
+    copy: from the start of a copy to its first bytes.
     start: from the end of a block to the next in its place.
     clock_ghz: cycles in a nanosecond.
     launch_us: what a kernel takes if it does nothing, in microseconds.
@@ -80,9 +92,13 @@ class Core:
   special: int = 22
   sync: int = 24
   load: int = 420
-  copy: int = 800
   bytes_per_cycle: float = 12.5
   barrier: int = 18
+  enter: int = 4
+  leave: int = 10
+  plain: int = 12
+  setup: int = 30
+  copy: int = 800
   start: int = 780
   clock_ghz: float = 1.755
   launch_us: float = 0.8
@@ -108,7 +124,8 @@ class Step:
     waits: counters that it waits for.
     reads: a counter to set when it has read, or None.
     writes: a counter to set when it has written, or None.
-    width: of an access to shared memory, in units of 128 bytes for a warp.
+    width: for how many cycles it has the path to memory that all warps share: one
+      for 128 bytes of a warp.
     copy: which copy of the block it starts or waits for, or None.
   """
 
@@ -122,11 +139,12 @@ class Step:
   copy: int | None = None
 
 
-def path(sass: str) -> list[Step]:
-  """Reads the instructions that a warp executes, if no thread needs a rare path.
+def path(sass: str, votes: int = 0) -> list[Step]:
+  """Reads the instructions that a warp executes.
 
   Args:
     sass: one kernel, with control codes; see `jaxroute.aot.gpu.Kernel`.
+    votes: whether a thread of each warp needs what few need: 0 or 1.
 
   Returns:
     Steps. Waits for copies are taken to be in the order of the copies.
@@ -135,7 +153,7 @@ def path(sass: str) -> list[Step]:
     ValueError: if the path depends on data, or control codes are missing.
   """
   steps, copies, waits = [], 0, 0
-  for instruction in gpu_sass.walk(sass, votes=0):
+  for instruction in gpu_sass.walk(sass, votes):
     base, copy = instruction.base, None
     if base == "UTMALDG":
       copy, copies = copies, copies + 1
@@ -150,12 +168,13 @@ def path(sass: str) -> list[Step]:
 
 
 def _step(instruction: gpu_sass.Instruction, copy: int | None) -> Step:
-  base, flags = instruction.base, instruction.op.split(".")[1:]
+  base, flags = instruction.base, set(instruction.op.split(".")[1:])
   width = 0
-  if base in _SHARED:
+  if base in ("LDS", "STS", "LDSM", "STSM"):
     # Of 128 bits a thread, or of four matrices.
-    is_wide = bool({"128", "4"} & set(flags))
-    width = 4 if is_wide else 2 if {"64", "2"} & set(flags) else 1
+    width = 4 if flags & {"128", "4"} else 2 if flags & {"64", "2"} else 1
+  elif _pipe(base) == "memory" and base not in (*_SETUP, "BAR", "REDUX"):
+    width = 1
   fields = instruction.control.split(":")
   if len(fields) != 5:
     raise ValueError(
@@ -176,13 +195,9 @@ def _step(instruction: gpu_sass.Instruction, copy: int | None) -> Step:
 
 
 def _pipe(base: str) -> str:
-  if base in (*_SHARED, *_GLOBAL, *_OTHER_LATENCIES) or base in (
-    *("SYNCS", "BAR", "UTMACCTL", "REDUX"),
-  ):
-    return "memory"
-  if base.startswith("U"):
-    return "uniform"
-  return _PIPE_OF.get(base, "alu")
+  if base in _PIPE_OF:
+    return _PIPE_OF[base]
+  return "uniform" if base.startswith("U") else "alu"
 
 
 def _counters(text: str) -> tuple[int, ...]:
@@ -296,8 +311,8 @@ class _Run:
     # Blocks that have not begun, and when those with a place will.
     self.rest = blocks
     self.starts: list[float] = [8.0 * i for i in range(min(blocks, at_once))]
-    # When the data path of shared memory, and the server of copies, are free.
-    self.shared_free = self.copies_free = 0.0
+    # When the path to memory, and the server of copies, are free.
+    self.path_free = self.copies_free = 0.0
     self.now = 0.0
 
   def run(self) -> int:
@@ -313,7 +328,12 @@ class _Run:
         else:
           self._issue(scheduler, warp)
           again = self.now
-      end, self.now = self.now, max(self.now + 1, math.ceil(again))
+      if again == math.inf and any(s.warps for s in self.schedulers):
+        raise ValueError(
+          "expected a copy for every wait, but warps wait for more"
+        )
+      later = math.ceil(again) if again < math.inf else 0
+      end, self.now = self.now, max(self.now + 1, later)
     return int(end)
 
   def _start_block(self) -> None:
@@ -328,11 +348,10 @@ class _Run:
     step, now = self.steps[warp.at], self.now
     scheduler.occupy(step, now)
     has_read, has_written = self._ends(step)
-    if step.writes is not None:
-      warp.counters[step.writes] = has_written
-    if step.reads is not None:
-      counter = warp.counters[step.reads]
-      warp.counters[step.reads] = max(counter, has_read)
+    # A counter is clear when all that have set it are done.
+    for counter, end in ((step.writes, has_written), (step.reads, has_read)):
+      if counter is not None:
+        warp.counters[counter] = max(warp.counters[counter], end)
     warp.at, warp.ready = warp.at + 1, now + step.stall
     block = warp.block
     is_copy = step.base == "UTMALDG" and step.copy is not None
@@ -353,19 +372,17 @@ class _Run:
     """When an instruction that starts now has read, and when it has written."""
     core, now = self.core, self.now
     if step.width:
-      latency = core.matrix if step.base in ("LDSM", "STSM") else core.shared
-      self.shared_free = max(now + 4, self.shared_free) + step.width
-      return self.shared_free + 10, self.shared_free + latency - 4
+      self.path_free = max(now + core.enter, self.path_free) + step.width
+      latency = {
+        "LDSM": core.matrix,
+        "STSM": core.matrix,
+        "SYNCS": core.sync,
+      }.get(step.base, core.shared if step.base in _SHARED else core.load)
+      return self.path_free + core.leave, self.path_free + latency - core.enter
+    latency = core.setup if step.base in _SETUP else core.plain
     if step.pipe == "special":
-      return now + 12, now + core.special
-    if step.base == "SYNCS":
-      self.shared_free = max(now + 4, self.shared_free) + 1
-      return self.shared_free + 10, self.shared_free + core.sync - 4
-    if step.base in _GLOBAL:
-      self.shared_free = max(now + 4, self.shared_free) + 1
-      return self.shared_free + 10, self.shared_free + core.load - 4
-    latency = _OTHER_LATENCIES.get(step.base, 12)
-    return now + 12, now + latency
+      latency = core.special
+    return now + core.plain, now + latency
 
   def _wait_for_block(self, warp: _Warp) -> None:
     """Holds a warp until all of its block have come."""

@@ -7,13 +7,13 @@ These are estimates: what they are worth is in docs/performance.md.
 
   python benchmarks/gpu_model.py
   python benchmarks/gpu_model.py --router=V3 --tokens=4096,65536
+  python benchmarks/gpu_model.py --ties   # among the scores, in every warp
 
-Without ties among the scores at the threshold, for which the kernel does more. Up
-to 32 MB of logits are taken to lie in the L2 cache.
+Up to 32 MB of logits are taken to lie in the L2 cache.
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import gpu_core
 from absl import app, flags
@@ -24,7 +24,10 @@ _ROUTER = flags.DEFINE_string(
   "router", "", "Routers whose names begin like this."
 )
 _TOKENS = flags.DEFINE_list(
-  "tokens", ["16", "4096", "16384", "65536"], "Numbers of tokens."
+  "tokens", ["16", "4096", "8192", "16384", "65536"], "Numbers of tokens."
+)
+_TIES = flags.DEFINE_bool(
+  "ties", False, "Whether each warp has a token with a tie at the threshold."
 )
 
 _CORES = gpu.TARGETS["h100"]["core_count"]
@@ -48,35 +51,55 @@ class Compiled(NamedTuple):
 
   Attributes:
     lanes: L, threads for a token.
+    tokens: of a block.
     steps: the path of a warp.
     at_once: blocks that a core has room for.
     copy_bytes: of each copy of a block.
   """
 
   lanes: int
+  tokens: int
   steps: list[gpu_core.Step]
   at_once: int
   copy_bytes: list[float]
 
 
-def compile_router(name: str, lanes: int) -> Compiled:
+def config_of(name: str) -> Any:
+  """The `RouterConfig` of a key of `ROUTERS`.
+
+  Args:
+    name: the key.
+
+  Returns:
+    It.
+  """
+  import jaxroute
+
+  e, k, fields = ROUTERS[name]
+  return jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
+
+
+def compile_router(name: str, lanes: int, has_ties: bool = False) -> Compiled:
   """Compiles the kernel for an H100; once in a process.
 
   Args:
     name: a key of `ROUTERS`.
     lanes: threads for a token.
+    has_ties: whether each warp has a token with a tie at the threshold.
 
   Returns:
     What `estimate` takes.
+
+  Raises:
+    RuntimeError: if warps do not take another path for ties.
   """
   import jax
   import jax.numpy as jnp
 
-  import jaxroute
   from jaxroute.kernels.gpu import route as kernel
 
-  e, k, fields = ROUTERS[name]
-  config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
+  config = config_of(name)
+  e = config.num_experts
 
   def route(logits: jax.Array, bias: jax.Array) -> kernel.Outputs:
     return kernel.route(logits, bias, None, config=config, lanes=lanes)
@@ -87,10 +110,18 @@ def compile_router(name: str, lanes: int) -> Compiled:
     for kernel in gpu.report("h100", route, *shapes).kernels
     if kernel.name == "jaxroute_route"
   )
-  steps = gpu_core.path(found.sass)
-  copies = sum(step.base == "UTMALDG" for step in steps)
+  paths = [gpu_core.path(found.sass, votes) for votes in (0, 1)]
+  if len(paths[0]) >= len(paths[1]):
+    raise RuntimeError("expected a vote of warps on ties, found none")
+  copies = sum(step.base == "UTMALDG" for step in paths[0])
   tile = found.threads * e // lanes * 4
-  return Compiled(lanes, steps, found.blocks_per_core, [tile / copies] * copies)
+  return Compiled(
+    lanes=lanes,
+    tokens=found.threads // lanes,
+    steps=paths[has_ties],
+    at_once=found.blocks_per_core,
+    copy_bytes=[tile / copies] * copies,
+  )
 
 
 def estimate(name: str, compiled: Compiled, tokens: int) -> float:
@@ -106,7 +137,7 @@ def estimate(name: str, compiled: Compiled, tokens: int) -> float:
   """
   is_cached = tokens * ROUTERS[name][0] * 4 <= _CACHED_BYTES
   core = gpu_core.FROM_L2 if is_cached else gpu_core.FROM_HBM
-  blocks = math.ceil(tokens * compiled.lanes / 128 / _CORES)
+  blocks = math.ceil(tokens / compiled.tokens / _CORES)
   return core.microseconds(
     gpu_core.cycles(
       compiled.steps, blocks, compiled.at_once, compiled.copy_bytes, core
@@ -125,12 +156,9 @@ def possible_lanes(name: str) -> list[int]:
   """
   import jax.numpy as jnp
 
-  import jaxroute
   from jaxroute.kernels.gpu.route import lanes
 
-  e, k, fields = ROUTERS[name]
-  config = jaxroute.RouterConfig(num_experts=e, top_k=k, **fields)
-  return lanes.possible(config, jnp.float32)
+  return lanes.possible(config_of(name), jnp.float32)
 
 
 def main(argv: list[str]) -> None:
@@ -145,10 +173,11 @@ def main(argv: list[str]) -> None:
   print("| --- " * len(head) + "|")
   for name in (n for n in ROUTERS if n.startswith(_ROUTER.value)):
     for lanes in process.apart(possible_lanes, name):
-      compiled = process.apart(compile_router, name, lanes)
+      compiled = process.apart(compile_router, name, lanes, _TIES.value)
+      executed = sum(step.base != "NOP" for step in compiled.steps)
       cells = (
         *(name, lanes, compiled.at_once),
-        f"{len(compiled.steps) * lanes / _WARP:.0f}",
+        f"{executed * lanes / _WARP:.0f}",
         *(f"{estimate(name, compiled, t):.1f}" for t in tokens),
       )
       print("| " + " | ".join(map(str, cells)) + " |", flush=True)

@@ -51,6 +51,15 @@ def _cycles(*lines, blocks=1, at_once=1, copy_bytes=(), core=_CORE):
       ["-:-:3:Y:01 LDG.E R4, desc[UR4][R2.64]", "4&3:-:-:Y:01 MOV R1, R4"],
       3 + 4 + 1 + 400 - 4 + 1,
     ),
+    # The counter of two is that of the later one.
+    (
+      [
+        "-:-:3:Y:01 LDG.E R4, desc[UR4][R2.64]",
+        "-:-:3:Y:01 S2R R6, SR_TID.X",
+        "3:-:-:Y:01 MOV R1, R4",
+      ],
+      3 + 4 + 1 + 400 - 4 + 1,
+    ),
     # Operands of a store may be overwritten when it has read them.
     (
       ["-:2:-:Y:01 STG.E desc[UR4][R2.64], R4", "0x04:-:-:Y:01 MOV R4, R1"],
@@ -74,6 +83,12 @@ def test_copies_arrive_in_turn():
   # The second copy begins to arrive when the first has arrived.
   two = _cycles(start, start, wait, wait, copy_bytes=[1000, 2000])
   assert two == 100 + 200 + 500 + 2
+
+
+def test_a_wait_for_no_copy_is_refused():
+  wait = "-:-:0:Y:02 SYNCS.PHASECHK.TRANS64.TRYWAIT P1, [R3+URZ], R0"
+  with pytest.raises(ValueError, match="wait for more"):
+    _cycles(wait)
 
 
 def test_blocks_follow_each_other_or_share_the_core():

@@ -99,6 +99,22 @@ CASES = {
 }
 
 
+ZEROS = RouterConfig(
+  num_experts=64, top_k=4, score_after_top_k=True, bias_space="logits"
+)
+"""A router that compares logits as they are, -0.0 and 0.0 among them."""
+
+
+def zeros_of_both_signs() -> np.ndarray:
+  """[40, 64] logits for `ZEROS`: a few zeros in a row, and otherwise -1."""
+  rng = np.random.default_rng(0)
+  logits = np.full((40, ZEROS.num_experts), -1, np.float32)
+  for row in logits:
+    at = rng.choice(ZEROS.num_experts, rng.integers(3, 9), replace=False)
+    row[at] = rng.choice(np.float32([-0.0, 0.0]), at.size)
+  return logits
+
+
 def compiled(function, *args):
   """`function` for arguments of these shapes; it cannot be compiled again.
 

@@ -126,16 +126,12 @@ def test_scatter(dtype, masked):
   assert ref.dtype == dtype
 
 
-@pytest.mark.parametrize("masked", (False, True))
-def test_add_to_sums_what_meets(masked):
-  index, value = _words() % 10, _words(1) % 100
-  keep = _words(2) % 2 if masked else None
+def test_add_to_sums_what_meets():
+  index, value, keep = _words() % 10, _words(1) % 100, _words(2) % 2
   ref = jax.new_ref(jnp.arange(10, dtype=jnp.int32))
-  _TWINS.add_to(
-    ref, *(x if x is None else jnp.asarray(x) for x in (index, value, keep))
-  )
+  _TWINS.add_to(ref, *map(jnp.asarray, (index, value, keep)))
   expected = np.arange(10)
-  np.add.at(expected, index, value * (1 if keep is None else keep))
+  np.add.at(expected, index, value * keep)
   np.testing.assert_array_equal(ref[...], expected)
 
 
@@ -172,14 +168,13 @@ def test_functions_of_numbers(shape):
     np.testing.assert_allclose(actual, expected, rtol=1e-6)
 
 
-def test_is_less_of_infinities_equals_and_zeros():
+def test_is_less_of_infinities_and_equals():
   inf = np.inf
   triples = (
     (1.0, 2.0, 1),
     (2.0, 1.0, 0),
     (1.0, 1.0, 0),
-    (-0.0, 0.0, 0),
-    (0.0, -0.0, 0),
+    (0.0, 0.0, 0),
     (-inf, 0.0, 1),
     (0.0, -inf, 0),
     (-inf, -inf, 0),
@@ -209,7 +204,6 @@ def _use_scatter(ops, floats, ints):
 def _use_add_to(ops, floats, ints):
   del floats
   ops.add_to(ints, ops.index(), ops.index(), threads.full(1, jnp.int32))
-  ops.add_to(ints, ops.index(), ops.index(), None)
   return ops.index()
 
 

@@ -7,7 +7,8 @@ often as it runs, however the assembler unrolled it or moved its counter. All
 others are unknown, and so are the predicates that compare them:
 
 - A jump forward on an unknown predicate is not taken: what it might skip counts
-  once, and slow paths that stand behind the end of the code do not.
+  once, and slow paths that stand behind the end of the code do not. Which of two
+  paths a warp takes by a vote for any of its threads can be said.
 - A jump back on an unknown predicate is not taken either where its loop waits
   for a barrier in memory (SYNCS): a wait counts as one trip. Elsewhere the count
   depends on data, which is an error.
@@ -65,7 +66,9 @@ _COMPARISONS = {
 
 
 def executed(sass: str) -> int:
-  """Machine instructions that a warp executes, NOP left out.
+  """Machine instructions that a warp executes at most, NOP left out.
+
+  Where warps vote, a thread needs the path that few need.
 
   Args:
     sass: one kernel, disassembled by nvdisasm.
@@ -76,7 +79,7 @@ def executed(sass: str) -> int:
   Raises:
     ValueError: if the trips of a loop are not known.
   """
-  return sum(step.base != "NOP" for step in walk(sass))
+  return sum(step.base != "NOP" for step in walk(sass, votes=1))
 
 
 def walk(sass: str, votes: int | None = None) -> list[Instruction]:
@@ -84,8 +87,8 @@ def walk(sass: str, votes: int | None = None) -> list[Instruction]:
 
   Args:
     sass: one kernel, disassembled by nvdisasm.
-    votes: what votes of a warp for any of its threads are taken to find, 0 or
-      1; None if that is not known.
+    votes: what votes of a warp for any of its threads, `VOTE.ANY`, are taken to
+      find, 0 or 1; None if that is not known.
 
   Returns:
     Those to the first EXIT.

@@ -9,7 +9,6 @@ round as XLA's programs for GPUs do. `twins.py` has all of them in plain JAX, fo
 Pallas's interpreter.
 """
 
-import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -222,32 +221,25 @@ class Threads:
     _scatter(store, ref, index, value, keep)
 
   def add_to(
-    self, ref: Ref, index: jax.Array, value: jax.Array, keep: jax.Array | None
+    self, ref: Ref, index: jax.Array, value: jax.Array, keep: jax.Array
   ) -> None:
-    """`ref[index] += value` in global memory, int32, for all blocks at once.
+    """`ref[index] += value` where `keep`, int32, is not 0.
 
-    Sums of integers do not depend on the order.
+    In global memory, int32, for all blocks at once: sums of integers do not depend
+    on the order.
     """
 
-    def add(
-      ref: Value, index: Value, value: Value, predicate: Value | None
-    ) -> None:
-      address = _address(ref, index, value.type)
-      branch = None if predicate is None else scf.IfOp(predicate)
-      with (
-        ir.InsertionPoint(branch.then_block)
-        if branch
-        else contextlib.nullcontext()
-      ):
+    def add(ref: Value, index: Value, value: Value, predicate: Value) -> None:
+      branch = scf.IfOp(predicate)
+      with ir.InsertionPoint(branch.then_block):
         llvm.atomicrmw(
           llvm.AtomicBinOp.add,
-          address,
+          _address(ref, index, value.type),
           value,
           llvm.AtomicOrdering.monotonic,
           syncscope="device",
         )
-        if branch:
-          scf.YieldOp([])
+        scf.YieldOp([])
 
     _scatter(add, ref, index, value, keep)
 
@@ -293,13 +285,16 @@ class Threads:
     return _elementwise(math_dialect.log1p, x)
 
   def is_less(self, x: jax.Array, y: jax.Array) -> jax.Array:
-    """int32: 1 where x < y. Two infinities differ by NaN, whose sign is 0 here."""
+    """int32: 1 where x < y. No operand may be -0.0, which would be less than 0.0.
+
+    Two infinities differ by NaN, whose sign is 0 here.
+    """
     bits = lax.bitcast_convert_type(x - y, jnp.int32)
     return lax.shift_right_logical(bits, jnp.int32(31))
 
 
 def _scatter(
-  write: Callable[[Value, Value, Value, Value | None], None],
+  write: Callable[[Value, Value, Value, Any], None],
   ref: Ref,
   index: jax.Array,
   value: jax.Array,
@@ -321,10 +316,12 @@ def _scatter(
 
 def _store_if(predicate: Value, ref: Value, index: Value, value: Value) -> None:
   """`ref[index] = value` where the predicate holds: one instruction, no branch."""
-  if ir.MemRefType(ref.type).element_type == _integer(1):
-    element, value = _integer(8), arith.trunci(_integer(16), value)
-  else:
-    element = value.type
+  element = ir.MemRefType(ref.type).element_type
+  if element == _integer(1):
+    flag = arith.trunci(element, value)
+    element, value = _integer(8), arith.extui(_integer(16), flag)
+  elif value.type != element:
+    raise ValueError(f"expected a value of {element}, got {value.type}")
   bits = mosaic.utils.bitwidth(element)
   if isinstance(element, ir.FloatType):
     value = arith.bitcast(_integer(bits), value)
@@ -337,7 +334,7 @@ def _store_if(predicate: Value, ref: Value, index: Value, value: Value) -> None:
     ir.Type.parse("!llvm.void"),
     [predicate, address, value],
     f"@$0 st.{space}.b{bits} [$1], $2;",
-    f"b,{pointer},{'r' if bits == 32 else 'h'},~{{memory}}",
+    f"b,{pointer},{ {8: 'h', 16: 'h', 32: 'r'}[bits] },~{{memory}}",
     has_side_effects=True,
   )
 

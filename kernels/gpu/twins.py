@@ -57,9 +57,9 @@ class Twins(Threads):
     ref[...] = ref[...].at[place].set(value, mode="drop")
 
   def add_to(
-    self, ref: Ref, index: jax.Array, value: jax.Array, keep: jax.Array | None
+    self, ref: Ref, index: jax.Array, value: jax.Array, keep: jax.Array
   ) -> None:
-    place = index if keep is None else jnp.where(keep != 0, index, ref.shape[0])
+    place = jnp.where(keep != 0, index, ref.shape[0])
     ref[...] = ref[...].at[place].add(value, mode="drop")
 
   def gather_rows(self, ref: Ref, start: jax.Array, width: int) -> jax.Array:

@@ -157,8 +157,12 @@ def operation(
   """
   is_float = dtype in (np.float32, np.float64, np.float16)
   largest, least = np.maximum, np.minimum
-  if is_float and "NaN" not in parts:
-    largest, least = np.fmax, np.fmin
+  if is_float:
+    has_nan = "NaN" in parts
+    largest = _of_zeros(np.maximum if has_nan else np.fmax, np.add)
+    least = _of_zeros(
+      np.minimum if has_nan else np.fmin, lambda a, b: -(-a + -b)
+    )
   simple: dict[str, Callable[..., np.ndarray]] = {
     "add": np.add,
     "sub": np.subtract,
@@ -192,6 +196,15 @@ def operation(
   if parts[0] == "shf":
     return _funnel_left if parts[1] == "l" else _funnel_right
   return simple.get(parts[0])
+
+
+def _of_zeros(
+  function: Callable[..., np.ndarray], of_zeros: Callable[..., np.ndarray]
+) -> Callable[..., np.ndarray]:
+  """A function but where both operands are 0: there -0.0 is less than 0.0."""
+  return lambda a, b: np.where(
+    (a == 0) & (b == 0), of_zeros(a, b), function(a, b)
+  )
 
 
 def compare(how: str, a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -85,6 +85,17 @@ def test_on_blackwell_too(name):
 _BARRIERS = "bar.sync", "bar.warp.sync", "mbarrier.try_wait", "mbarrier.init"
 
 
+def test_zeros_of_both_signs_tie():
+  logits, config = device_cases.zeros_of_both_signs(), device_cases.ZEROS
+  theirs = jaxroute.route(logits, None, config, implementation="xla")
+  for threads in lanes.possible(config, jnp.float32):
+    with emulate.kernels():
+      ours = kernel.route(logits, None, None, config=config, lanes=threads)
+    np.testing.assert_array_equal(ours.expert_idx, theirs.expert_idx)
+    np.testing.assert_array_equal(ours.load, theirs.load)
+    np.testing.assert_array_equal(ours.cutoff, theirs.cutoff)
+
+
 def test_no_barrier_of_the_routing_kernel_is_idle():
   case = device_cases.CASES["V3, T=15"]
   found = []

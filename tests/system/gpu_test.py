@@ -72,6 +72,16 @@ def test_the_kernel_routes_as_xla_does(name):
     jax.tree.map(np.testing.assert_array_equal, ours, by_kernel(*args))
 
 
+def test_zeros_of_both_signs_tie():
+  logits = jax.device_put(device_cases.zeros_of_both_signs())
+  ours, theirs = (
+    jax.jit(lambda x, route=route: route(x, None, device_cases.ZEROS))(logits)
+    for route in (kernel, xla)
+  )
+  np.testing.assert_array_equal(ours.expert_idx, theirs.expert_idx)
+  np.testing.assert_array_equal(ours.cutoff, theirs.cutoff)
+
+
 def test_a_histogram_is_that_of_xla():
   config = dataclasses.replace(V3.config, histogram=True)
   args = jax.device_put(V3.inputs(0))

@@ -9,9 +9,9 @@ from jaxroute.kernels.gpu.route.plan import MAX_SHARED_BYTES, Plan
 from jaxroute.kernels.gpu.threads import THREADS
 
 _MAX_EXPERTS, _MAX_TOP_K, _MAX_GROUPS = 1024, 16, 32
-# Three blocks for every multiprocessor of an H100; fewer leave some of it idle.
-_ENOUGH_BLOCKS = 3 * 132
-# With so many experts a thread, shared memory has room for three blocks at once.
+# Two blocks for almost every multiprocessor of an H100; fewer leave much of it idle.
+_ENOUGH_BLOCKS = 256
+# With more experts a thread, shared memory has room for two or three blocks at once.
 _FEW_EXPERTS = 96
 
 

@@ -108,7 +108,9 @@ def apply_score_fn(
 def add_bias(
   plan: Plan, logits: jax.Array, scores: jax.Array, bias: jax.Array | None
 ) -> jax.Array:
-  """Computes selection scores: never NaN, -inf where the logit is -inf or NaN.
+  """Computes selection scores: -inf where the logit is -inf or NaN, and never NaN.
+
+  Nor are they -0.0, which `Threads.is_less` takes for less than 0.0.
 
   Args:
     plan: the static sizes of the call.
@@ -124,7 +126,11 @@ def add_bias(
     selection = jnp.where(logits > NEG_INF, selection, NEG_INF)
     if plan.config.score_fn == "sigmoid":
       return selection
-  return jnp.where(selection > NEG_INF, selection, NEG_INF)
+  selection = jnp.where(selection > NEG_INF, selection, NEG_INF)
+  if plan.config.selects_on_logits:
+    # No score is -0.0, but a logit may be. Compilers drop a sum with 0.
+    selection = jnp.where(selection == 0.0, 0.0, selection)
+  return selection
 
 
 def softmax_sums(tile: Tile) -> jax.Array:

@@ -206,7 +206,15 @@ def choose(
   """
   plan = tile.plan
   k, kth = plan.config.top_k, top[plan.config.top_k - 1]
-  not_below = _compare(tile, kth, kept, is_strict=False)
+  reachable = [_reachable_bits(plan, c, kept) for c in range(plan.chunks)]
+  below = _compare(tile, lambda value: plan.threads.is_less(value, kth))
+  not_below = [r & ~b for r, b in zip(reachable, below, strict=True)]
+  if kept:
+    # If the K-th is -inf, all that cannot be reached are its equals.
+    others = [
+      jnp.where(kth == NEG_INF, _all_bits(plan) & ~r, 0) for r in reachable
+    ]
+    not_below = [a | b for a, b in zip(not_below, others, strict=True)]
   own = _count(plan, not_below)
   total = over_lanes(plan, own, jnp.add, plan.lanes)
 
@@ -215,11 +223,11 @@ def choose(
     return not_below
 
   def choose_first() -> list[jax.Array]:
-    above = _compare(tile, kth, kept, is_strict=True)
+    above = _compare(tile, lambda value: plan.threads.is_less(kth, value))
+    above = [r & a for r, a in zip(reachable, above, strict=True)]
     equal = [a & ~b for a, b in zip(not_below, above, strict=True)]
-    quota = full(k, jnp.int32)
-    for value in top[:k]:
-      quota = quota - plan.threads.is_less(kth, value)
+    num_above = _count(plan, above)
+    quota = k - over_lanes(plan, num_above, jnp.add, plan.lanes)
     if plan.lanes > 1:
       # Parts in front come first.
       quota = quota - _sum_before(plan, tile.place, _count(plan, equal))
@@ -232,65 +240,51 @@ def choose(
     )
     return chosen
 
-  # Hardly ever more are not below the K-th than K.
+  # Scores in float32 hardly ever tie at the K-th. Those of 16-bit logits do, in up
+  # to half of the warps.
   has_ties = plan.threads.any(threads.as_words(total != k))
   return lax.cond(has_ties != 0, choose_first, choose_all)
 
 
 def _compare(
-  tile: Tile, kth: jax.Array, kept: list[jax.Array], is_strict: bool
+  tile: Tile, compare: Callable[[jax.Array], jax.Array]
 ) -> list[jax.Array]:
-  """Finds which scores of a row are not below a threshold, or are above it.
+  """Finds for which selection scores of a row something holds.
 
   Reads `selection_scores` and writes `bits`.
 
   Args:
     tile: of the block.
-    kth: `[128]`. The threshold.
-    kept: from `threshold`.
-    is_strict: whether to find those above.
+    compare: of a score, `[128]`; returns int32, 1 if it holds.
 
   Returns:
     For every chunk, `[128]` int32 with a bit for every expert.
   """
   plan, buffers = tile.plan, tile.buffers
-  all_bits = (1 << plan.width) - 1 if plan.width < 32 else -1
 
-  def compare_chunk(
-    chunk: jax.Array | int, reachable: jax.Array | None = None
-  ) -> None:
+  def compare_chunk(chunk: jax.Array | int, carry: int) -> int:
     x = plgpu.load(buffers.selection_scores.at[chunk], layout=by_row(4))
     bits = full(0, jnp.int32)
     for value in reversed(threads.columns(x)):
-      pair = (kth, value) if is_strict else (value, kth)
-      bits = (bits << 1) | plan.threads.is_less(*pair)
-    if not is_strict:
-      bits = ~bits & all_bits
-    if reachable is not None:
-      bits = bits & reachable
-      if not is_strict:
-        # If the K-th is -inf, all that cannot be reached are its equals.
-        bits = bits | jnp.where(kth == NEG_INF, all_bits & ~reachable, 0)
+      bits = (bits << 1) | compare(value)
     buffers.bits[_bits_slice(chunk)] = bits
+    return carry
 
-  if kept:
-    for chunk in range(plan.chunks):
-      compare_chunk(chunk, _reachable_bits(plan, chunk, kept))
-  else:
-
-    def step(chunk: jax.Array | int, carry: int) -> int:
-      compare_chunk(chunk)
-      return carry
-
-    loop(plan.chunks, step, 0)
+  loop(plan.chunks, compare_chunk, 0)
   return [
     plgpu.load(buffers.bits.at[_bits_slice(chunk)], layout=ROW)
     for chunk in range(plan.chunks)
   ]
 
 
+def _all_bits(plan: Plan) -> int:
+  return (1 << plan.width) - 1 if plan.width < 32 else -1
+
+
 def _reachable_bits(plan: Plan, chunk: int, kept: list[jax.Array]) -> jax.Array:
-  """A bit for every expert of a chunk whose group is kept."""
+  """A bit for every expert of a chunk whose group is kept, or for all."""
+  if not kept:
+    return full(_all_bits(plan), jnp.int32)
   size, first = plan.config.group_size, chunk * plan.width
   reachable = full(0, jnp.int32)
   for group, is_kept in enumerate(kept):
@@ -332,7 +326,8 @@ def _write_chosen(
     for c in range(1, plan.chunks):
       word = jnp.where(words[c] == 0, word, words[c])
       chunk = jnp.where(words[c] == 0, chunk, c)
-    place_in_word = 31 - lax.clz(word)
+    # Of no bits the lowest, for a part that has no more experts.
+    place_in_word = 31 - lax.clz(word | 1)
     bit = full(1, jnp.int32) << place_in_word
     taken = [
       jnp.where(chunk == c, bit, 0) if plan.chunks > 1 else bit

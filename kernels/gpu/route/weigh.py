@@ -191,7 +191,6 @@ def write_cutoff(tile: Tile, top: list[jax.Array]) -> None:
   """
   k, token = tile.plan.config.top_k, tile.first_token + tile.place.token
   cutoff = top[k] if k < len(top) else full(NEG_INF)
-  cutoff = jnp.where(cutoff == 0.0, 0.0, cutoff)  # -0.0 is 0.0
   keep = tile.place.part == 0
   if tile.plan.shares_tokens:
     keep = keep & tile.is_own(token)
@@ -203,7 +202,6 @@ def write_cutoff(tile: Tile, top: list[jax.Array]) -> None:
 def _rank_in_token(plan: Plan, slot: Slot, selection: jax.Array) -> jax.Array:
   """The place of an expert among the K of its token, the best first; int32."""
   # Ints in the order of the scores: an int that is one more beats its equals.
-  selection = jnp.where(selection == 0.0, 0.0, selection)  # -0.0 is 0.0
   bits = lax.bitcast_convert_type(selection, jnp.int32)
   key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
   rank = full(0, jnp.int32)
