@@ -240,8 +240,8 @@ def choose(
     )
     return chosen
 
-  # Scores in float32 hardly ever tie at the K-th. Those of 16-bit logits do, in up
-  # to half of the warps.
+  # Scores of float32 logits hardly ever tie at the K-th. Those of 16-bit logits do,
+  # in half of the warps or so.
   has_ties = plan.threads.any(threads.as_words(total != k))
   return lax.cond(has_ties != 0, choose_first, choose_all)
 
