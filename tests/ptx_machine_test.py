@@ -37,8 +37,8 @@ _NEIGHBOR = """
 _BLOCK, _WARP = "bar.sync \t0;", "bar.warp.sync \t-1;"
 
 
-def _run(body, x, threads=64, shared=1024, tensor=None):
-  """What a block makes of an array in place; `%r2` is a thread's, `%rd1` where."""
+def _run(body, x, threads=64, shared=1024, tensor=None, blocks=1):
+  """What a cluster makes of an array in place; `%r2` is a thread's, `%rd1` where."""
   ram = memory.Global()
   address = ram.add(x)
   maps = {}
@@ -46,7 +46,8 @@ def _run(body, x, threads=64, shared=1024, tensor=None):
     maps[1 << 30] = transfers.TensorMap(base=address, kind=3, **tensor)
   machine.Launch(
     program=program.parse(_HEAD.format(threads=threads, body=body)),
-    grid=(1, 1, 1),
+    grid=(blocks, 1, 1),
+    cluster=blocks,
     shared_bytes=shared,
     params={"test_param_0": address, "test_param_1": 1 << 30},
     maps=maps,
@@ -286,6 +287,77 @@ def test_a_copy_that_is_not_waited_for_is_a_race():
 def test_a_wait_for_more_bytes_than_come_hangs():
   with pytest.raises(memory.Fault, match="hangs"):
     _copy(_WAIT, 16, expected_bytes=516)
+
+
+# Two blocks of a warp. Block 0 copies a row to both, and both write what they got.
+_PAIR = """
+	ld.param.b64 	%rd6, [test_param_1];
+	mov.u32 	%r4, %cluster_ctaid.x;
+	mul.lo.s32 	%r5, %r4, 128;
+	cvt.u64.u32 	%rd7, %r5;
+	add.s64 	%rd1, %rd1, %rd7;
+	setp.eq.u32 	%p1, %r1, 0;
+	setp.eq.u32 	%p2, %r4, 0;
+	and.pred 	%p2, %p2, %p1;
+	mov.b32 	%r5, 8;
+	mov.b32 	%r6, 0;
+	mov.b16 	%rs1, 3;
+	@%p1 mbarrier.init.shared.b64 [__dynamic_shmem__0+2048], {arrivals};
+	@%p1 mbarrier.arrive.expect_tx.release.cta.shared::cta.b64
+	  _, [__dynamic_shmem__0+2048], 512;
+	barrier.cluster.arrive.relaxed.aligned;
+	barrier.cluster.wait.aligned;
+	{before}
+	@%p2 {copy}
+	  [__dynamic_shmem__0], [%rd6, {{%r6,%r5}}], [__dynamic_shmem__0+2048], %rs1;
+	{wait}
+	ld.shared.b32 	%r2, [%rd3+128];
+	st.global.b32 	[%rd1], %r2;
+"""
+_COPY_TO_ALL = (
+  "cp.async.bulk.tensor.2d.shared::cluster.global"
+  ".mbarrier::complete_tx::bytes.multicast::cluster"
+)
+# Each tells the other, by the other's mbarrier.
+_TELL = """
+	cvt.u32.u64 	%r7, %rd5;
+	add.s32 	%r7, %r7, 2048;
+	xor.b32 	%r8, %r4, 1;
+	mapa.shared::cluster.u32 %r9, %r7, %r8;
+	@%p1 mbarrier.arrive.shared::cluster.b64 _, [%r9];
+"""
+
+
+def _pair(arrivals, before="", wait=_WAIT):
+  x = np.arange(320, dtype=np.int32).reshape(10, 32)
+  body = _PAIR.format(
+    arrivals=arrivals, before=before, copy=_COPY_TO_ALL, wait=wait
+  )
+  return _run(
+    body,
+    x,
+    threads=32,
+    shared=2056,
+    tensor=_ROWS | dict(swizzle=16),
+    blocks=2,
+  )[:2]
+
+
+@pytest.mark.parametrize(("arrivals", "before"), [(1, ""), (2, _TELL)])
+def test_a_copy_to_a_cluster_comes_to_every_block(arrivals, before):
+  np.testing.assert_array_equal(
+    _pair(arrivals, before), [9 * 32 + np.arange(32)] * 2
+  )
+
+
+def test_a_block_that_its_neighbor_does_not_tell_hangs():
+  with pytest.raises(memory.Fault, match="hangs"):
+    _pair(2)
+
+
+def test_a_block_of_a_cluster_that_does_not_wait_for_its_copy_is_a_fault():
+  with pytest.raises(memory.Fault, match="race|has ended"):
+    _pair(1, wait="")
 
 
 @pytest.mark.parametrize("fence", ["", "fence.proxy.async.shared::cta;"])
