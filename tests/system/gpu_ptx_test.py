@@ -88,7 +88,7 @@ _BARRIERS = "bar.sync", "bar.warp.sync", "mbarrier.try_wait", "mbarrier.init"
 def test_zeros_of_both_signs_tie():
   logits, config = device_cases.zeros_of_both_signs(), device_cases.ZEROS
   theirs = jaxroute.route(logits, None, config, implementation="xla")
-  for threads in lanes.possible(config, jnp.float32):
+  for threads in (1, 8):
     with emulate.kernels():
       ours = kernel.route(logits, None, None, config=config, lanes=threads)
     np.testing.assert_array_equal(ours.expert_idx, theirs.expert_idx)
