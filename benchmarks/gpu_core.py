@@ -65,9 +65,9 @@ _SETUP = ("S2R", "S2UR", "LDC", "UTMALDG")
 class Core:
   """Times in cycles.
 
-  The first seven and `enter` to `setup` are round numbers of what is known of such
-  cores. `copy`, `start`, `clock_ghz` and `launch_us`, and `copy` of `FROM_L2`, were
-  set by ten times of a prototype of the routing kernel: see docs/performance.md.
+  `sync`, `barrier`, `copy`, `start`, `clock_ghz` and `launch_us`, and `copy` of
+  `FROM_L2`, were set by ten times of a prototype of the routing kernel: see
+  docs/performance.md. The others are assumed.
 
   Attributes:
     shared: from an access to shared memory, or a shuffle, to its result.

@@ -53,6 +53,8 @@ class ClusterBarrier:
 
   def wait(self, warp: "Warp") -> Callable[[], bool]:
     """Returns whether all warps have come as often as this one."""
+    if warp not in self._arrived:
+      raise Fault("it waits for its cluster, and has not arrived")
     blocks, times = warp.block.cluster.blocks, self._arrived[warp]
     warps = sum(block.warps for block in blocks)
     return lambda: (

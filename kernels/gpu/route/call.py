@@ -241,7 +241,7 @@ def run_tile(tile: Tile) -> None:
   total = score.softmax_sums(tile) if plan.needs_softmax_sums else None
   top, kept = select.threshold(tile, total)
   weigh.write_cutoff(tile, top)
-  picked = select.choose(tile, top, kept)
+  picked = select.choose(tile, top[plan.config.top_k - 1], kept)
   plan.threads.warp_barrier()
   weigh.weigh(tile)
   plan.threads.warp_barrier()

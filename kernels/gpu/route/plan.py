@@ -29,7 +29,7 @@ class Plan:
     has_bias: whether there is a bias.
     has_mask: whether there is a token mask.
     with_chosen: whether to return the logits of the chosen experts.
-    with_rank: whether to return what `rank.py` finds the order of experts by.
+    with_rank: whether to return ranks, and what `order.rank` needs for them.
     lanes: threads for a token: 1, 2, 4 or 8.
     interpret: whether the kernel is interpreted.
   """

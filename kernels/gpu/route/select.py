@@ -190,7 +190,7 @@ def _merge_groups(tile: Tile, kept: list[jax.Array]) -> list[jax.Array]:
 
 
 def choose(
-  tile: Tile, top: list[jax.Array], kept: list[jax.Array]
+  tile: Tile, kth: jax.Array, kept: list[jax.Array]
 ) -> list[jax.Array]:
   """Finds the K experts: those above the K-th score, and the first of its equals.
 
@@ -198,14 +198,14 @@ def choose(
 
   Args:
     tile: of the block.
-    top: from `threshold`, as is the next.
-    kept: whether groups are.
+    kth: `[128]`. The K-th largest selection score.
+    kept: from `threshold`.
 
   Returns:
     For every chunk of a row, `[128]` int32 with a bit for every chosen expert.
   """
   plan = tile.plan
-  k, kth = plan.config.top_k, top[plan.config.top_k - 1]
+  k = plan.config.top_k
   reachable = [_reachable_bits(plan, c, kept) for c in range(plan.chunks)]
   below = _compare(tile, lambda value: plan.threads.is_less(value, kth))
   not_below = [r & ~b for r, b in zip(reachable, below, strict=True)]
