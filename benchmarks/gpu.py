@@ -13,6 +13,7 @@ Without a GPU it compiles the experts for one that is not here, given what
   python benchmarks/gpu.py --target=h100
 """
 
+import dataclasses
 import functools
 import json
 import pathlib
@@ -54,6 +55,7 @@ V3 = jaxroute.RouterConfig(
   num_experts=256, top_k=8, num_groups=8, group_top_k=4, scaling_factor=2.5
 )
 OTHERS = {
+  "DeepSeek-V3 with a histogram": dataclasses.replace(V3, histogram=True),
   "softmax, top-6 of 64": jaxroute.RouterConfig(
     num_experts=64, top_k=6, score_fn="softmax"
   ),

@@ -41,6 +41,7 @@ ROUTERS = {
   "128": (128, 8, {}),
   "256": (256, 8, {}),
   "V3": (256, 8, dict(num_groups=8, group_top_k=4)),
+  "V3, histogram": (256, 8, dict(num_groups=8, group_top_k=4, histogram=True)),
   "384": (384, 8, {}),
   "512/K10": (512, 10, {}),
 }

@@ -13,9 +13,6 @@ import jax.numpy as jnp
 
 from jaxroute import types
 
-# Below the first number a score is exp(slope * logit), to the last bit or so.
-_TAILS = {"sigmoid": (-17.0, 1.0), "sqrtsoftplus": (-15.0, 0.5)}
-
 
 def prepare_logits(logits: jax.Array, config: types.RouterConfig) -> jax.Array:
   """The logits as the score function sees them: float32, scaled, capped.
@@ -105,7 +102,7 @@ def terms(logits: jax.Array, score_fn: types.ScoreFn) -> Terms:
   """
   if score_fn == "softmax":
     return softmax_terms(logits, logits)
-  start, slope = _TAILS[score_fn]
+  start, slope = types.SCORE_TAILS[score_fn]
   far = logits < start
   near = apply_score_fn(jnp.where(far, 0.0, logits), score_fn)
   return Terms(
@@ -207,7 +204,7 @@ def _rounded_off(x: jax.Array, y: jax.Array) -> jax.Array:
 def _sqrt_softplus(x: jax.Array) -> jax.Array:
   # The slope of a square root is infinite where softplus underflows; that of
   # exp(x / 2) is not.
-  start, _ = _TAILS["sqrtsoftplus"]
+  start, _ = types.SCORE_TAILS["sqrtsoftplus"]
   far = x < start
   near = jnp.sqrt(jax.nn.softplus(jnp.where(far, 0.0, x)))
   # exp must not overflow where it is not taken: the backward pass has 0 * inf

@@ -29,6 +29,10 @@ BiasSpace = Literal["scores", "logits"]
 GroupScore = Literal["top1", "top2", "top_k"]
 PyTree = Any
 
+SCORE_TAILS = {"sigmoid": (-17.0, 1.0), "sqrtsoftplus": (-15.0, 0.5)}
+"""Score function to a start and a slope: where a logit is below the start, its score
+is `exp(slope * logit)`, to the last bit or so."""
+
 HISTOGRAM_BINS = 16
 """Bins of `Counts.histogram` per expert; `jaxroute.routing.bias_histogram`."""
 

@@ -1,6 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """One table of shapes and one of router families, for tests and benchmarks."""
 
+from typing import Any
+
 import numpy as np
 
 from jaxroute.types import RouterConfig
@@ -47,8 +49,12 @@ FAMILIES = {
 KINDS = ("random", "ties", "constant", "masked", "saturated", "nan")
 
 
-def family(name: str, num_experts: int = 64, top_k: int = 8) -> RouterConfig:
-  return RouterConfig(num_experts=num_experts, top_k=top_k, **FAMILIES[name])
+def family(
+  name: str, num_experts: int = 64, top_k: int = 8, **kwargs: Any
+) -> RouterConfig:
+  return RouterConfig(
+    num_experts=num_experts, top_k=top_k, **FAMILIES[name], **kwargs
+  )
 
 
 def logits(kind: str, t: int, e: int, seed: int = 0) -> np.ndarray:

@@ -74,6 +74,9 @@ def _assert_is_right(logits, bias, mask, config, lanes, is_ordinary):
   out, xla = jax.tree.map(np.asarray, (out, xla))
   np.testing.assert_array_equal(out.expert_idx, xla.expert_idx)
   np.testing.assert_array_equal(out.load, xla.load)
+  if config.histogram:
+    np.testing.assert_array_equal(out.histogram, xla.counts.histogram)
+    assert out.histogram.any() or not is_ordinary
   np.testing.assert_array_equal(out.token_mask, xla.token_mask)
   # The sum of a softmax is taken in another order than by XLA.
   rtol = 3e-6 if config.needs_row_softmax else 0
@@ -106,13 +109,22 @@ _CASES = {
     types.RouterConfig(num_experts=160, top_k=6, **_V2),
     *(1, 20, "float32", True),
   ),
-  "deepseek_v3": (cases.family("deepseek_v3"), 2, 71, "float32", True),
-  "deepseek_v4": (cases.family("deepseek_v4", 60, 6), 1, 131, "float32", True),
+  "deepseek_v3": (
+    cases.family("deepseek_v3", histogram=True),
+    *(2, 71, "float32", True),
+  ),
+  "deepseek_v4": (
+    cases.family("deepseek_v4", 60, 6, histogram=True),
+    *(1, 131, "float32", True),
+  ),
   "megatron_groups": (
     cases.family("megatron_groups", 32, 6),
     *(4, 33, "float32", True),
   ),
-  "mixtral": (cases.family("mixtral", 8, 2), 1, 40, "bfloat16", False),
+  "mixtral": (
+    cases.family("mixtral", 8, 2, histogram=True),
+    *(1, 40, "bfloat16", False),
+  ),
   "olmoe": (cases.family("olmoe", 64, 8), 8, 35, "float32", True),
   "longcat": (cases.family("longcat", 32, 3), 2, 30, "float16", False),
   "lfb": (cases.family("lfb", 16, 1), 1, 1, "float32", False),
@@ -121,7 +133,7 @@ _CASES = {
     *(2, 31, "bfloat16", True),
   ),
   "sigmoid_after": (
-    cases.family("sigmoid_after", 4, 4),
+    cases.family("sigmoid_after", 4, 4, histogram=True),
     *(1, 150, "float32", False),
   ),
 }
@@ -173,7 +185,7 @@ def test_weights_of_logits_of_every_size(fields):
 def test_no_tokens_route_to_nothing():
   x, config = (
     np.zeros((0, 8), np.float16),
-    types.RouterConfig(num_experts=8, top_k=2),
+    types.RouterConfig(num_experts=8, top_k=2, histogram=True),
   )
   how = dict(config=config, with_chosen=True, with_rank=True, interpret=True)
   out = kernel.route(x, conformance.bias(8), np.zeros(0, bool), **how)
@@ -183,10 +195,11 @@ def test_no_tokens_route_to_nothing():
     "load": ((8,), np.int32),
     "cutoff": ((0,), np.float32),
     "token_mask": ((0,), np.bool_),
+    "histogram": ((8, 16), np.int32),
     "chosen": ((0, 2), np.float16),
     "rank": ((0, 2), np.int32),
   }
-  assert not out.load.any()
+  assert not out.load.any() and not out.histogram.any()
 
 
 def test_every_family_that_it_takes_is_tried():

@@ -172,7 +172,7 @@ def test_gradients_are_those_of_xla(config):
 
 
 def test_histograms_and_batches_are_those_of_xla():
-  config = _config(histogram=True)
+  config = _config(histogram=True, num_groups=4, group_top_k=2)
   x = cases.logits("ties", 24, 16).reshape(3, 8, 16)
   ours, xla = (
     jax.jit(jax.vmap(lambda x, f=f: f(x, conformance.bias(16), config)))(x)

@@ -1,5 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Expert order on GPU, from the ranks that the routing kernel counted."""
+"""Expert order on GPU, from the ranks that the routing kernel counted.
+
+Mosaic GPU is not in every jaxlib: what needs it is imported where it is used.
+"""
 
 import functools
 from typing import Any
@@ -7,7 +10,7 @@ from typing import Any
 import jax
 
 from jaxroute import ladder
-from jaxroute.kernels.gpu import device, order
+from jaxroute.kernels.gpu import device
 from jaxroute.parallel import mesh
 
 
@@ -44,11 +47,15 @@ def sort(
   ladder.check_can_run(
     device.too_old()
     or ladder.symbolic_size(expert_idx)
-    or _unsupported(num_experts, rank, load),
+    or _unsupported(rank, load),
     unavailable=device.unavailable,
     by_name=by_name,
     interpret=interpret,
   )
+  from jaxroute.kernels.gpu import order
+
+  if reason := order.unsupported(num_experts):
+    raise NotImplementedError(reason)
   call = functools.partial(_sort, num_experts, capacity, bool(interpret))
   # One by one in a batch, as a kernel with results by index is written for one.
   call = jax.custom_batching.sequential_vmap(call)
@@ -58,16 +65,10 @@ def sort(
   )
 
 
-def _unsupported(
-  num_experts: int, rank: jax.Array | None, load: jax.Array | None
-) -> str | None:
+def _unsupported(rank: jax.Array | None, load: jax.Array | None) -> str | None:
   if rank is None or load is None:
     return (
       "it needs the `rank` and `load` of `jaxroute.route(..., with_rank=True)`"
-    )
-  if num_experts > order.MAX_EXPERTS:
-    return (
-      f"`num_experts` may be at most {order.MAX_EXPERTS}, got {num_experts}"
     )
   return None
 
@@ -81,6 +82,8 @@ def _sort(
   token_mask: jax.Array | None,
   load: jax.Array,
 ) -> tuple[jax.Array, ...]:
+  from jaxroute.kernels.gpu import order
+
   top_k = expert_idx.shape[1]
   expert_idx, rank = expert_idx.reshape(-1), rank.reshape(-1)
   return order.order(

@@ -1,14 +1,16 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""The products of the experts by the kernels for NVIDIA Hopper, on its tensor cores."""
+"""The products of the experts by the kernels for NVIDIA Hopper, on its tensor cores.
 
-import functools
+Mosaic GPU is not in every jaxlib: what needs it is imported where it is used.
+"""
+
 from typing import Any
 
 import jax
 
 from jaxroute import ladder
 from jaxroute.experts import products as products_lib
-from jaxroute.kernels.gpu import device, grouped
+from jaxroute.kernels.gpu import device
 
 
 def check_can_run(operands: Any, by_name: bool) -> None:
@@ -22,18 +24,18 @@ def check_can_run(operands: Any, by_name: bool) -> None:
   Raises:
     NotImplementedError: with the reason.
   """
-  first, *_ = arrays = jax.tree.leaves(operands)
-  widths = {size: None for x in arrays for size in x.shape[1:]}
-  unsupported = device.too_old() or _other_gpu()
-  unsupported = unsupported or grouped.unsupported(
-    first.shape[0], widths, first.dtype
-  )
   ladder.check_can_run(
-    unsupported,
+    device.too_old() or _other_gpu(),
     unavailable=device.unavailable,
     by_name=by_name,
     interpret=False,
   )
+  from jaxroute.kernels.gpu import grouped
+
+  first, *_ = arrays = jax.tree.leaves(operands)
+  widths = {size: None for x in arrays for size in x.shape[1:]}
+  if reason := grouped.unsupported(first.shape[0], widths, first.dtype):
+    raise NotImplementedError(reason)
 
 
 def products(interpret: Any = None) -> products_lib.Products:
@@ -46,14 +48,20 @@ def products(interpret: Any = None) -> products_lib.Products:
     `Products`, of what `check_can_run` lets pass.
   """
 
+  def matmul(*operands: jax.Array, **static: Any) -> jax.Array:
+    from jaxroute.kernels.gpu import grouped
+
+    return grouped.matmul(*operands, interpret=interpret, **static)
+
   def outer(
     lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
   ) -> jax.Array:
+    from jaxroute.kernels.gpu import grouped
+
     return grouped.outer(
       lhs, d_out, group_sizes, dtype=lhs.dtype, interpret=interpret
     )
 
-  matmul = functools.partial(grouped.matmul, interpret=interpret)
   return products_lib.of(matmul, outer)
 
 

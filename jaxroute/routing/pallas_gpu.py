@@ -2,21 +2,21 @@
 """`route` by the GPU kernel, with its gradient.
 
 Under explicit sharding the kernel runs shard by shard. Its gradient is that of
-`weights.weigh` for the chosen experts. Histograms are counted by XLA.
+`weights.weigh` for the chosen experts.
+
+Mosaic GPU is not in every jaxlib: what needs it is imported where it is used.
 """
 
-import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute import ladder, remat, scores, types
+from jaxroute import ladder, remat, types
 from jaxroute.kernels.gpu import device
-from jaxroute.kernels.gpu import route as kernel
 from jaxroute.parallel import mesh
-from jaxroute.routing import bias_histogram, weights
+from jaxroute.routing import weights
 
 
 def route(
@@ -48,15 +48,16 @@ def route(
     NotImplementedError: if the kernel cannot do this, or not here.
   """
   ladder.check_can_run(
-    device.too_old()
-    or ladder.symbolic_size(logits)
-    or _unsupported(logits)
-    or kernel.unsupported(config, logits.dtype),
+    device.too_old() or ladder.symbolic_size(logits) or _unsupported(logits),
     unavailable=device.unavailable,
     by_name=by_name,
     interpret=interpret,
     over_shards=True,
   )
+  from jaxroute.kernels.gpu import route as kernel
+
+  if reason := kernel.unsupported(config, logits.dtype):
+    raise NotImplementedError(reason)
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
 
@@ -66,14 +67,14 @@ def route(
 
   yes: Any = True  # in the place of an array
   no: Any = False
-  routing = mesh.map_over_tokens(
+  return mesh.map_over_tokens(
     call_shard,
     [logits, expert_bias, token_mask],
     are_per_token=[True, False, True],
     outputs_per_token=types.Routing(
       expert_idx=yes,
       weights=yes,
-      counts=types.Counts(load=no),
+      counts=types.Counts(load=no, histogram=no if config.histogram else None),
       cutoff=yes,
       token_mask=yes,
       # Every shard has ranks of its own.
@@ -82,14 +83,6 @@ def route(
     # The interpreter mixes varying and other values itself.
     check_vma=not interpret,
   )
-  if not config.histogram:
-    return routing
-  selection = scores.selection_scores(logits, expert_bias, config)
-  histogram = bias_histogram.count(
-    selection, routing.expert_idx, routing.cutoff, routing.token_mask
-  )
-  counts = types.Counts(load=routing.load, histogram=histogram)
-  return dataclasses.replace(routing, counts=counts)
 
 
 def _unsupported(logits: jax.Array) -> str | None:
@@ -111,8 +104,10 @@ def _call_kernel(
   """Calls the kernel; compiled for another platform it raises.
 
   Returns:
-    A `Routing` without a histogram; and the chosen logits, `[T, K]`, if asked for.
+    A `Routing`; and the chosen logits, `[T, K]`, if asked for.
   """
+  from jaxroute.kernels.gpu import route as kernel
+
   call = functools.partial(
     kernel.route,
     config=config,
@@ -126,12 +121,30 @@ def _call_kernel(
   routing = types.Routing(
     expert_idx=remat.checkpoint_name("expert_idx", out.expert_idx),
     weights=remat.checkpoint_name("weights", out.weights),
-    counts=types.Counts(load=out.load),
+    counts=types.Counts(load=out.load, histogram=out.histogram),
     cutoff=out.cutoff,
     token_mask=out.token_mask,
     rank=out.rank,
   )
   return routing, out.chosen
+
+
+class _Residuals(NamedTuple):
+  """What the gradient needs.
+
+  Attributes:
+    logits: `[T, E]`, for weights that depend on all; else None.
+    chosen: `[T, K]`, the logits of the chosen experts, for all others; else None.
+    expert_idx: `[T, K]` int32.
+    expert_bias: `[E]` float32, or None.
+    token_mask: `[T]` bool, or None.
+  """
+
+  logits: jax.Array | None
+  chosen: jax.Array | None
+  expert_idx: jax.Array
+  expert_bias: jax.Array | None
+  token_mask: jax.Array | None
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -154,8 +167,7 @@ def _route_fwd(
   logits: jax.Array,
   expert_bias: jax.Array | None,
   token_mask: jax.Array | None,
-) -> tuple[types.Routing, tuple[Any, ...]]:
-  # A softmax over all experts needs all logits.
+) -> tuple[types.Routing, _Residuals]:
   keeps_all = config.weighs_all_logits
   operands = logits, expert_bias, token_mask
   routing, chosen = _call_kernel(
@@ -163,30 +175,39 @@ def _route_fwd(
   )
   if chosen is not None:
     chosen = remat.checkpoint_name("chosen_logits", chosen)
-  kept = logits if keeps_all else chosen
-  return routing, (kept, routing.expert_idx, expert_bias, token_mask)
+  return routing, _Residuals(
+    logits=logits if keeps_all else None,
+    chosen=chosen,
+    expert_idx=routing.expert_idx,
+    expert_bias=expert_bias,
+    token_mask=token_mask,
+  )
 
 
 def _route_bwd(
   config: types.RouterConfig,
   with_rank: bool,
   interpret: Any,
-  residuals: tuple[Any, ...],
+  residuals: _Residuals,
   d_routing: types.Routing,
 ) -> tuple[jax.Array | None, ...]:
   del with_rank, interpret
-  kept, expert_idx, expert_bias, token_mask = residuals
+  logits, chosen, expert_idx, expert_bias, token_mask = residuals
 
-  def weigh(kept: jax.Array) -> jax.Array:
-    if config.weighs_all_logits:
-      return weights.weigh(kept, expert_idx, config, token_mask)[0]
-    kept = weights.fill_padding(kept, token_mask)
-    return weights.weigh_chosen(kept, config, token_mask)[0]
+  def weigh_all(logits: jax.Array) -> jax.Array:
+    return weights.weigh(logits, expert_idx, config, token_mask)[0]
 
-  _, pull = jax.vjp(weigh, kept)
-  (d_logits,) = pull(d_routing.weights)
-  if not config.weighs_all_logits:
-    d_logits = _spread(d_logits, expert_idx, config.num_experts)
+  def weigh_chosen(chosen: jax.Array) -> jax.Array:
+    chosen = weights.fill_padding(chosen, token_mask)
+    return weights.weigh_chosen(chosen, config, token_mask)[0]
+
+  if chosen is None:
+    _, pull = jax.vjp(weigh_all, logits)
+    (d_logits,) = pull(d_routing.weights)
+  else:
+    _, pull = jax.vjp(weigh_chosen, chosen)
+    (d_chosen,) = pull(d_routing.weights)
+    d_logits = _spread(d_chosen, expert_idx, config.num_experts)
   d_bias = None if expert_bias is None else jnp.zeros_like(expert_bias)
   return d_logits, d_bias, None
 

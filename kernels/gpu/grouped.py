@@ -31,9 +31,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jaxroute.kernels.gpu import device, row_tiles
+from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.row_tiles import PACK
 
 # One swizzled row of 16-bit operands, 128 bytes.

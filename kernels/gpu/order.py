@@ -21,8 +21,8 @@ from jax import lax
 from jaxroute.kernels.gpu import mosaic, threads, twins
 from jaxroute.kernels.gpu.threads import THREADS, WARP, Ref, Threads, full
 
-MAX_EXPERTS = 1024
-"""What `order` has threads for."""
+# What `order` has threads for.
+_MAX_EXPERTS = 1024
 
 SPANS = 8, 128
 """Tiles whose counts are summed together: those of a block of `rank`, and of 16."""
@@ -31,6 +31,13 @@ SPANS = 8, 128
 _LOADS = 48
 # Assignments that a thread of `rank` has at once, and of `order` in all.
 _ROUNDS = 4
+
+
+def unsupported(num_experts: int) -> str | None:
+  """Why there is no order of so many experts, or None."""
+  if num_experts > _MAX_EXPERTS:
+    return f"`num_experts` may be at most {_MAX_EXPERTS}, got {num_experts}"
+  return None
 
 
 def span_rows(tiles: int) -> tuple[int, ...]:

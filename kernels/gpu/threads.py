@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mosaic
 from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, scf, vector
+from jaxlib.mlir.dialects import arith, llvm, memref, nvvm, vector
 from jaxlib.mlir.dialects import gpu as gpu_dialect
 from jaxlib.mlir.dialects import math as math_dialect
 
@@ -170,22 +170,21 @@ class Threads:
         (2, 0x33333333),
         (1, 0x55555555),
       ):
-        low, high, shift = _int32(mask), _int32(~mask), _int32(distance)
         other = nvvm.shfl_sync(
-          _int32(-1), value, shift, _int32(31), nvvm.ShflKind.bfly
+          _int32(-1), value, _int32(distance), _int32(31), nvvm.ShflKind.bfly
         )
         is_upper = arith.cmpi(
-          arith.CmpIPredicate.ne, arith.andi(lane, shift), _int32(0)
+          arith.CmpIPredicate.ne,
+          arith.andi(lane, _int32(distance)),
+          _int32(0),
         )
-        lower = arith.ori(
-          arith.andi(value, low),
-          arith.andi(arith.shli(other, shift), high),
-        )
-        upper = arith.ori(
-          arith.andi(value, high),
-          arith.andi(arith.shrui(other, shift), low),
-        )
-        value = arith.select(is_upper, upper, lower)
+        # Bits that stay; the others come from as many places above or below.
+        own = arith.select(is_upper, _int32(~mask), _int32(mask))
+        turn = arith.select(is_upper, _int32(WARP - distance), _int32(distance))
+        other = llvm.intr_fshl(other, other, turn)
+        # Of three operations on bits, which are one instruction.
+        difference = arith.andi(arith.xori(value, other), own)
+        value = arith.xori(difference, other)
       return value
 
     return _elementwise(transpose, x)
@@ -230,16 +229,15 @@ class Threads:
     """
 
     def add(ref: Value, index: Value, value: Value, predicate: Value) -> None:
-      branch = scf.IfOp(predicate)
-      with ir.InsertionPoint(branch.then_block):
-        llvm.atomicrmw(
-          llvm.AtomicBinOp.add,
-          _address(ref, index, value.type),
-          value,
-          llvm.AtomicOrdering.monotonic,
-          syncscope="device",
-        )
-        scf.YieldOp([])
+      address = llvm.ptrtoint(_integer(64), _address(ref, index, _i32()))
+      # One instruction, no branch.
+      llvm.inline_asm(
+        ir.Type.parse("!llvm.void"),
+        [predicate, address, value],
+        "@$0 red.relaxed.gpu.global.add.s32 [$1], $2;",
+        "b,l,r,~{memory}",
+        has_side_effects=True,
+      )
 
     _scatter(add, ref, index, value, keep)
 

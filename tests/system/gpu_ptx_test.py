@@ -75,6 +75,28 @@ def test_the_compiled_kernel_routes_as_xla_does(name):
 
 
 @pytest.mark.parametrize(
+  "threads", (8, pytest.param(1, marks=pytest.mark.long))
+)
+@pytest.mark.parametrize(
+  "name",
+  _first(
+    ("V3, T=15", "sigmoid, 8 of 384", "megatron, 4 groups of 16"), ("V3, T=15",)
+  ),
+)
+def test_the_compiled_histogram_is_that_of_xla(name, threads):
+  case = device_cases.CASES[name]
+  config = dataclasses.replace(case.config, histogram=True)
+  # Of one tile, and of several.
+  for t in (15, 40 if threads == 8 else 200):
+    logits, bias, mask = dataclasses.replace(case, t=t).inputs(seed=0)
+    theirs = jaxroute.route(logits, bias, config, mask, implementation="xla")
+    with emulate.kernels():
+      ours = kernel.route(logits, bias, mask, config=config, lanes=threads)
+    np.testing.assert_array_equal(ours.histogram, theirs.counts.histogram)
+    np.testing.assert_array_equal(ours.load, theirs.load)
+
+
+@pytest.mark.parametrize(
   "name", _first(("V3, bfloat16", "sqrtsoftplus, 8 of 256"), ("V3, bfloat16",))
 )
 def test_on_blackwell_too(name):

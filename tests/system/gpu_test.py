@@ -82,9 +82,14 @@ def test_zeros_of_both_signs_tie():
   np.testing.assert_array_equal(ours.cutoff, theirs.cutoff)
 
 
-def test_a_histogram_is_that_of_xla():
-  config = dataclasses.replace(V3.config, histogram=True)
-  args = jax.device_put(V3.inputs(0))
+@pytest.mark.parametrize(
+  "name",
+  ("V3, T=15", "V3, T=4096", "sigmoid, 8 of 384", "megatron, 4 groups of 16"),
+)
+def test_a_histogram_is_that_of_xla(name):
+  case = device_cases.CASES[name]
+  config = dataclasses.replace(case.config, histogram=True)
+  args = jax.device_put(case.inputs(0))
 
   def counts(route, logits, bias, mask):
     return route(logits, bias, config, mask).counts

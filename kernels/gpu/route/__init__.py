@@ -28,10 +28,13 @@ are few.
                                                     (out)
   6      count.write_ranks       bits, ranks,       rank (out)
                                  chosen
+  7      histogram.write_distances  selection_scores,  distances
+                                 is_counted
+         histogram.count         distances          histogram (out)
 
 Names are those of `refs.Buffers`, in shared memory; (in) and (out) mark operands and
-results, in global memory. Stage 6 is there if ranks are asked for. What the table does
-not say of a stage:
+results, in global memory. Stages 6 and 7 are there if ranks and a histogram are asked
+for; 7 runs around the barrier of 5. What the table does not say of a stage:
 
   start  Chunks of up to 32 experts of all rows arrive one by one, each with a barrier
          of its own, so that stage 1 begins with the first.
@@ -51,6 +54,8 @@ not say of a stage:
          counts to the load of all. Sums of integers do not depend on the order.
   6      The ones before a row, and those of the warps before, make the rank of an
          assignment in its tile. `order.rank` adds what the tiles before have.
+  7      As in 5, but for five bits of every expert, and the bins are counted that
+         they make.
 
 Blocks do not wait for each other. Within a block, warps wait three times: for the
 bias, for all bits of stage 5, and for the sums of stage 6. Stages 3 and 4 exchange by

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxroute import types
-from jaxroute.kernels.gpu import mosaic, order
+from jaxroute.kernels.gpu import mosaic, order, threads
 from jaxroute.kernels.gpu.route import (
   count,
+  histogram,
   score,
   select,
   weigh,
@@ -38,6 +39,7 @@ class Outputs(NamedTuple):
     load: `[E]` int32.
     cutoff: `[T]` float32.
     token_mask: `[T]` bool. The tokens that are counted.
+    histogram: `[E, 16]` int32, if `config.histogram`.
     chosen: `[T, K]`, if asked for. The logits of the chosen experts.
     rank: `[T, K]` int32, if asked for. See `jaxroute.types.Routing`.
   """
@@ -47,6 +49,7 @@ class Outputs(NamedTuple):
   load: jax.Array
   cutoff: jax.Array
   token_mask: jax.Array
+  histogram: jax.Array | None = None
   chosen: jax.Array | None = None
   rank: jax.Array | None = None
 
@@ -142,6 +145,8 @@ def _operands(
   sums = {}
   if plan.tiles > 1:
     sums["load"] = _zeros(plan.num_experts)
+    if plan.config.histogram:
+      sums["histogram"] = _zeros(types.HISTOGRAM_BINS * plan.num_experts)
     if plan.with_rank:
       spans = sum(order.span_rows(plan.tiles))
       sums["span_counts"] = _zeros(spans * plan.count_pitch)
@@ -168,6 +173,9 @@ def _result_shapes(plan: Plan) -> dict[str, jax.ShapeDtypeStruct]:
     shapes["rank"] = shape((choices,), jnp.int32)
   if plan.tiles == 1:
     shapes["load"] = shape((plan.num_experts,), jnp.int32)
+    if plan.config.histogram:
+      size = types.HISTOGRAM_BINS * plan.num_experts
+      shapes["histogram"] = shape((size,), jnp.int32)
   elif plan.with_rank:
     shapes["counts"] = shape((plan.tiles * plan.count_pitch,), jnp.int32)
   return shapes
@@ -189,12 +197,19 @@ def _outputs(
       tile_choices=plan.tile_tokens * plan.config.top_k,
       interpret=plan.interpret,
     )
+  counts = results
+  if plan.tiles > 1:
+    counts = {name: ref[...] for name, ref in sums.items()}
+  by_bin = counts.get("histogram")
+  if by_bin is not None:
+    by_bin = by_bin.reshape(types.HISTOGRAM_BINS, plan.num_experts)
   return Outputs(
     expert_idx=results["expert_idx"].reshape(choices),
     weights=results["weights"].reshape(choices),
-    load=results["load"] if plan.tiles == 1 else sums["load"][...],
+    load=counts["load"],
     cutoff=results["cutoff"],
     token_mask=results["token_mask"],
+    histogram=None if by_bin is None else by_bin.T,
     chosen=None if chosen is None else chosen.reshape(choices),
     rank=None if rank is None else rank.reshape(choices),
   )
@@ -203,12 +218,14 @@ def _outputs(
 def _empty_outputs(plan: Plan) -> Outputs:
   """The results for no tokens."""
   choices = 0, plan.config.top_k
+  bins = plan.num_experts, types.HISTOGRAM_BINS
   return Outputs(
     expert_idx=jnp.zeros(choices, jnp.int32),
     weights=jnp.zeros(choices, jnp.float32),
     load=jnp.zeros((plan.num_experts,), jnp.int32),
     cutoff=jnp.zeros((0,), jnp.float32),
     token_mask=jnp.zeros((0,), jnp.bool_),
+    histogram=jnp.zeros(bins, jnp.int32) if plan.config.histogram else None,
     chosen=jnp.zeros(choices, plan.dtype) if plan.with_chosen else None,
     rank=jnp.zeros(choices, jnp.int32) if plan.with_rank else None,
   )
@@ -240,13 +257,20 @@ def run_tile(tile: Tile) -> None:
   score.load_bias(tile)
   total = score.softmax_sums(tile) if plan.needs_softmax_sums else None
   top, kept = select.threshold(tile, total)
-  weigh.write_cutoff(tile, top)
-  picked = select.choose(tile, top[plan.config.top_k - 1], kept)
+  k = plan.config.top_k
+  cutoff = top[k] if k < len(top) else threads.full(score.NEG_INF)
+  weigh.write_cutoff(tile, cutoff)
+  picked = select.choose(tile, top[k - 1], kept)
   plan.threads.warp_barrier()
   weigh.weigh(tile)
   plan.threads.warp_barrier()
   count.transpose_chosen(tile, picked)
+  if plan.config.histogram:
+    histogram.write_distances(tile, cutoff, kept)
+  plan.threads.block_barrier()
   count.count(tile)
+  if plan.config.histogram:
+    histogram.count(tile)
   if plan.with_rank:
     plan.threads.block_barrier()
     count.write_ranks(tile)

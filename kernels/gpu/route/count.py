@@ -18,7 +18,7 @@ from jaxroute.kernels.gpu.threads import THREADS, WARP, full
 def transpose_chosen(tile: Tile, picked: list[jax.Array]) -> None:
   """Turns bits by expert into bits by row, and writes them to `bits`.
 
-  Reads `is_counted`. Ends in a barrier of the block.
+  Reads `is_counted`. A barrier of the block has to follow.
 
   Args:
     tile: of the block.
@@ -33,7 +33,6 @@ def transpose_chosen(tile: Tile, picked: list[jax.Array]) -> None:
     uncounted = threads.as_words((counted == 0) & (place.part == 0))
     ballot = plan.threads.ballot(uncounted)
     buffers.bits[pl.ds(plan.chunks * THREADS, THREADS)] = ballot
-  plan.threads.block_barrier()
 
 
 def count(tile: Tile) -> None:

@@ -11,6 +11,9 @@ from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.threads import THREADS, Ref
 
+DISTANCE_BITS = 5
+"""Bits by which the histogram counts a distance."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Operands:
@@ -22,6 +25,8 @@ class Operands:
     expert_bias: `[E]` float32, not padded; None if there is none.
     token_mask: `[T]` bool, not padded; None if there is none.
     load: `[E]` int32, which blocks add to; None if there is one block only.
+    histogram: `[16 * E]` int32, by bin, which blocks add to; None without a histogram,
+      or if there is one block only.
     span_counts: `[spans * count_pitch]` int32, which blocks add to; see
       `order.SPANS`. None without a rank, or if there is one block only.
   """
@@ -31,6 +36,7 @@ class Operands:
   expert_bias: Ref = None
   token_mask: Ref = None
   load: Ref = None
+  histogram: Ref = None
   span_counts: Ref = None
 
 
@@ -44,6 +50,8 @@ class Results:
     cutoff: `[T]` float32.
     token_mask: `[T]` bool.
     load: `[E]` int32, if there is one block only.
+    histogram: `[16 * E]` int32, by bin; None without a histogram, or if there is more
+      than one block.
     chosen: `[T * K]`, of the dtype of the logits; None if not asked for.
     rank: `[T * K]` int32. The rank of an assignment within its expert and tile; the
       complement, which is negative, of that among the assignments of the tile that
@@ -59,6 +67,7 @@ class Results:
   cutoff: Ref
   token_mask: Ref
   load: Ref = None
+  histogram: Ref = None
   chosen: Ref = None
   rank: Ref = None
   counts: Ref = None
@@ -78,6 +87,9 @@ class Buffers:
       row: whether its score is not below, or is above, the K-th largest. Then, for
       an expert of a chunk and a warp, a bit for every row that chose it; and behind
       those of all chunks, for a warp, a bit for every row that is not counted.
+    distances: `[5 * chunks * 128]` int32. A bit for every expert of a row, five times:
+      what `histogram` counts of its distance to the cutoff. Then, like `bits`, a bit
+      for every row. None without a histogram.
     softmax_sums: `[2 * 128]` float32. The largest logit of a row's token and the sum
       of the exponentials.
     chosen: `[tile_tokens * slots]` int32. By token, the chosen experts in order of
@@ -98,6 +110,7 @@ class Buffers:
   selection_scores: Ref = None
   expert_bias: Ref = None
   lists: Ref = None
+  distances: Ref = None
   softmax_sums: Ref = None
   ranks: Ref = None
 
@@ -119,6 +132,9 @@ def buffer_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
     shapes["expert_bias"] = (plan.lanes * plan.bias_pitch,), jnp.float32
   if lists:
     shapes["lists"] = (lists,), jnp.float32
+  if plan.config.histogram:
+    size = DISTANCE_BITS * plan.chunks * THREADS
+    shapes["distances"] = (size,), jnp.int32
   if plan.needs_softmax_sums:
     shapes["softmax_sums"] = (2 * THREADS,), jnp.float32
   if plan.with_rank:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import pallas as pl
 
+from jaxroute import types
 from jaxroute.kernels.gpu import threads
 from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route.plan import Plan
@@ -19,10 +20,6 @@ from jaxroute.kernels.gpu.route.tile import Tile, divide, loop, over_lanes
 from jaxroute.kernels.gpu.threads import THREADS, by_row, full
 
 NEG_INF = np.float32(-np.inf)
-
-TAILS = {"sigmoid": (-17.0, 1.0), "sqrtsoftplus": (-15.0, 0.5)}
-"""A start and a slope: below the start a score is `exp(slope * logit)`, to the
-last bit or so. As in `jaxroute.scores`."""
 
 
 def start_copies(tile: Tile) -> None:
@@ -95,7 +92,7 @@ def apply_score_fn(
     # bits, as scaling by a power of two rounds nothing.
     inverse = plan.threads.reciprocal(0.25 + 0.25 * jnp.exp(-logits))
     return 0.25 * inverse
-  start, _ = map(np.float32, TAILS["sqrtsoftplus"])
+  start, _ = map(np.float32, types.SCORE_TAILS["sqrtsoftplus"])
   is_far = logits < start
   near = jnp.where(is_far, 0.0, logits)
   softplus = jnp.maximum(near, 0.0) + plan.threads.log1p(

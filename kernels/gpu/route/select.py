@@ -206,7 +206,7 @@ def choose(
   """
   plan = tile.plan
   k = plan.config.top_k
-  reachable = [_reachable_bits(plan, c, kept) for c in range(plan.chunks)]
+  reachable = [reachable_bits(plan, c, kept) for c in range(plan.chunks)]
   below = _compare(tile, lambda value: plan.threads.is_less(value, kth))
   not_below = [r & ~b for r, b in zip(reachable, below, strict=True)]
   if kept:
@@ -281,8 +281,17 @@ def _all_bits(plan: Plan) -> int:
   return (1 << plan.width) - 1 if plan.width < 32 else -1
 
 
-def _reachable_bits(plan: Plan, chunk: int, kept: list[jax.Array]) -> jax.Array:
-  """A bit for every expert of a chunk whose group is kept, or for all."""
+def reachable_bits(plan: Plan, chunk: int, kept: list[jax.Array]) -> jax.Array:
+  """A bit for every expert of a chunk whose group is kept, or for all.
+
+  Args:
+    plan: the static sizes of the call.
+    chunk: which.
+    kept: from `threshold`.
+
+  Returns:
+    `[128]` int32.
+  """
   if not kept:
     return full(_all_bits(plan), jnp.int32)
   size, first = plan.config.group_size, chunk * plan.width

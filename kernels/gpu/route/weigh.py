@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxroute import types
 from jaxroute.kernels.gpu import threads
 from jaxroute.kernels.gpu.route import score
 from jaxroute.kernels.gpu.route.plan import Plan
@@ -182,15 +183,9 @@ def _run_round(tile: Tile, choice: _Choice) -> None:
     plan.threads.scatter(buffers.chosen, slot.index, packed, keep)
 
 
-def write_cutoff(tile: Tile, top: list[jax.Array]) -> None:
-  """Writes the (K+1)-th largest selection score, or -inf.
-
-  Args:
-    tile: of the block.
-    top: from `select.threshold`.
-  """
-  k, token = tile.plan.config.top_k, tile.first_token + tile.place.token
-  cutoff = top[k] if k < len(top) else full(NEG_INF)
+def write_cutoff(tile: Tile, cutoff: jax.Array) -> None:
+  """Writes the cutoff of every token, `[128]`."""
+  token = tile.first_token + tile.place.token
   keep = tile.place.part == 0
   if tile.plan.shares_tokens:
     keep = keep & tile.is_own(token)
@@ -264,7 +259,7 @@ def _weights(
       total = _sum_over_slots(plan, slot, exponentials)
       total = jnp.where(total == 0.0, 1.0, total)
   else:
-    start, slope = map(np.float32, score.TAILS[config.score_fn])
+    start, slope = map(np.float32, types.SCORE_TAILS[config.score_fn])
     is_far = logits < start
     exponent = jnp.where(is_far, slope * logits, 0.0)
     factor, total = jnp.where(is_far, 1.0, scores), None

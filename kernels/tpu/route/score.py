@@ -11,6 +11,7 @@ import numpy as np
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from jaxroute import types
 from jaxroute.kernels import networks
 from jaxroute.kernels.tpu import device
 from jaxroute.kernels.tpu.registers import Ref
@@ -26,10 +27,6 @@ _LANES, _SUBLANES = device.LANES, device.SUBLANES
 _LARGE = np.float32(2.0**125)
 _MINUS_LOG2_E = np.float32(-np.log2(np.e))
 _NEG_INF = np.float32(-np.inf)
-
-TAILS = {"sigmoid": (-17.0, 1.0), "sqrtsoftplus": (-15.0, 0.5)}
-"""A start and a slope: below the start a score is `exp(slope * logit)`, to the
-last bit or so. As in `jaxroute.scores`."""
 
 
 def score_column(
@@ -156,7 +153,7 @@ def apply_score_fn(
     above = jnp.sqrt(
       jnp.maximum(logits, 0.0) + jnp.log1p(jnp.exp(-jnp.abs(logits)))
     )
-    start = TAILS["sqrtsoftplus"][0]
+    start = types.SCORE_TAILS["sqrtsoftplus"][0]
     scores = jnp.where(logits < start, jnp.exp(logits / 2), above)
   return layout.pin(plan, scores)
 

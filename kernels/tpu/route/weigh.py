@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
+from jaxroute import types
 from jaxroute.kernels import networks
 from jaxroute.kernels.tpu import device, registers
 from jaxroute.kernels.tpu.registers import Ref
@@ -221,7 +222,7 @@ def _terms(
       [x - row_max for x in chosen.logits],
       [(1.0 + _rounded_off(x, row_max)) * inverse for x in chosen.logits],
     )
-  start, slope = map(np.float32, score.TAILS[plan.config.score_fn])
+  start, slope = map(np.float32, types.SCORE_TAILS[plan.config.score_fn])
   return (
     [jnp.where(x < start, x * slope, 0.0) for x in chosen.logits],
     [
