@@ -12,7 +12,6 @@ import re
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -61,6 +60,7 @@ class Suite:
     name: of the script, for messages.
     platform: what JAX calls the device.
     environment: of what runs there.
+    tests_environment: of tests alone.
     packages: whose versions are reported.
     needs: where it runs, and how to get what is missing.
     tests: name to run of tests; all run at the same time.
@@ -79,11 +79,14 @@ class Suite:
   tests_limit: float
   times: str
   times_limit: int
+  tests_environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
   describe: Callable[[], dict[str, str]] = dict
 
   def variables(self) -> dict[str, str]:
     """Of a process on the device, which imports the checkout."""
-    return os.environ | {"PYTHONPATH": str(ROOT)} | dict(self.environment)
+    path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    here = {"PYTHONPATH": os.pathsep.join(path)}
+    return os.environ | here | dict(self.environment)
 
   def device(self) -> dict[str, Any]:
     """The device, its runtime, and the versions of packages.
@@ -116,7 +119,7 @@ class Suite:
       tests, xml = self.tests[name], scratch / f"{name}.xml"
       part = Part(
         pytest_command(tests.choice, tests.workers, xml),
-        self.variables(),
+        self.variables() | dict(self.tests_environment),
         scratch / f"{name}.log",
       )
       found = part.finish(self.tests_limit) | gpu_report.read_junit(xml)
@@ -183,7 +186,7 @@ class Part:
       # pytest writes down on an interrupt what it has.
       self._process.send_signal(signal.SIGINT)
       with contextlib.suppress(subprocess.TimeoutExpired):
-        self._process.wait(15)
+        self._process.wait(30)
     # A kernel that hangs ends with its process.
     with contextlib.suppress(ProcessLookupError):
       os.killpg(self._process.pid, signal.SIGKILL)
@@ -243,7 +246,8 @@ def run(suite: Suite, out: pathlib.Path) -> None:
 
   Args:
     suite: what to run.
-    out: the file of the report, in JSON, which is written after every part.
+    out: the file of the report, in JSON, which is written after every part. Logs go
+      to a folder beside it.
 
   Raises:
     SystemExit: at the end, if a part failed.
@@ -260,15 +264,16 @@ def run(suite: Suite, out: pathlib.Path) -> None:
     out.write_text(json.dumps(report, indent=1))
 
   print(f"{now}: {report['device']}\n", flush=True)
-  with tempfile.TemporaryDirectory() as scratch:
-    report["parts"] |= suite.run_tests(pathlib.Path(scratch))
-    save()
-    print(gpu_report.tests_table(report["parts"]), flush=True)
-    for name, part in report["parts"].items():
-      if "tail" in part:
-        print(f"{name}:", *part["tail"], sep="\n  ", flush=True)
-    report["parts"]["times"] = suite.run_times(pathlib.Path(scratch))
-    save()
+  logs = out.with_suffix(".logs")
+  logs.mkdir(exist_ok=True)
+  report["parts"] |= suite.run_tests(logs)
+  save()
+  print(gpu_report.tests_table(report["parts"]), flush=True)
+  for name, part in report["parts"].items():
+    if "tail" in part:
+      print(f"{name}:", *part["tail"], sep="\n  ", flush=True)
+  report["parts"]["times"] = suite.run_times(logs)
+  save()
   print(f"{out}: {report['seconds']:.0f} s in all")
   if report["failures"]:
     raise SystemExit(f"{suite.name}: failed: " + "; ".join(report["failures"]))

@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Times of the routing kernel on an H100 by a model of its core: no GPU is needed.
 
-`pip install jaxroute[aot-gpu]` brings the compilers. The kernel is compiled for an
-H100, and its machine code is run by `gpu_core` on the core that has most blocks.
-These are estimates: what they are worth is in docs/performance.md.
+`pip install '.[aot-gpu]'` brings the compilers (Python 3.12 or newer, Linux). The
+kernel is compiled for an H100, and its machine code is run by `gpu_core` on the core
+that has most blocks. These are estimates, whose worth is in docs/performance.md.
 
   python benchmarks/gpu_model.py
   python benchmarks/gpu_model.py --router=V3 --tokens=4096,65536

@@ -8,7 +8,9 @@ TPU whole programs.
 
 import collections
 import dataclasses
+import faulthandler
 import pathlib
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
@@ -21,6 +23,7 @@ from jax.profiler import ProfileData
 # A device, and the lines of its plane that show what it did once each: other lines
 # show the same time again, by operation or by step.
 _LINES = {"GPU": "Stream", "TPU": "XLA Modules"}
+_HANG_SECONDS = 90
 LEFT_OUT = "left out, for the time was up"
 Candidates = dict[str, tuple[Callable[..., Any], tuple[Any, ...]]]
 
@@ -30,7 +33,7 @@ class Profile:
   """What one call does on the device, on average.
 
   Attributes:
-    us: microseconds of all its launches.
+    us: microseconds in which any of its launches runs.
     launches: kernels, copies and fills.
     kernels: name to (launches, microseconds), the longest first.
   """
@@ -40,7 +43,11 @@ class Profile:
   kernels: dict[str, tuple[float, float]]
 
 
-def of_call(call: Callable[..., Any], *args: Any, repeats: int = 10) -> Profile:
+# Calls that are not counted take so long, for the clock of an idle GPU is slow.
+_WARM_SECONDS, _MOST_WARM = 0.1, 500
+
+
+def of_call(call: Callable[..., Any], *args: Any, repeats: int = 20) -> Profile:
   """Profiles `repeats` calls, after some that are not counted.
 
   Args:
@@ -54,16 +61,19 @@ def of_call(call: Callable[..., Any], *args: Any, repeats: int = 10) -> Profile:
   Raises:
     RuntimeError: if the profiler saw nothing on a GPU or a TPU.
   """
-  for _ in range(3):
-    out = call(*args)
-  jax.block_until_ready(out)
+  for _ in range(2):
+    start = time.monotonic()
+    jax.block_until_ready(call(*args))
+    seconds = max(time.monotonic() - start, 1e-6)
+  warm = min(int(_WARM_SECONDS / seconds) + 1, _MOST_WARM)
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
-      for _ in range(repeats):
+      for _ in range(warm + repeats):
         out = call(*args)
       jax.block_until_ready(out)
     (path,) = pathlib.Path(folder).rglob("*.xplane.pb")
-    profile = from_planes(ProfileData.from_file(str(path)).planes, repeats)
+    planes = ProfileData.from_file(str(path)).planes
+    profile = from_planes(planes, repeats, warm)
   if not profile.kernels:
     raise RuntimeError(
       "expected kernels of a GPU or TPU in the profile, got none. On a GPU the"
@@ -72,35 +82,49 @@ def of_call(call: Callable[..., Any], *args: Any, repeats: int = 10) -> Profile:
   return profile
 
 
-def from_planes(planes: Iterable[Any], calls: int) -> Profile:
+def from_planes(planes: Iterable[Any], calls: int, warm: int = 0) -> Profile:
   """The mean over `calls` of what the streams of all GPUs did, or all TPUs.
 
   Of a TPU the programs are shown, whole, in place of kernels.
 
   Args:
     planes: of a `jax.profiler.ProfileData`.
-    calls: what the profile holds of one after another.
+    calls: what the profile holds of one after another, and is counted.
+    warm: calls before these.
 
   Returns:
     The `Profile`.
   """
-  spent = collections.defaultdict(list)
+  spans = collections.defaultdict(list)
   for plane in planes:
     for device, name in _LINES.items():
       if device in plane.name:
         for line in plane.lines:
           if line.name.startswith(name):
             for event in line.events:
-              spent[event.name].append(event.duration_ns)
-  kernels = {
-    name: (len(ns) / calls, sum(ns) / calls / 1e3) for name, ns in spent.items()
-  }
+              begin = event.start_ns
+              spans[event.name].append((begin, begin + event.duration_ns))
+  kernels, counted = {}, []
+  for name, of_name in spans.items():
+    of_name = sorted(of_name)[len(of_name) * warm // (warm + calls) :]
+    ns = sum(end - begin for begin, end in of_name)
+    kernels[name] = len(of_name) / calls, ns / calls / 1e3
+    counted += of_name
   longest_first = sorted(kernels.items(), key=lambda item: -item[1][1])
   return Profile(
-    us=sum(us for _, us in kernels.values()),
+    us=_covered(counted) / calls / 1e3,
     launches=sum(launches for launches, _ in kernels.values()),
     kernels=dict(longest_first),
   )
+
+
+def _covered(spans: Iterable[tuple[float, float]]) -> float:
+  """The time in any of some spans: a kernel may begin before the last one ends."""
+  total, reached = 0.0, float("-inf")
+  for begin, end in sorted(spans):
+    total += max(end - max(begin, reached), 0.0)
+    reached = max(reached, end)
+  return total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +172,10 @@ def measure(
     if time.monotonic() > deadline:
       row |= dict(error=LEFT_OUT)
     else:
+      # A kernel that hangs ends this process, and leaves what was saved.
+      faulthandler.dump_traceback_later(
+        _HANG_SECONDS, exit=True, file=sys.__stderr__
+      )
       try:
         call = jax.jit(function).lower(*args).compile()
         row |= dataclasses.asdict(profile(call, *args))
@@ -155,6 +183,9 @@ def measure(
           row |= dict(tflops=table.flops / row["us"] / 1e6)
       except Exception as error:
         row |= dict(error=_words(error))
+      finally:
+        faulthandler.cancel_dump_traceback_later()
+      print(f"{name}: {row.get('us', row.get('error'))}", file=sys.stderr)
     rows.append(row)
     save(table.title, rows)
   print(show(table.title, rows), flush=True)

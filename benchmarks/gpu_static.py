@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Routing on NVIDIA GPUs as the compilers see it: no GPU is needed.
 
-`pip install jaxroute[aot-gpu]` brings the compilers. The same versions give the
-same figures every time; they are no measurements.
+`pip install '.[aot-gpu]'` brings the compilers (Python 3.12 or newer, Linux). The same
+versions give the same figures every time; they are no measurements.
 
   python benchmarks/gpu_static.py                      # against gpu_static.json
   python benchmarks/gpu_static.py --only="h100 V3"

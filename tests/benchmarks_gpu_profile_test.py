@@ -45,8 +45,9 @@ PROFILE = """
 def test_streams_of_the_gpu_are_counted_by_kernel():
   planes = ProfileData.from_text_proto(PROFILE).planes
   profile = gpu_profile.from_planes(planes, calls=2)
+  # A copy runs beside a kernel.
   assert profile == gpu_profile.Profile(
-    us=6.0,
+    us=5.0,
     launches=3.0,
     kernels={
       "route_mosaic_gpu_kernel": (1.0, 4.0),
@@ -55,6 +56,11 @@ def test_streams_of_the_gpu_are_counted_by_kernel():
     },
   )
   assert next(iter(profile.kernels)) == "route_mosaic_gpu_kernel"
+  # The second call alone; the fills and the copy are three launches for both.
+  planes = ProfileData.from_text_proto(PROFILE).planes
+  profile = gpu_profile.from_planes(planes, calls=1, warm=1)
+  assert profile.kernels["route_mosaic_gpu_kernel"] == (1.0, 5.0)
+  assert profile.kernels["fill"] == (2.0, 1.5)
 
 
 # Steps and operations show the time again.

@@ -44,6 +44,8 @@ def _tool(folder, output, code):
     (CLEAN.replace("0 hazards", "3 hazards"), 99, False),
     (CLEAN, 1, False),
     ("", 0, False),
+    # It watched nothing.
+    (CLEAN.replace("ran 14 cases\n", ""), 0, False),
   ),
 )
 def test_only_a_run_that_ends_well_and_counts_none_is_clean(

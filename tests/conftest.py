@@ -39,6 +39,8 @@ if os.environ["JAX_PLATFORMS"] in ("", "cpu"):
 else:
   # An accelerator rounds the factors of a float32 product unless told not to.
   os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+  # Several workers share its memory.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import hypothesis
 import jax

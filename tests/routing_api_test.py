@@ -302,6 +302,7 @@ def test_new_values_do_not_retrace():
   assert len(traces) == 1
 
 
+@pytest.mark.cpu("an accelerator's own kernel is for no other platform")
 @pytest.mark.parametrize("platform", ("tpu", "cuda"))
 @pytest.mark.parametrize("name", ("deepseek_v3", "lfb"))
 def test_lowers_for(platform, name):

@@ -103,7 +103,7 @@ def test_cycles_stand_beside_times():
 
 
 TABLES = """
-import json, sys
+import json, sys, types
 sys.path.insert(0, "benchmarks")
 import gpu
 from absl import flags
@@ -111,7 +111,9 @@ flags.FLAGS(["gpu.py"])
 tables = gpu.all_tables()
 assert list(tables) == gpu._TABLES.value
 titles = [table.title for group in tables.values() for table in group]
-bars = [(bar.title, bar.name, bar.against) for bar in gpu.bars()]
+h100, h200 = (types.SimpleNamespace(device_kind=kind) for kind in ("H100", "H200"))
+bars = [(bar.title, bar.name, bar.against) for bar in gpu.bars(h100)]
+assert {gpu.COPY} == {b.against for b in {*gpu.bars(h100)} - {*gpu.bars(h200)}}
 names = {t.title: list(t.candidates()) for t in tables["routing"][2:]}
 print(json.dumps([titles, bars, names]))
 """

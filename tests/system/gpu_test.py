@@ -1,7 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Values on a GPU: what its kernels return against XLA on the same device.
 
-JAX_PLATFORMS=cuda python -m pytest -m gpu -n 4 tests/system/gpu_test.py
+JAX_PLATFORMS=cuda python -m pytest -p no:benchmark -m gpu -n 4 tests/system/gpu_test.py
 """
 
 import dataclasses
