@@ -96,11 +96,15 @@ def solve(
   scores = _on_host("scores", scores, "[T, E]")
   top_k = _checked_top_k(top_k, scores)
   counted = _counted(scores, token_mask)
-  vertex = _solve_until_proven(scores[counted], top_k)
+  gamma = scores[counted]
+  # HiGHS takes what is below 1e-7 for 0. A power of 2 rounds nothing.
+  largest = np.abs(gamma[np.isfinite(gamma)]).max(initial=0.0)
+  scale = 2.0 ** min(math.frexp(largest)[1], 0) if largest else 1.0
+  vertex = _solve_until_proven(gamma / scale, top_k)
   x = np.zeros_like(scores)
   x[counted] = vertex.x
   bias = vertex.expert_bias - vertex.expert_bias.mean()
-  return Optimum(value=vertex.value, x=x, expert_bias=bias)
+  return Optimum(value=vertex.value * scale, x=x, expert_bias=bias * scale)
 
 
 def _solve_until_proven(gamma: np.ndarray, top_k: int) -> linear_program.Vertex:
@@ -181,7 +185,9 @@ def dual_value(
   checks.check_mask(token_mask, scores.shape[0])
   if token_mask is None:
     token_mask = jnp.ones(scores.shape[:1], jnp.bool_)
-  best, _ = jax.lax.top_k(scores + expert_bias[None], top_k)
+  expert_bias = expert_bias.astype(jnp.float32)
+  biased = scores.astype(jnp.float32) + expert_bias[None]
+  best, _ = jax.lax.top_k(biased, top_k)
   return dual_value_of_choice(best, expert_bias, token_mask)
 
 
@@ -197,7 +203,7 @@ def dual_value_of_choice(
     token_mask: `[T]` bool. False marks padding, which counts nothing.
 
   Returns:
-    `[]` of the same dtype and library.
+    `[]` of the same library and dtype, but float32 for fewer bits.
 
   Raises:
     ValueError: if a shape or dtype does not fit.
@@ -208,6 +214,10 @@ def dual_value_of_choice(
   fix, t = "True marks real tokens.", selected.shape[0]
   checks.check_array("token_mask", token_mask, "[T]", "bool", fix, T=t)
   xp = selected.__array_namespace__()
+  if selected.dtype.itemsize < 4:
+    selected, expert_bias = (
+      x.astype(jnp.float32) for x in (selected, expert_bias)
+    )
   chosen = xp.where(token_mask[:, None], selected, 0.0)
   num_tokens = xp.sum(token_mask, dtype=selected.dtype)
   num_assigned = num_tokens * selected.shape[1]
@@ -231,7 +241,7 @@ def primal_value(
 
   Args:
     scores: `[T, E]` float32, no bias.
-    expert_idx: `[T, K]` int32.
+    expert_idx: `[T, K]` int32. One outside `[0, E)` adds nothing.
     token_mask: `[T]` bool. False marks padding, which counts nothing.
 
   Returns:
@@ -245,7 +255,10 @@ def primal_value(
   t = scores.shape[0]
   checks.check_array("expert_idx", expert_idx, "[T, K]", "integer", fix, T=t)
   checks.check_mask(token_mask, t)
-  chosen = jnp.sum(jnp.take_along_axis(scores, expert_idx, axis=1), axis=1)
+  chosen = jnp.take_along_axis(scores, expert_idx, axis=1)
+  is_expert = (expert_idx >= 0) & (expert_idx < scores.shape[1])
+  chosen = jnp.where(is_expert, chosen.astype(jnp.float32), 0.0)
+  chosen = jnp.sum(chosen, axis=1)
   if token_mask is not None:
     chosen = jnp.where(token_mask, chosen, 0.0)
   return jnp.sum(chosen)

@@ -37,6 +37,8 @@ def check_array(
   letters that are known; T and N alone may be 0.
   """
   found, letters = getattr(x, "dtype", None), re.findall(r"\w+", shape)
+  if isinstance(x, np.ndarray) and found == np.float64:
+    found = jax.dtypes.canonicalize_dtype(found)  # what JAX takes it for
   kinds = _DTYPES.get(dtype) or (np.dtype(dtype),)
   is_array = isinstance(found, np.dtype) and hasattr(x, "shape")
   if is_array and any(jnp.issubdtype(found, kind) for kind in kinds):
@@ -53,6 +55,28 @@ def check_array(
   )
   words = f"{dtype} {known}".strip()
   raise ValueError(f"`{name}` must be {words}, got {describe(x)}. {fix}")
+
+
+def as_jax(x: Any) -> Any:
+  """An array of NumPy's floats as JAX takes it; anything else as it is."""
+  is_numpy = isinstance(x, np.ndarray) and jnp.issubdtype(x.dtype, jnp.floating)
+  return jnp.asarray(x) if is_numpy else x
+
+
+def check_key(name: str, x: Any) -> None:
+  """Checks that `x` is one random key, new or old."""
+  dtype = getattr(x, "dtype", None)
+  if isinstance(dtype, np.dtype) and dtype == np.uint32:
+    # An old key of another length is of another generator.
+    is_key = x.shape == jax.eval_shape(jax.random.PRNGKey, 0).shape
+  else:
+    is_key = dtype is not None and x.shape == ()
+    is_key = is_key and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+  if not is_key:
+    raise ValueError(
+      f"`{name}` must be one random key, got {describe(x)}. Pass"
+      " `jax.random.key(seed)`."
+    )
 
 
 def check_mask(token_mask: Any, num_tokens: int) -> None:
@@ -120,6 +144,14 @@ def check_transformation(name: str, x: Any) -> None:
   )
 
 
+def check_callable(name: str, x: Any) -> None:
+  """Checks that an argument is a function."""
+  if not callable(x):
+    raise ValueError(
+      f"`{name}` must be a function, got {describe(x)}. Pass it uncalled."
+    )
+
+
 def as_float_dtype(name: str, dtype: Any) -> np.dtype:
   """A floating-point dtype, from what NumPy or JAX calls one."""
   try:
@@ -132,6 +164,15 @@ def as_float_dtype(name: str, dtype: Any) -> np.dtype:
       " jnp.float32 or jnp.bfloat16, say."
     )
   return found
+
+
+def check_flag(name: str, x: Any, fix: str) -> None:
+  """Checks that `x` is one bool, which may be traced."""
+  if isinstance(x, bool):
+    return
+  is_bool = getattr(x, "dtype", None) == np.bool_
+  if not is_bool or x.shape != ():
+    raise ValueError(f"`{name}` must be one bool, got {describe(x)}. {fix}")
 
 
 def as_bool(name: str, x: Any, fix: str) -> bool:

@@ -46,13 +46,17 @@ def of_layers(layers: Any, total: types.Counts) -> types.Counts:
 
   def add_up(total: jax.Array, *layers: jax.Array) -> jax.Array:
     is_stacked = len(layers) == 1 and layers[0].ndim == total.ndim
-    stacked = layers[0] if is_stacked else jnp.stack(layers)
-    if stacked.shape != total.shape:
+    shapes = {jnp.shape(layer) for layer in layers}
+    found = layers[0].shape if is_stacked else (len(layers), *min(shapes))
+    if found != total.shape or len(shapes) > 1:
       raise ValueError(
         f"`routing` must hold counts of shape {total.shape} (layers, experts"
-        f" ...), got {stacked.shape}. Pass the routing of every layer at once."
+        f" ...), got {sorted(shapes)} of {len(layers)}. Pass the routing of every"
+        " layer at once."
       )
-    _check_dtype("routing", stacked)
+    for layer in layers:
+      _check_dtype("routing", layer)
+    stacked = layers[0] if is_stacked else jnp.stack(layers)
     return stacked.astype(total.dtype)
 
   return jax.tree.map(add_up, total, *[_in_tree(c, total) for c in found])
@@ -232,4 +236,10 @@ def _check_dtype(name: str, counts: jax.Array) -> None:
     raise ValueError(
       f"`{name}` must hold int32 counts, got {counts.dtype}. Sum them as they come"
       " from `jaxroute.route`."
+    )
+  # States count in int32.
+  if isinstance(counts, np.ndarray) and np.any(counts >= 2**31):
+    raise ValueError(
+      f"`{name}` must hold counts below 2**31, got {np.max(counts)}. Update more"
+      " often."
     )

@@ -51,6 +51,7 @@ def router(
   Raises:
     ValueError: if a shape or dtype does not fit, or the mesh not `partition`.
   """
+  x, router_weight = map(checks.as_jax, (x, router_weight))
   check_tokens(x)
   routing_lib.check_router_weight(router_weight, x.shape[-1], config)
   if token_mask is not None:
@@ -68,43 +69,55 @@ def router(
   ladder.check_names("router", names, implementation)
   fix = "True leaves out the logits."
   fuse_projection = checks.as_bool("fuse_projection", fuse_projection, fix)
-
-  # Who routes in a layer goes on to put its assignments in expert order, but where
-  # the experts of a device see those of others, too.
-  with_rank = _exchange(x, partition) != "all_gather"
-  how: Any = dict(implementation=implementation, with_rank=with_rank)
-
-  def run(
-    tokens: jax.Array,
-    token_mask: jax.Array | None,
-    router_weight: jax.Array,
-    expert_bias: jax.Array | None,
-  ) -> tuple[types.Routing, jax.Array | None, types.Parts]:
-    if fuse_projection:
-      operands = tokens, router_weight, expert_bias, config, token_mask
-      logits, routes = None, routing_lib.project_and_route(*operands, **how)
-    else:
-      logits = routing_lib.project(tokens, router_weight, token_mask)
-      operands = logits, expert_bias, config, token_mask
-      routes = routing_lib.route(*operands, **how)
-    load, histogram = routes.counts.load[None], routes.counts.histogram
-    if histogram is not None:
-      histogram = histogram[None]
-    return routes, logits, types.Parts(load=load, histogram=histogram)
-
+  run_shard = functools.partial(
+    _shard_router,
+    config=config,
+    fuse_projection=fuse_projection,
+    implementation=implementation,
+    # A layer goes on to sort its assignments, by their ranks; but after an
+    # all-gather a device also sorts those of others, which have ranks of their own.
+    with_rank=_exchange(x, partition) != "all_gather",
+  )
   routes, logits, parts = mesh_lib.map_over_tokens(
-    run,
+    run_shard,
     [tokens, token_mask, router_weight, expert_bias],
     are_per_token=[True, True, False, False],
     outputs_per_token=_are_per_token(config.histogram, fuse_projection),
     partition=partition,
   )
   if partition is not None:
-    # A loss that wants the load would have it summed again in the backward pass.
+    # If it is not saved, a loss that reads the load has it summed again in the
+    # backward pass.
     load = remat.checkpoint_name("load", routes.load)
     counts = dataclasses.replace(routes.counts, load=load).made_of(parts)
     routes = dataclasses.replace(routes, counts=counts)
   return routes, logits
+
+
+def _shard_router(
+  tokens: jax.Array,
+  token_mask: jax.Array | None,
+  router_weight: jax.Array,
+  expert_bias: jax.Array | None,
+  *,
+  config: types.RouterConfig,
+  fuse_projection: bool,
+  implementation: routing_lib.Implementation | None,
+  with_rank: bool,
+) -> tuple[types.Routing, jax.Array | None, types.Parts]:
+  """What a device does with its tokens; the counts are those of this shard."""
+  how: Any = dict(implementation=implementation, with_rank=with_rank)
+  if fuse_projection:
+    operands = tokens, router_weight, expert_bias, config, token_mask
+    logits, routes = None, routing_lib.project_and_route(*operands, **how)
+  else:
+    logits = routing_lib.project(tokens, router_weight, token_mask)
+    operands = logits, expert_bias, config, token_mask
+    routes = routing_lib.route(*operands, **how)
+  load, histogram = routes.counts.load[None], routes.counts.histogram
+  if histogram is not None:
+    histogram = histogram[None]
+  return routes, logits, types.Parts(load=load, histogram=histogram)
 
 
 def _are_per_token(
@@ -161,6 +174,7 @@ def moe(
     ValueError: if a shape or dtype does not fit, as where `routing`, `params`
       and `config` have different numbers of experts.
   """
+  x, params, shared = jax.tree.map(checks.as_jax, (x, params, shared))
   check_tokens(x)
   routing_lib.check_config(config)
   experts.check_params("params", params, x.shape[-1], config.num_experts)
@@ -256,6 +270,7 @@ def local_moe(
   Raises:
     ValueError: if a rank, shape or dtype does not fit.
   """
+  x, params = jax.tree.map(checks.as_jax, (x, params))
   fix = "Flatten batch and sequence into T, and embed integer tokens first."
   checks.check_array("x", x, "[T, D]", "floating point", fix)
   experts.check_params("params", params, x.shape[1], dtype=x.dtype.name)
@@ -285,13 +300,7 @@ def _local_moe(
 ) -> tuple[jax.Array, jax.Array]:
   """See `local_moe`, which checks the arguments."""
   num_experts = params.w_gate.shape[0]
-  known: Any = {}
-  # A rank counts what no expert receives, which some may that are elsewhere.
-  if num_experts == routing.load.shape[0] and routing.rank is not None:
-    known = dict(rank=routing.rank, load=routing.load)
-  order = dispatch.sort_by_expert(
-    routing.expert_idx, num_experts, routing.token_mask, capacity, **known
-  )
+  order = _order(routing, num_experts, capacity)
   rows = dispatch.dispatch(x, order)
   # On one shard of the experts N counts all assignments, but only this shard's
   # experts own rows: expect their share.
@@ -338,13 +347,7 @@ def _exchanged_moe(
   implementation: experts.Implementation | None,
 ) -> tuple[jax.Array, jax.Array]:
   """Like `local_moe`, with rows sent to the devices of their experts and back."""
-  known: Any = {}
-  if routing.rank is not None:
-    known = dict(rank=routing.rank, load=routing.load)
-  num_experts = routing.load.shape[0]
-  order = dispatch.sort_by_expert(
-    routing.expert_idx, num_experts, routing.token_mask, **known
-  )
+  order = _order(routing, routing.load.shape[0])
   rows = dispatch.dispatch(x, order)
   run_experts = functools.partial(
     experts.swiglu, implementation=implementation, expected_rows=rows.shape[0]
@@ -359,6 +362,19 @@ def _exchanged_moe(
     capacity=capacity,
   )
   return dispatch.combine(rows, routing.weights, order), group_sizes
+
+
+def _order(
+  routing: types.Routing, num_experts: int, capacity: int | None = None
+) -> dispatch.Permutation:
+  """The expert order of assignments, of which the first experts may be here."""
+  known: Any = {}
+  # A rank counts what no expert receives, which some may that are elsewhere.
+  if routing.rank is not None and num_experts == routing.load.shape[0]:
+    known = dict(rank=routing.rank, load=routing.load)
+  return dispatch.sort_by_expert(
+    routing.expert_idx, num_experts, routing.token_mask, capacity, **known
+  )
 
 
 def check_tokens(x: jax.Array) -> None:

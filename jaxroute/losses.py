@@ -6,6 +6,7 @@ They see unbiased scores only, so the bias gets no gradient from them either.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 from jaxroute import checks, metrics, types
 from jaxroute import routing as routing_lib
 from jaxroute import scores as scores_lib
+from jaxroute.parallel import mesh
 
 
 def switch(
@@ -121,21 +123,39 @@ def sequence_wise(
       f"`num_sequences` must divide T={t}, got {num_sequences}. `logits` holds"
       " whole sequences of one length, padded if need be."
     )
-  ungrouped = dataclasses.replace(config, num_groups=1, group_top_k=1)
+  # The shares are those of a router without groups (equation 18).
+  ungrouped = dataclasses.replace(
+    config, num_groups=1, group_top_k=1, histogram=False
+  )
   if token_mask is None:
-    token_mask = jnp.ones((t,), jnp.bool_)
+    # Sharded as the logits are.
+    token_mask = jnp.ones_like(logits[:, 0], jnp.bool_)
 
   def loss_of_one(logits: jax.Array, token_mask: jax.Array) -> jax.Array:
     routing = routing_lib.route(logits, None, ungrouped, token_mask)
     return global_batch(logits, routing.load, config, routing.token_mask)
 
-  token_masks = token_mask.reshape(num_sequences, -1)
-  losses = jax.vmap(loss_of_one)(
-    logits.reshape(num_sequences, -1, e), token_masks
-  )
+  axes = _axes_of_sequences(logits, num_sequences)
+  token_masks = mesh.reshape(token_mask, (num_sequences, -1), (axes, ()))
+  logits = mesh.reshape(logits, (num_sequences, -1, e), (axes, (), ()))
+  losses = jax.vmap(loss_of_one)(logits, token_masks)
   # A sequence without a token has a loss of 0 and does not count.
   num_counted = jnp.sum(jnp.any(token_masks, axis=1))
   return jnp.sum(losses) / _at_least_one(num_counted)
+
+
+def _axes_of_sequences(
+  logits: jax.Array, num_sequences: int
+) -> tuple[str, ...]:
+  """The explicit axes that whole sequences are sharded over."""
+  partition = mesh.partition_of(logits, None)
+  if partition is None:
+    return ()
+  shards = math.prod(
+    mesh.mesh_of(partition, logits).shape[axis] for axis in partition.token_axes
+  )
+  # A sequence that lies on several devices is gathered, as all others are.
+  return () if num_sequences % shards else partition.token_axes
 
 
 def z_loss(logits: jax.Array, token_mask: jax.Array | None = None) -> jax.Array:

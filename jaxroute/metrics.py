@@ -50,7 +50,11 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
     load: `[..., E]` int32. Assignments per expert, summed over all devices.
 
   Returns:
-    `quotient` and `rest`, both `[..., 1]` int32; `0 <= rest < E`.
+    `quotient` and `rest`, both `[..., 1]` int32; `0 <= rest < E`. Of int64 counts
+    they are int64, and of NumPy's they are NumPy's.
+
+  Raises:
+    ValueError: if `load` is a scalar or does not hold int32 or int64.
 
   Example:
     >>> quotient, rest = mean_load(jnp.array([3, 1, 1, 4]))
@@ -58,11 +62,11 @@ def mean_load(load: jax.Array) -> tuple[jax.Array, jax.Array]:
     (2, 1)
   """
   _check_counts("load", load)
-  load = jnp.asarray(load)
-  dtype, e = load.dtype, load.shape[-1]
+  # JAX would wrap the counts of a long evaluation, which NumPy sums as int64.
+  xp, dtype, e = load.__array_namespace__(), load.dtype, load.shape[-1]
   # Quotients are summed, because the sum of the counts may not fit an int32.
-  rest = jnp.sum(load % e, axis=-1, keepdims=True, dtype=dtype)
-  quotient = jnp.sum(load // e, axis=-1, keepdims=True, dtype=dtype)
+  rest = xp.sum(load % e, axis=-1, keepdims=True, dtype=dtype)
+  quotient = xp.sum(load // e, axis=-1, keepdims=True, dtype=dtype)
   quotient += rest // e
   return quotient, rest % e
 
@@ -214,7 +218,11 @@ def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
       f"`group_sizes` must have the shape of `load`, {load.shape}, got"
       f" {group_sizes.shape}. Pass those of the same layers."
     )
-  return total(load - group_sizes) / jnp.maximum(total(load), 1.0)
+  routed: Any = load
+  sent: Any = group_sizes
+  if isinstance(load, np.ndarray) or isinstance(group_sizes, np.ndarray):
+    routed, sent = np.asarray(load), np.asarray(group_sizes)
+  return total(routed - sent) / jnp.maximum(total(load), 1.0)
 
 
 def bias_spread(expert_bias: jax.Array) -> jax.Array:
@@ -234,6 +242,7 @@ def bias_spread(expert_bias: jax.Array) -> jax.Array:
   checks.check_array(
     "expert_bias", expert_bias, "[..., E]", "floating point", fix
   )
+  expert_bias = expert_bias.astype(jnp.float32)
   return jnp.max(expert_bias, axis=-1) - jnp.min(expert_bias, axis=-1)
 
 

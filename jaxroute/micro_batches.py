@@ -21,7 +21,8 @@ class Accumulated(NamedTuple):
   """What all micro-batches of a batch come to.
 
   Attributes:
-    weight: `[]` float32. The sum of their weights.
+    weight: `[]` float32. The sum of their weights; 1 or 0 if there is one only, whose
+      mean would be rounded twice if it were multiplied by a weight and divided again.
     loss: `[]` float32, or float64. The weighted mean.
     metrics: the weighted means, float32 or wider.
     grads: the weighted means, of the dtypes of the parameters.

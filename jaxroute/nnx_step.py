@@ -8,7 +8,7 @@ import jax
 import optax
 from flax import nnx
 
-from jaxroute import checks, step, train, types
+from jaxroute import checks, micro_batches, step, train, types
 
 
 class ExpertBias(nnx.Variable):
@@ -147,13 +147,15 @@ def train_step(
 
   Raises:
     ValueError: as in `jaxroute.train_step`, or if the optimizer has a bias among
-      its parameters.
+      its parameters, or the model is in evaluation mode.
   """
   if not isinstance(optimizer, nnx.Optimizer):
     raise ValueError(
       "`optimizer` must be an `nnx.Optimizer(model, tx, wrt=nnx.Param)`, got"
       f" {checks.describe(optimizer)}."
     )
+  checks.check_callable("loss_fn", loss_fn)
+  _check_counts(model)
   kinds = (optimizer.wrt, ExpertBias, (Load, Histogram), ...)
   graph, *parts = nnx.split(model, *kinds)
   params, biases, counts, variables = map(nnx.as_pure, parts)
@@ -163,30 +165,6 @@ def train_step(
       "`optimizer` must leave the biases to the rule, got one with"
       f" wrt={optimizer.wrt}. Make it with `wrt=nnx.Param`."
     )
-
-  def call_copy(
-    params: types.PyTree,
-    expert_bias: types.PyTree,
-    batch: types.PyTree,
-    *,
-    variables: types.PyTree,
-  ) -> tuple[jax.Array, tuple[types.Counts, Any, types.PyTree]]:
-    """The loss of a copy of the model, which has counted nothing before."""
-    none = optax.tree.zeros_like(counts)
-    copy = nnx.merge(graph, params, expert_bias, none, variables)
-    out = loss_fn(copy, batch)
-    if not isinstance(out, tuple) or len(out) != 2:
-      raise ValueError(
-        f"`loss_fn` must return (loss, metrics), got {checks.describe(out)}. Where"
-        " there are no metrics, return an empty dict."
-      )
-    after: Any = nnx.as_pure(nnx.split(copy, *kinds)[-1])
-    return out[0], (
-      router_state(copy, None).counts,
-      out[1],
-      _of_paths(after, variables),
-    )
-
   state, metrics = train.train_step(
     train.TrainState(
       step=optimizer.step[...],
@@ -196,7 +174,7 @@ def train_step(
       variables=variables,
     ),
     batch,
-    loss_fn=call_copy,
+    loss_fn=_functional_loss(loss_fn, graph, kinds, counts),
     optimizer=optimizer.tx,
     rule=rule,
     micro_batches=micro_batches,
@@ -208,6 +186,63 @@ def train_step(
   nnx.update(optimizer.opt_state, nnx.state(state.opt_state))
   optimizer.step[...] = state.step
   return _set_router_state(model, state.router), metrics
+
+
+def _check_counts(model: nnx.Module) -> None:
+  """Raises ValueError if all routers of a model are in evaluation mode."""
+  routers = [
+    module
+    for _, module in nnx.iter_modules(model)
+    if isinstance(getattr(module, "load", None), Load)
+  ]
+  if routers and all(getattr(r, "deterministic", False) for r in routers):
+    raise ValueError(
+      "`model` must count its loads, got one in evaluation mode. Call"
+      " `model.train()` before."
+    )
+
+
+def _functional_loss(
+  loss_fn: Callable[[Any, Any], tuple[jax.Array, dict[str, Any]]],
+  graph: Any,
+  kinds: tuple[Any, ...],
+  counts: types.PyTree,
+) -> micro_batches.LossFn:
+  """A loss of a model's parts, as `jaxroute.train_step` takes it.
+
+  Args:
+    loss_fn: of the model and a batch.
+    graph: of `nnx.split(model, *kinds)`.
+    kinds: the filters of parameters, biases, counts and all other variables.
+    counts: of the model.
+
+  Returns:
+    A function that runs a copy of the model, which has counted nothing before.
+  """
+
+  def call_copy(
+    params: types.PyTree,
+    expert_bias: types.PyTree,
+    batch: types.PyTree,
+    *,
+    variables: types.PyTree,
+  ) -> tuple[jax.Array, tuple[types.Counts, Any, types.PyTree]]:
+    none = optax.tree.zeros_like(counts)
+    copy = nnx.merge(graph, params, expert_bias, none, variables)
+    out = loss_fn(copy, batch)
+    if not isinstance(out, tuple | list) or len(out) != 2:
+      raise ValueError(
+        f"`loss_fn` must return (loss, metrics), got {checks.describe(out)}. Where"
+        " there are no metrics, return an empty dict."
+      )
+    after: Any = nnx.as_pure(nnx.split(copy, *kinds)[-1])
+    return out[0], (
+      router_state(copy, None).counts,
+      out[1],
+      _of_paths(after, variables),
+    )
+
+  return call_copy
 
 
 def _of_paths(state: nnx.State, like: nnx.State) -> nnx.State:

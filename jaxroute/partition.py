@@ -74,7 +74,8 @@ class Partition:
       )
     object.__setattr__(self, "token_axes", tuple(axes))
     for name, meaning in _ONE_AXIS.items():
-      if not isinstance(getattr(self, name), str | None):
+      axis = getattr(self, name)
+      if axis == "" or not isinstance(axis, str | None):
         raise ValueError(
           f"`{name}` must be the name of one mesh axis, or None if {meaning}, got"
           f" {getattr(self, name)!r}."

@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Figures of balance over training, from plain arrays.
 
-Not imported by `jaxroute`: matplotlib comes with the extra `jaxroute[plot]`. No
-display is needed; write a figure with `figure.savefig("loads.png")`.
+Not imported by `jaxroute`: matplotlib comes with `pip install '.[plot]'`. No display is
+needed; write a figure with `figure.savefig("loads.png")`.
 """
 
 from collections.abc import Mapping
@@ -175,7 +175,7 @@ def trade_off(
   Args:
     points: label to the imbalances and the losses of a method's N runs, two
       `[N]`. Small marks are runs, the large one is their mean.
-    xlabel: what the imbalances are; on a logarithmic axis.
+    xlabel: what the imbalances are; on a logarithmic axis, if all are above 0.
     ylabel: what the losses are, with the unit.
 
   Returns:
@@ -197,7 +197,8 @@ def trade_off(
     panel.plot(
       np.mean(x), np.mean(y), marker, color=color, markersize=9, label=label
     )
-  panel.set_xscale("log", subs=[2, 5])
+  if all(np.all(x > 0) for x, _ in methods.values()):
+    panel.set_xscale("log", subs=[2, 5])
   panel.xaxis.set_major_formatter("{x:g}")
   panel.xaxis.set_minor_formatter("{x:g}")
   panel.set(xlabel=xlabel, ylabel=ylabel)
@@ -263,6 +264,7 @@ def _vectors(
 
 def _edges(steps: np.ndarray) -> np.ndarray:
   """`[S + 1]` cell borders: half-way between steps."""
+  steps = np.asarray(steps, np.float64)  # sums of small ints would wrap
   if len(steps) == 1:
     return np.array([steps[0] - 0.5, steps[0] + 0.5])
   middle = (steps[:-1] + steps[1:]) / 2

@@ -3,7 +3,7 @@
 
 import dataclasses
 
-from jaxroute import types
+from jaxroute import checks, types
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -78,8 +78,6 @@ def get(name: str) -> Preset:
   Raises:
     ValueError: if there is none of that name.
   """
-  if name not in PRESETS:
-    raise ValueError(
-      f"`preset` must be one of {', '.join(PRESETS)}, got {name!r}."
-    )
+  fix = "For another model, write its `RouterConfig`."
+  checks.check_choice("name", name, tuple(PRESETS), fix)
   return PRESETS[name]

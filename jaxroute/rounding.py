@@ -6,12 +6,13 @@ are optimal for the bias but not balanced, and moves tokens from overloaded to
 underloaded experts until they are.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jaxroute import routing
+from jaxroute import routing, types
 from jaxroute.parallel import mesh
 
 # Loads within this share of the mean count as balanced.
@@ -89,7 +90,25 @@ def round_to_balanced(
     0.25
   """
   config = routing.check_scores(scores, expert_bias, top_k, token_mask)
+  return _round(scores, expert_bias, token_mask, config=config)
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _round(
+  scores: jax.Array,
+  expert_bias: jax.Array,
+  token_mask: jax.Array | None,
+  *,
+  config: types.RouterConfig,
+) -> tuple[jax.Array, jax.Array]:
+  """See `round_to_balanced`, which checks the arguments."""
   e, top_k = config.num_experts, config.top_k
+  scores = mesh.whole(scores.astype(jnp.float32))
+  expert_bias = mesh.whole(expert_bias)
+  if token_mask is not None:
+    token_mask = mesh.whole(token_mask)
+  if not scores.size:
+    return scores, jnp.float32(0)
   routes = routing.route(scores, expert_bias, config, token_mask)
   counted = routes.token_mask[:, None]
   selection = jnp.where(counted, scores + expert_bias[None], -jnp.inf)

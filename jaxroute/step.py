@@ -52,6 +52,7 @@ def init_router_state(
   checks.check_transformation("rule", rule)
   for name, size in (("num_experts", num_experts), ("num_layers", num_layers)):
     checks.as_int(name, size, "Pass that of the model.")
+  histogram = checks.as_bool("histogram", histogram, "Pass `config.histogram`.")
   expert_bias = jnp.zeros((num_layers, num_experts), jnp.float32)
   load = jnp.zeros(expert_bias.shape, jnp.int32)
   bins = jnp.zeros((*expert_bias.shape, types.HISTOGRAM_BINS), jnp.int32)
@@ -127,6 +128,7 @@ def update(
   """
   check_state("state", state)
   checks.check_transformation("rule", rule)
+  checks.check_flag("apply", apply, "It holds for all layers.")
   with jax.named_scope("jaxroute.update"):
     _check_rule_state(state, rule)
     counts = state.counts

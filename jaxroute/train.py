@@ -151,6 +151,7 @@ def train_step(
   flags = {"freeze_bias": freeze_bias, "skip": skip}
   _check_arguments(state, rng, functions, flags)
   checks.check_transformation("optimizer", optimizer)
+  _check_opt_state(state, optimizer)
   if rng is not None:
     rng = jax.random.fold_in(rng, state.step)
   found = micro_batches_lib.accumulated_grad(
@@ -177,13 +178,14 @@ def train_step(
     (optax.apply_updates(state.params, updates), opt_state, found.variables),
     (state.params, state.opt_state, state.variables),
   )
-  counted = dataclasses.replace(
-    state.router, counts=jax.tree.map(jnp.add, state.router.counts, counts)
+  router = _next_router(
+    state.router,
+    counts,
+    rule,
+    is_taken=ok & is_taken,
+    is_moved=ok & is_moved,
+    freeze_bias=freeze_bias,
   )
-  # What MultiSteps holds back stays counted; what a skipped step counted is lost.
-  router = optax.tree.where(ok & is_taken, counted, state.router)
-  moved = step_lib.update(counted, rule, apply=jnp.logical_not(freeze_bias))
-  router = optax.tree.where(ok & is_moved, moved, router)
   next_state = TrainState(
     step=state.step + 1,
     params=params,
@@ -191,12 +193,40 @@ def train_step(
     router=router,
     variables=variables,
   )
-  report = dict(
-    found.metrics, loss=found.loss, grad_norm=grad_norm, load=counts.load
-  )
+  report = dict(loss=found.loss, grad_norm=grad_norm, load=counts.load)
   report["skipped"] = 1 - (ok & is_taken).astype(jnp.int32)
-  summary = metrics_lib.summary(counts.load, router.expert_bias)
-  return next_state, report | summary
+  report |= metrics_lib.summary(counts.load, router.expert_bias)
+  return next_state, _joined(found.metrics, report)
+
+
+def _next_router(
+  router: types.RouterState,
+  counts: types.Counts,
+  rule: optax.GradientTransformation,
+  *,
+  is_taken: jax.Array,
+  is_moved: jax.Array,
+  freeze_bias: jax.typing.ArrayLike,
+) -> types.RouterState:
+  """The bias moves when the parameters do; until then, counts stay.
+
+  Args:
+    router: before the step.
+    counts: of the batch.
+    rule: moves the bias.
+    is_taken: `[]` bool. False loses the counts of the batch.
+    is_moved: `[]` bool. Whether the parameters move.
+    freeze_bias: `[]` bool. Whether the bias stays even then.
+
+  Returns:
+    The router state after the step.
+  """
+  counted = dataclasses.replace(
+    router, counts=jax.tree.map(jnp.add, router.counts, counts)
+  )
+  moved = step_lib.update(counted, rule, apply=jnp.logical_not(freeze_bias))
+  router = optax.tree.where(is_taken, counted, router)
+  return optax.tree.where(is_moved, moved, router)
 
 
 def eval_step(
@@ -233,7 +263,32 @@ def eval_step(
     state.variables,
   )
   counts = counts_lib.of_loss(counts, state.router)
-  return dict(aux, loss=loss, load=counts.load)
+  return _joined(aux, dict(loss=loss, load=counts.load))
+
+
+def _joined(
+  metrics: dict[str, Any], report: dict[str, jax.Array]
+) -> dict[str, Any]:
+  """What a loss function reports and what a step does, under names of their own."""
+  if taken := sorted(set(metrics) & set(report)):
+    raise ValueError(
+      f"`loss_fn` must return metrics of other names than {sorted(report)}, which"
+      f" are reported with them, got {taken}. Rename these."
+    )
+  return metrics | report
+
+
+def _check_opt_state(
+  state: TrainState, optimizer: optax.GradientTransformation | optax.MultiSteps
+) -> None:
+  expected = jax.eval_shape(optimizer.init, state.params)
+  found = jax.tree.structure(state.opt_state)
+  if found != jax.tree.structure(expected):
+    raise ValueError(
+      "`state.opt_state` must be like `optimizer.init(params)`, of the structure"
+      f" {jax.tree.structure(expected)}, got {found}. Pass the optimizer that the"
+      " state was made with."
+    )
 
 
 def _check_arguments(
@@ -242,26 +297,8 @@ def _check_arguments(
   fix = "Pass what `init_train_state` returned."
   checks.check_instance("state", state, TrainState, fix)
   for name, function in functions.items():
-    if not callable(function):
-      raise ValueError(
-        f"`{name}` must be a function, got {checks.describe(function)}. Pass it"
-        " uncalled."
-      )
+    checks.check_callable(name, function)
   for name, flag in flags.items():
-    if jnp.shape(flag):
-      raise ValueError(
-        f"`{name}` must be one bool, got an array of shape {jnp.shape(flag)}."
-        " It holds for all layers."
-      )
-  if rng is not None and not _is_key(rng):
-    raise ValueError(
-      f"`rng` must be one random key, got {checks.describe(rng)}. Pass"
-      " `jax.random.key(seed)`."
-    )
-
-
-def _is_key(rng: Any) -> bool:
-  dtype = getattr(rng, "dtype", None)
-  if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    return rng.shape == ()
-  return dtype == jnp.uint32 and rng.ndim == 1
+    checks.check_flag(name, flag, "It holds for all layers.")
+  if rng is not None:
+    checks.check_key("rng", rng)

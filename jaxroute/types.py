@@ -55,7 +55,8 @@ _LEAVE_OUT = "Leave the field out for its default, if it has one."
 _INTERVALS = {
   "norm_eps": ("[0, inf)", _LEAVE_OUT),
   "scaling_factor": ("(-inf, inf)", "1.0 is for no scaling."),
-  "logit_soft_cap": ("(0, inf)", "None is for no cap."),
+  # Logits over a larger cap are subnormal, which is 0.
+  "logit_soft_cap": ("(0, 1e30)", "None is for no cap."),
   # Times 0 or less, the -inf of a masked expert would be NaN or +inf.
   "logit_multiplier": ("(0, inf)", "1.0 leaves the logits as they are."),
 }

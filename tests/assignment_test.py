@@ -243,3 +243,44 @@ def test_errors_name_argument_value_and_fix(call, words):
     call()
   for word in words:
     assert word in str(error.value)
+
+
+@pytest.mark.parametrize("scale", (1e-30, 1e-9, 1e-5, 1e5))
+def test_the_optimum_scales_with_the_scores(scale):
+  scores = np.random.default_rng(0).random((40, 4))
+  best, scaled = (assignment.solve(x, 1) for x in (scores, scores * scale))
+  np.testing.assert_allclose(scaled.value / scale, best.value, 1e-7)
+  gap = oracle.dual_value(scores * scale, scaled.expert_bias, 1) - scaled.value
+  assert abs(gap) <= 1e-6 * scaled.value
+
+
+def test_no_tokens_have_no_gap():
+  x, loss = assignment.round_to_balanced(jnp.zeros((0, 4)), jnp.zeros(4), 1)
+  assert x.shape == (0, 4) and loss == 0
+
+
+def test_values_of_half_precision_scores_are_summed_in_float32():
+  scores = jnp.ones((70_000, 4), jnp.float16)
+  idx = jnp.zeros((70_000, 2), jnp.int32)
+  for value in (
+    assignment.primal_value(scores, idx),
+    assignment.dual_value(scores, jnp.zeros(4, jnp.float16), 2),
+  ):
+    assert value == 140_000 and value.dtype == jnp.float32
+
+
+def test_an_index_of_no_expert_adds_no_score():
+  idx = jnp.array([[0, -1], [4, 1]])
+  scores = jnp.arange(8.0).reshape(2, 4)
+  assert assignment.primal_value(scores, idx) == 0.0 + 5.0
+
+
+def test_a_gap_is_compiled_once(caplog):
+  first, second = (jnp.full((8, 4), fill) for fill in (0.5, 0.25))
+  bias = jnp.zeros(4)
+  assignment.duality_gap(first, bias, 1)
+  caplog.clear()
+  with jax.log_compiles():
+    assignment.duality_gap(second, bias, 1)
+  compiled = [r.getMessage() for r in caplog.records]
+  assert not [words for words in compiled if "Compiling" in words]

@@ -190,3 +190,21 @@ def _of_other_shape():
 def test_a_mistake_is_named(call, words):
   with pytest.raises(ValueError, match=words):
     call()
+
+
+def test_counts_that_a_state_cannot_hold_are_named():
+  state = jaxroute.init_router_state(dual.sign(1.0), 2)
+  counts = jaxroute.Counts(load=np.array([[2**31, 0]]))
+  with pytest.raises(ValueError, match=r"below 2\*\*31, got 2147483648"):
+    jaxroute.accumulate(state, counts)
+  counts = jaxroute.Counts(load=np.array([[2**31 - 1, 0]]))
+  assert jaxroute.accumulate(state, counts).load[0, 0] == 2**31 - 1
+
+
+def test_layers_of_different_sizes_are_named():
+  state = jaxroute.init_router_state(dual.sign(1.0), 4, num_layers=2)
+  layers = [jaxroute.Counts(load=jnp.ones(e, jnp.int32)) for e in (4, 8)]
+  with pytest.raises(
+    ValueError, match=r"\(2, 4\).*got \[\(4,\), \(8,\)\] of 2"
+  ):
+    jaxroute.accumulate(state, layers)

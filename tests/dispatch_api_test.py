@@ -206,3 +206,11 @@ def test_a_capacity_factor_is_what_it_is_written_as(kind):
 def test_impossible_capacity_factors_are_refused(factor):
   with pytest.raises(ValueError, match=f"`capacity_factor`.*{factor}"):
     dispatch.expert_capacity(CONFIG, 8, factor)
+
+
+@pytest.mark.parametrize("dtype", (np.int64, np.uint32, np.uint64))
+def test_an_index_of_more_bits_becomes_no_other_expert(dtype):
+  far = 2**31 if dtype == np.uint32 else 2**32
+  order = dispatch.sort_by_expert(np.array([[far, 1]], dtype), 4)
+  np.testing.assert_array_equal(order.group_sizes, [0, 1, 0, 0])
+  np.testing.assert_array_equal(order.permutation, [1, 0])

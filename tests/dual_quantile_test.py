@@ -325,3 +325,24 @@ def test_the_average_keeps_its_share():
 def test_bad_input_is_named(call, words):
   with pytest.raises(ValueError, match=words):
     call()
+
+
+def test_a_layer_can_be_left_out():
+  load = {"a": jnp.array([3, 1]), "b": jnp.array([3, 1])}
+  histogram = {
+    name: jnp.zeros((2, 16), jnp.int32).at[0, 3].set(4).at[1, 12].set(4)
+    for name in load
+  }
+  bias = jax.tree.map(jnp.zeros_like, load)
+  bias = jax.tree.map(lambda x: x.astype(jnp.float32), bias)
+  rule = optax.partition(
+    {"moves": dual.quantile(), "stays": optax.set_to_zero()},
+    {"a": "moves", "b": "stays"},
+  )
+  counts = dict(load=load, histogram=histogram)
+  updates, _ = rule.update(bias, rule.init(bias), bias, **counts)
+  alone = dual.quantile()
+  expected, _ = alone.update(bias, alone.init(bias), bias, **counts)
+  np.testing.assert_array_equal(updates["a"], expected["a"])
+  assert jnp.all(updates["a"] != 0)
+  np.testing.assert_array_equal(updates["b"], 0)

@@ -192,3 +192,15 @@ def test_z_loss_of_many_huge_logits():
   value, gradient = jax.value_and_grad(losses.z_loss)(logits)
   np.testing.assert_allclose(value, 1e36, rtol=1e-5)
   np.testing.assert_allclose(gradient, 2e18 / 4000, rtol=1e-5)
+
+
+@pytest.mark.devices(8)
+@pytest.mark.parametrize("sequences", (16, 4, 1))
+def test_sequences_on_explicit_axes(sequences):
+  logits = cases.logits("random", 32, 8)
+  config = jaxroute.RouterConfig(num_experts=8, top_k=2)
+  expected = losses.sequence_wise(logits, config, sequences)
+  with jax.set_mesh(jax.make_mesh((8,), ("data",))):
+    on_mesh = jax.device_put(logits, jax.P("data"))
+    actual = losses.sequence_wise(on_mesh, config, sequences)
+  np.testing.assert_allclose(actual, expected, 1e-6)

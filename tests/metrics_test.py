@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Metrics on loads small enough to check by hand, and exact on large ones."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -126,3 +127,16 @@ def test_loads_of_every_kind_under_jit(is_optimized):
         np.testing.assert_allclose(found[key], value, rtol=1e-5, atol=1e-6)
   finally:
     jax.config.update(name, before)
+
+
+def test_counts_of_a_long_evaluation_are_numpy_s():
+  # Sums of many batches on the host, which int32 would wrap.
+  load = np.array([3_000_000_000, 1_000_000_000, 0, 0])
+  assert metrics.max_vio(load) == 2.0
+  np.testing.assert_array_equal(metrics.violation(load), [2.0, 0.0, -1.0, -1.0])
+  np.testing.assert_array_equal(metrics.mean_load(load), [[10**9], [0]])
+  assert metrics.drop_fraction(load, load // 2) == 0.5
+  assert metrics.dead_experts(load) == 2
+  bias = np.zeros(4, np.float32)
+  expected = metrics.summary(np.int32(load // 1000), bias)
+  chex.assert_trees_all_close(metrics.summary(load, bias), expected)

@@ -207,6 +207,7 @@ def test_update_sums_over_the_axes_that_it_is_told():
       {"loss_fn": lambda model, batch: (jnp.sum(model(batch["x"])[1]), 0.0)},
       "a dict of metrics, got 0.0",
     ),
+    ({"loss_fn": None}, "`loss_fn` must be a function, got None"),
     ({"rule": "sign"}, "`rule` must be an optax transformation, got 'sign'"),
     ({"rule": dual.pid(1e-3)}, "`state.rule_state` must be like.*Pid"),
   ],
@@ -223,3 +224,18 @@ def test_a_mistake_is_named(kwargs, words):
   rule_state = jaxroute.nnx.init_rule_state(model, RULE)
   with pytest.raises(ValueError, match=words):
     jaxroute.nnx.train_step(model, optimizer, rule_state, _batch(), **kwargs)
+
+
+def test_a_model_that_does_not_count_is_not_trained():
+  model = _router()
+  model.eval()
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+  with pytest.raises(ValueError, match=r"evaluation mode.*`model.train\(\)`"):
+    jaxroute.nnx.train_step(
+      model,
+      optimizer,
+      jaxroute.nnx.init_rule_state(model, RULE),
+      _batch(),
+      loss_fn=lambda model, batch: (jnp.sum(model(batch["x"])[1]), {}),
+      rule=RULE,
+    )

@@ -163,3 +163,18 @@ def test_without_matplotlib_the_error_names_the_extra():
     [sys.executable, "-c", code], capture_output=True, text=True
   )
   assert "pip install 'jaxroute[plot]'" in done.stdout, done.stderr
+
+
+def test_steps_of_small_ints_do_not_wrap():
+  edges = plot._edges(np.array([200, 210, 220], np.uint8))
+  np.testing.assert_array_equal(edges, [195, 205, 215, 225])
+
+
+def test_a_balanced_run_is_drawn():
+  points = {"balanced": ([0.0, 0.0], [1.0, 1.0]), "other": ([0.1], [2.0])}
+  (panel,) = plot.trade_off(points, xlabel="MaxVio", ylabel="loss").axes
+  low, _ = panel.get_xlim()
+  assert panel.get_xscale() == "linear" and low < 0
+  del points["balanced"]
+  (panel,) = plot.trade_off(points, xlabel="MaxVio", ylabel="loss").axes
+  assert panel.get_xscale() == "log"

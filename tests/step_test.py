@@ -184,7 +184,7 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
         jaxroute.init_router_state(r, E, 3),
         jaxroute.route(jnp.zeros((2, E)), None, CONFIG),
       ),
-      r"\(3, 8\).*got \(1, 8\)",
+      r"\(3, 8\).*got \[\(8,\)\] of 1",
     ),
     (
       lambda r: jaxroute.update(
@@ -223,6 +223,21 @@ def test_a_replicated_result_without_the_sum_is_refused_by_check_vma():
         rule=r,
       ),
       r"`loss_fn` must return .*`jaxroute.Counts`.*Counts\(load=",
+    ),
+    (
+      # A bool for each layer, which would be one for each expert.
+      lambda r: step.update(
+        step.init_router_state(r, 2, 2), r, apply=jnp.array([True, False])
+      ),
+      r"`apply` must be one bool, got bool \(2,\). It holds for all layers.",
+    ),
+    (
+      lambda r: step.update(step.init_router_state(r, 2), r, apply=None),
+      "`apply` must be one bool, got None",
+    ),
+    (
+      lambda r: step.init_router_state(r, 2, histogram="no"),
+      "`histogram` must be a bool, got 'no'",
     ),
   ],
 )

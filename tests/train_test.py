@@ -207,6 +207,17 @@ def _counts(dtype=jnp.int32):
     ({"micro_batches": 0}, "`micro_batches` must be an int.*got 0"),
     ({"micro_batches": 2.0}, "`micro_batches` must be an int.*got 2.0"),
     ({"skip": jnp.zeros(2, bool)}, r"`skip` must be one bool.*\(2,\)"),
+    ({"skip": "no"}, "`skip` must be one bool, got 'no'"),
+    ({"freeze_bias": jnp.nan}, "`freeze_bias` must be one bool, got nan"),
+    ({"optimizer": optax.adam(0.1)}, "`state.opt_state` must be like"),
+    (
+      {"rng": jnp.zeros(3, jnp.uint32)},
+      r"`rng` must be one random key.*\(3,\)",
+    ),
+    (
+      _returning(lambda loss: (loss, (_counts(), {"max_vio": loss}))),
+      r"other names than \['bias_spread'.*got \['max_vio'\]. Rename",
+    ),
     ({"rng": 0}, r"`rng` must be one random key, got 0.*jax.random.key\("),
     (
       {"weight_fn": lambda batch: batch["token_mask"]},
@@ -247,3 +258,12 @@ def test_integer_parameters_and_other_variables_are_named():
   state = dataclasses.replace(state, variables={"mean": jnp.ones(2)})
   with pytest.raises(ValueError, match=r"\(2,\)'}, got .*\(3,\)"):
     jaxroute.train_step(state, jnp.ones(2), loss_fn=loss_fn, **kwargs)
+
+
+def test_eval_step_reports_its_own_loss():
+  rule, optimizer = dual.sign(1e-3), optax.sgd(0.1)
+  kwargs = _returning(lambda loss: (loss, (_counts(), {"loss": 1.0})))
+  with pytest.raises(ValueError, match=r"\['load', 'loss'\].*got \['loss'\]"):
+    jaxroute.eval_step(
+      step_cases.make_state(rule, optimizer), step_cases.make_batch(), **kwargs
+    )

@@ -141,6 +141,11 @@ def sort_by_expert(
     load = load.astype(jnp.int32)
   names = get_args(Implementation)
   ladder.check_names("sort_by_expert", names, implementation, interpret)
+  if jnp.iinfo(expert_idx.dtype).max > jnp.iinfo(jnp.int32).max:
+    # In 32 bits an index past all experts could become that of one.
+    is_here = (expert_idx >= 0) & (expert_idx < num_experts)
+    xp = expert_idx.__array_namespace__()
+    expert_idx = xp.where(is_here, expert_idx, num_experts)
   return _sort_by_expert(
     expert_idx.astype(jnp.int32),
     token_mask,

@@ -35,7 +35,7 @@ def dispatch(x: jax.Array, permutation: Permutation) -> jax.Array:
   Raises:
     ValueError: if T does not divide the N assignments.
   """
-  fix = "Flatten batch and sequence into T."
+  x, fix = checks.as_jax(x), "Flatten batch and sequence into T."
   n = _checked_size(permutation)
   checks.check_array("x", x, "[T, D]", "", fix)
   if n % max(x.shape[0], 1):
@@ -70,6 +70,7 @@ def combine(
   Raises:
     ValueError: if `rows` and `weights` are not of the N assignments.
   """
+  rows, weights = map(checks.as_jax, (rows, weights))
   fix = "Pass the permutation that `dispatch` used."
   n = _checked_size(permutation)
   checks.check_array("rows", rows, "[N, D]", "floating point", fix, N=n)

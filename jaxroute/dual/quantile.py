@@ -75,23 +75,31 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
     histogram: types.PyTree = None,
     **extra_args: Any,
   ) -> tuple[optax.Updates, Any]:
-    del updates, extra_args
+    del extra_args
     if histogram is None or params is None:
       raise ValueError(
         "`dual.quantile` needs a histogram, got None. Set `histogram=True` in"
         " the `RouterConfig` and in `init_router_state`, and call"
-        " `jaxroute.update`."
+        " `jaxroute.update`. Not all wrappers of optax pass it on."
       )
 
-    def increment(
-      bias: jax.Array, load: jax.Array, histogram: jax.Array
-    ) -> jax.Array:
+    def increment(bias: Any, load: jax.Array, histogram: jax.Array) -> Any:
+      if isinstance(bias, optax.MaskedNode):
+        return bias
       target = bias + histogram_quantile(load, histogram)
       target = target - jnp.mean(target, axis=-1, keepdims=True)
       has_tokens = jnp.any(load > 0, axis=-1, keepdims=True)
       return jnp.where(has_tokens, (1.0 - ema) * (target - bias), 0.0)
 
-    return jax.tree.map(increment, params, load, histogram), state
+    # `optax.masked` leaves out biases, but no counts.
+    updates = jax.tree.map(
+      increment,
+      params,
+      load,
+      histogram,
+      is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+    )
+    return updates, state
 
   return optax.GradientTransformationExtraArgs(init, update)
 
@@ -127,6 +135,7 @@ def quantile_bias(
     Su, 2026, https://kexue.fm/archives/11619.
   """
   config = routing.check_scores(scores, expert_bias, top_k, token_mask)
+  scores = scores.astype(jnp.float32)
   routes = routing.route(scores, expert_bias, config, token_mask)
   target = target_bias(scores, expert_bias, routes)
   return target - jnp.mean(target)
@@ -160,6 +169,7 @@ def target_bias(
   return jnp.where(jnp.isfinite(target) & (rank >= 0), target, expert_bias)
 
 
+@jax.jit
 def order_statistic(x: jax.Array, rank: jax.Array) -> jax.Array:
   """The element of a rank in every column, without sorting.
 

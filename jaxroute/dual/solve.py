@@ -152,8 +152,10 @@ def _solve_guarded(
   max_iterations: int,
 ) -> Solution:
   """`_solve`, and NaN for every number if a counted token has a NaN score."""
+  scores = mesh.whole(scores.astype(jnp.float32))
   if token_mask is None:
     token_mask = jnp.ones(scores.shape[:1], jnp.bool_)
+  expert_bias, token_mask = map(mesh.whole, (expert_bias, token_mask))
   is_nan = jnp.isnan(scores)
   is_broken = jnp.any(is_nan & token_mask[:, None])
   # Routing lets no NaN win, so it would be hidden: solve without, and mark the

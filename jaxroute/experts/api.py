@@ -93,6 +93,7 @@ def grouped_matmul(
     >>> grouped_matmul(lhs, rhs, jnp.array([1, 1])).ravel()
     Array([2., 3., 0.], dtype=float32)
   """
+  lhs, rhs = map(checks.as_jax, (lhs, rhs))
   fix = "Flatten batch axes into N, and cast both to the computation's dtype."
   checks.check_array("lhs", lhs, "[N, D]", "floating point", fix)
   checks.check_array(
@@ -137,6 +138,7 @@ def swiglu(
     ValueError: if a rank, shape or dtype does not fit.
     NotImplementedError: if the implementation asked for cannot do this.
   """
+  x, params = jax.tree.map(checks.as_jax, (x, params))
   checks.check_array("x", x, "[N, D]", "floating point", "Flatten axes into N.")
   check_params("params", params, x.shape[1], dtype=x.dtype.name)
   _check_group_sizes(group_sizes, params.w_gate.shape[0])
@@ -161,6 +163,7 @@ def dense_swiglu(x: jax.Array, params: ExpertParams) -> jax.Array:
   Raises:
     ValueError: if a shape or dtype does not fit.
   """
+  x, params = jax.tree.map(checks.as_jax, (x, params))
   checks.check_array("x", x, "[T, D]", "floating point", "Flatten axes into T.")
   check_params("params", params, x.shape[1], dtype=x.dtype.name, is_dense=True)
   gate, up = blocks.dot(x, params.w_gate), blocks.dot(x, params.w_up)

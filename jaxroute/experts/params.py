@@ -84,16 +84,7 @@ def init_expert_params(
     ValueError: if `key` is no random key, a size is below 1 or `dtype` is not
       floating point.
   """
-  found = getattr(key, "dtype", None)
-  if not (
-    found is not None
-    and (jnp.issubdtype(found, jax.dtypes.prng_key) and key.shape == ())
-    or (found == jnp.uint32 and key.ndim == 1)
-  ):
-    raise ValueError(
-      f"`key` must be a random key, got {checks.describe(key)}. Pass"
-      " jax.random.key(seed)."
-    )
+  checks.check_key("key", key)
   fix = "Pass that of the model."
   num_experts = checks.as_int("num_experts", num_experts, fix)
   model_size = checks.as_int("model_size", model_size, fix)

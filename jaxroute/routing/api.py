@@ -83,6 +83,8 @@ def route(
   with_rank = checks.as_bool("with_rank", with_rank, fix)
   # A token chooses among all experts.
   logits = mesh.whole(logits, 1)
+  if expert_bias is not None:
+    expert_bias = mesh.whole(expert_bias)
   operands = logits, expert_bias, config, token_mask
   by_name = implementation is not None
 
@@ -156,6 +158,8 @@ def project_and_route(
     "project_and_route", get_args(Implementation), implementation, interpret
   )
   tokens, router_weight = mesh.whole(tokens, 1), mesh.whole(router_weight)
+  if expert_bias is not None:
+    expert_bias = mesh.whole(expert_bias)
 
   def one_after_the_other():
     if implementation == "xla":

@@ -45,7 +45,7 @@ _ALLOWED = {
   "micro_batches": {"types"},
   "step": {"types", "metrics", "counts", "parallel"},
   "train": {"types", "metrics", "counts", "micro_batches", "step"},
-  "losses": {"types", "metrics", "routing", "scores"},
+  "losses": {"types", "metrics", "routing", "scores", "parallel"},
   "linear_program": set(),
   "rounding": {"types", "routing", "parallel"},
   "assignment": {"rounding", "linear_program"},
