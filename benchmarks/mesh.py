@@ -1,8 +1,8 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """A training step on eight CPU devices, as ratios to the step on one of them.
 
-The devices share the cores of this machine, so nothing can be faster than one device:
-what is above 1 is what a mesh costs. All steps are of the same batch.
+The devices share the cores of this machine: what is above 1 is what a mesh costs; below
+1, smaller arrays stay in caches. All steps are of the same batch.
 
   python benchmarks/mesh.py
 """

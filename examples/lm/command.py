@@ -33,7 +33,7 @@ def define_flags(flag_values: flags.FlagValues = flags.FLAGS) -> None:
     list(sizes.SIZES),
     "Defaults of the sizes: tiny, for two CPU cores; lfb_1b and lfb_3b, the"
     " models of the loss-free balancing paper; deepseek_v3_layer, a dense and an"
-    " MoE layer of DeepSeek-V3. Other flags go before.",
+    " MoE layer of DeepSeek-V3. An explicit flag overrides --size.",
     flag_values=flag_values,
   )
   hosts.define_flags(flag_values)
