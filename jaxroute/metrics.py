@@ -80,6 +80,9 @@ def total(counts: jax.Array) -> jax.Array:
   Returns:
     `[...]` float32.
 
+  Raises:
+    ValueError: if `counts` is a scalar or does not hold int32 or int64.
+
   Example:
     >>> total(jnp.full(4, 2**30))
     Array(4.2949673e+09, dtype=float32)
@@ -147,6 +150,9 @@ def coefficient_of_variation(load: jax.Array) -> jax.Array:
   Returns:
     `[...]` float32; 0 if balanced or nothing was counted.
 
+  Raises:
+    ValueError: if `load` is a scalar or does not hold int32 or int64.
+
   Example:
     >>> coefficient_of_variation(jnp.array([3, 1, 1, 3]))
     Array(0.5, dtype=float32)
@@ -163,6 +169,9 @@ def load_entropy(load: jax.Array) -> jax.Array:
   Returns:
     `[...]` float32 in `[0, 1]`: 1 if balanced, as a single expert always is; 0
     if one of several experts got all, or nothing was counted.
+
+  Raises:
+    ValueError: if `load` is a scalar or does not hold int32 or int64.
 
   Example:
     >>> load_entropy(jnp.array([2, 2, 0, 0]))
@@ -189,6 +198,9 @@ def dead_experts(load: jax.Array) -> jax.Array:
   Returns:
     `[...]` int32.
 
+  Raises:
+    ValueError: if `load` is a scalar or does not hold int32 or int64.
+
   Example:
     >>> dead_experts(jnp.array([3, 0, 0, 1]))
     Array(2, dtype=int32)
@@ -207,6 +219,9 @@ def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
   Returns:
     `[...]` float32 in `[0, 1]`; 0 if nothing was routed.
 
+  Raises:
+    ValueError: if one does not hold int32 or int64, or the shapes differ.
+
   Example:
     >>> drop_fraction(jnp.array([6, 2]), jnp.array([4, 2]))
     Array(0.25, dtype=float32)
@@ -218,11 +233,7 @@ def drop_fraction(load: jax.Array, group_sizes: jax.Array) -> jax.Array:
       f"`group_sizes` must have the shape of `load`, {load.shape}, got"
       f" {group_sizes.shape}. Pass those of the same layers."
     )
-  routed: Any = load
-  sent: Any = group_sizes
-  if isinstance(load, np.ndarray) or isinstance(group_sizes, np.ndarray):
-    routed, sent = np.asarray(load), np.asarray(group_sizes)
-  return total(routed - sent) / jnp.maximum(total(load), 1.0)
+  return total(load - group_sizes) / jnp.maximum(total(load), 1.0)
 
 
 def bias_spread(expert_bias: jax.Array) -> jax.Array:
@@ -233,6 +244,9 @@ def bias_spread(expert_bias: jax.Array) -> jax.Array:
 
   Returns:
     `[...]` float32.
+
+  Raises:
+    ValueError: if it is a scalar or not floating point.
 
   Example:
     >>> bias_spread(jnp.array([5.0, 5.25, 4.5]))

@@ -116,7 +116,7 @@ def test_by_name_it_lowers_for_cuda_alone():
 
   exported = export.export(jax.jit(step), platforms=("cuda",))(*_operands())
   assert KERNEL in exported.mlir_module()
-  words = "the CUDA kernel of `grouped_matmul` was traced.*another platform"
+  words = "the CUDA kernel of `swiglu` was traced.*another platform"
   with pytest.raises(NotImplementedError, match=words):
     jax.jit(step).lower(*_operands())
 

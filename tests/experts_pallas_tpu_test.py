@@ -106,7 +106,7 @@ def test_by_name_it_lowers_for_tpu_alone():
 
   exported = export.export(jax.jit(step), platforms=("tpu",))(*_operands())
   assert KERNEL in exported.mlir_module()
-  words = "the TPU kernel of `grouped_matmul` was traced.*another platform"
+  words = "the TPU kernel of `swiglu` was traced.*another platform"
   with pytest.raises(NotImplementedError, match=words):
     jax.jit(step).lower(*_operands())
 

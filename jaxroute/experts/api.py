@@ -199,7 +199,9 @@ def _checked(
 
 def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
   """One of an implementation's `Products`, by name or by platform."""
-  all_products = {
+  is_swiglu = product.startswith("swiglu")
+  operation = "swiglu" if is_swiglu else "grouped_matmul"
+  by_implementation = {
     "ragged_dot": ragged_dot.PRODUCTS,
     "tiled": tiled.PRODUCTS,
     "batched": batched.products(how.expected_rows),
@@ -210,16 +212,16 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
   # is done, and copy what they carry.
   functions = {
     name: jax.custom_batching.sequential_vmap(
-      functools.partial(getattr(products, product), **static)
+      functools.partial(getattr(all_products, product), **static)
     )
-    for name, products in all_products.items()
+    for name, all_products in by_implementation.items()
   }
 
   def kernel(platform: str, name: str, by_name: bool) -> Callable[..., Any]:
     """The kernel of a platform, if it can multiply this."""
     _CHECKS[name](operands, by_name=by_name)
     return functools.partial(
-      ladder.call_kernel, "grouped_matmul", platform, functions[name], False
+      ladder.call_kernel, operation, platform, functions[name], False
     )
 
   def by_platform() -> Any:
@@ -243,7 +245,7 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
     rungs[name] = lambda platform=platform, name=name: kernel(
       platform, name, by_name=True
     )(*operands)
-  return ladder.climb("grouped_matmul", rungs, how.implementation)
+  return ladder.climb(operation, rungs, how.implementation)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
