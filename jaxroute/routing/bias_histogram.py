@@ -26,9 +26,10 @@ _OCTAVES, _FIRST_END = types.HISTOGRAM_OCTAVES, types.HISTOGRAM_FIRST_END
 
 _UPPER = 2.0 ** (_FIRST_END + _OCTAVES * np.arange(_SIDE))
 EDGES = np.concatenate([-_UPPER[::-1], [0.0], _UPPER]).astype(np.float32)
-"""`[BINS + 1]`: bin i holds `EDGES[i] <= distance < EDGES[i + 1]`.
+"""`[BINS + 1]`: bin i holds the distances from `EDGES[i]` to `EDGES[i + 1]`.
 
-The first and the last also hold what is beyond them.
+A distance on an edge belongs to the bin that is farther from 0, and 0 itself to the one
+above. The first and the last bin also hold what is beyond them.
 """
 
 _LARGEST = float(np.finfo(np.float32).max)

@@ -8,6 +8,7 @@ transpose for every row of a warp and an expert. Then the rows of a bin are thos
 its bits, and ones are counted.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -92,10 +93,11 @@ def _bin_on_top(distance: jax.Array) -> jax.Array:
 
 def _bits_of(nibbles: list[jax.Array], bit: int) -> jax.Array:
   """One bit of every nibble, in turn of the four words that these are in."""
-  word = full(0, jnp.int32)
-  for i, nibble in enumerate(nibbles):
-    word |= (lax.shift_right_logical(nibble, jnp.int32(bit)) & _NIBBLES) << i
-  return word
+  words = (
+    (lax.shift_right_logical(nibble, jnp.int32(bit)) & _NIBBLES) << i
+    for i, nibble in enumerate(nibbles)
+  )
+  return functools.reduce(jnp.bitwise_or, words)
 
 
 def count(tile: Tile) -> None:
