@@ -78,6 +78,9 @@ def get(name: str) -> Preset:
   Raises:
     ValueError: if there is none of that name.
   """
-  fix = "For another model, write its `RouterConfig`."
-  checks.check_choice("name", name, tuple(PRESETS), fix)
+  if not isinstance(name, str) or name not in PRESETS:
+    raise ValueError(
+      f"`preset` must be one of {', '.join(PRESETS)}, got {checks.describe(name)}."
+      " For another model, write its `RouterConfig`."
+    )
   return PRESETS[name]
