@@ -6,7 +6,7 @@
     --topology=v6e:16x16 --mesh=data=16,expert=16 --grad
 
 The compilers of TPUs and of NVIDIA GPUs run on a CPU: `pip install libtpu`,
-`pip install jaxroute[aot-gpu]`. What they say is exact and the same every time,
+`pip install '.[aot-gpu]'`. What they say is exact and the same every time,
 but nothing of it is a measurement.
 
   chips.py        the chips, and meshes of them

@@ -2,7 +2,7 @@
 """Compiles for an NVIDIA GPU that is not here, and reads what the compilers say.
 
 XLA and Mosaic GPU, Pallas' compiler for Hopper and newer, need no GPU and no
-CUDA toolkit: `pip install jaxroute[aot-gpu]` brings them, with the assembler
+CUDA toolkit: `pip install '.[aot-gpu]'` brings them, with the assembler
 and disassembler they call. The same versions give the same figures every time;
 they are no measurements.
 
