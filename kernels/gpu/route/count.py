@@ -3,7 +3,6 @@
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 
@@ -11,7 +10,13 @@ from jaxroute.kernels.gpu import order, threads
 from jaxroute.kernels.gpu.route import weigh
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.select import UNREACHABLE
-from jaxroute.kernels.gpu.route.tile import Tile, divide, loop
+from jaxroute.kernels.gpu.route.tile import (
+  Tile,
+  divide,
+  loop,
+  place_of,
+  rows_of_first_part,
+)
 from jaxroute.kernels.gpu.threads import THREADS, WARP, full
 
 
@@ -84,18 +89,14 @@ def _add_to_spans(
 def _rows_of(tile: Tile, expert: jax.Array, warp: jax.Array) -> jax.Array:
   """The rows of a warp that chose an expert, or at E are not counted; as bits."""
   plan = tile.plan
-  part = divide(expert, plan.part)
-  column = expert - part * plan.part
-  chunk = divide(column, plan.width)
-  index = chunk * THREADS + (column & (plan.width - 1))
+  part, index = place_of(plan, expert)
   if plan.with_rank:
     uncounted = plan.chunks * THREADS
     index = jnp.where(expert == plan.num_experts, uncounted, index)
   rows = plan.threads.gather(tile.buffers.bits, index + warp * WARP)
   if plan.lanes == 1:
     return rows
-  first_lanes = sum(1 << i for i in range(0, WARP, plan.lanes))
-  own = np.int32(np.uint32(first_lanes)) << part
+  own = rows_of_first_part(plan) << part
   if plan.with_rank:
     own = jnp.where(expert == plan.num_experts, -1, own)
   return rows & own

@@ -23,7 +23,12 @@ from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route import select
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.refs import DISTANCE_BITS
-from jaxroute.kernels.gpu.route.tile import Tile, divide, loop
+from jaxroute.kernels.gpu.route.tile import (
+  Tile,
+  loop,
+  place_of,
+  rows_of_first_part,
+)
 from jaxroute.kernels.gpu.threads import ROW, THREADS, WARP, by_row, full
 
 _SIDE = types.HISTOGRAM_BINS // 2
@@ -145,20 +150,14 @@ def _rows(tile: Tile, expert: jax.Array) -> list[list[jax.Array]]:
   so few that several warps share a word.
   """
   plan = tile.plan
-  part = divide(expert, plan.part)
-  column = expert - part * plan.part
-  chunk = divide(column, plan.width)
-  place = chunk * THREADS + (column & (plan.width - 1))
-  first_lanes = np.int32(
-    np.uint32(sum(1 << lane for lane in range(0, WARP, plan.lanes)))
-  )
+  part, place = place_of(plan, expert)
 
   def load(plane: int, warp: int) -> jax.Array:
     start = plane * plan.chunks * THREADS + warp * WARP
     rows = plan.threads.gather(tile.buffers.distances, start + place)
     if plan.lanes == 1:
       return rows
-    return lax.shift_right_logical(rows, part) & first_lanes
+    return lax.shift_right_logical(rows, part) & rows_of_first_part(plan)
 
   warps, shared = THREADS // WARP, min(plan.lanes, THREADS // WARP)
   words = []

@@ -7,11 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.route.refs import Buffers, Operands, Results
-from jaxroute.kernels.gpu.threads import WARP, Threads
+from jaxroute.kernels.gpu.threads import THREADS, WARP, Threads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,21 @@ def over_lanes(
     x = combine(x, plan.threads.shuffle_xor(x, distance))
     distance *= 2
   return x
+
+
+def place_of(plan: Plan, expert: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The part of an expert, and the place of its rows in `bits`, of the first warp."""
+  part = divide(expert, plan.part)
+  column = expert - part * plan.part
+  chunk = divide(column, plan.width)
+  return part, chunk * THREADS + (column & (plan.width - 1))
+
+
+def rows_of_first_part(plan: Plan) -> np.int32:
+  """The rows of a warp that have the first part of a token's experts, as bits."""
+  return np.uint32(sum(1 << i for i in range(0, WARP, plan.lanes))).astype(
+    np.int32
+  )
 
 
 def divide(x: jax.Array, by: int) -> jax.Array:
