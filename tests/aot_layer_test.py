@@ -12,6 +12,8 @@ import jaxroute
 from jaxroute import presets
 from jaxroute.aot import chips, gpu, layer, route, tpu
 
+pytestmark = pytest.mark.any_jax
+
 pytest.importorskip("libtpu", reason="the TPU compiler is for Linux on x86-64")
 
 # T of a device, E, K, D, F.

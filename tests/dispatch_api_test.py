@@ -5,6 +5,7 @@ import functools
 import math
 
 import cases
+import conformance
 import hypothesis
 import jax
 import jax.numpy as jnp
@@ -37,7 +38,7 @@ def _assert_is_oracle(idx, e, mask=None, capacity=None):
   assert all(x.dtype == jnp.int32 for x in jax.tree.leaves(p))
 
 
-@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", conformance.rows(cases.SHAPES))
 def test_sort_is_the_oracle(shape):
   t, e, k = shape
   mask = np.random.default_rng(1).random(t) < 0.6
@@ -72,6 +73,7 @@ def test_capacity_keeps_the_first_tokens():
   np.testing.assert_array_equal(p.group_sizes, [2, 1])
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("capacity", (None, 3))
 @pytest.mark.parametrize("n", (0, 1, 31, 32, 33, 1000))
 def test_both_algorithms_agree(n, capacity):
@@ -88,6 +90,7 @@ def test_both_algorithms_agree(n, capacity):
     np.testing.assert_array_equal(counted[0], expected)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("majors", (2**16, 2**16 + 1, 2**31 - 1))
 def test_pairs_that_fit_a_word_or_not_sort_alike(majors):
   rng = np.random.default_rng(0)

@@ -17,6 +17,8 @@ from hypothesis import strategies as st
 import jaxroute
 from jaxroute import dual, metrics, scores
 
+pytestmark = pytest.mark.any_jax
+
 # Loads 8, 4, 4, 0: mean 4, violation 1, 0, 0, -1.
 VIOLATION = jnp.array([[1.0, 0.0, 0.0, -1.0]])
 

@@ -12,6 +12,8 @@ import pytest
 from jaxroute import assignment, dual
 from jaxroute.dual import solvers
 
+pytestmark = pytest.mark.any_jax
+
 T, E, K = 512, 16, 4
 
 

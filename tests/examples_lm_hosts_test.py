@@ -17,6 +17,7 @@ import pytest
 from absl import flags
 
 pytestmark = [
+  pytest.mark.any_jax,  # `distributed_test.py` starts processes on every version.
   pytest.mark.cpu("the processes share no accelerator"),
   pytest.mark.implicit_promotion,  # optax's Adam promotes.
 ]
@@ -181,7 +182,6 @@ def _flags(*arguments):
   return values
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "arguments, message",
   [
@@ -210,7 +210,6 @@ def test_a_process_that_cannot_start_is_told_what_to_type(arguments, message):
   assert str(error.value).startswith(expected)
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "tasks, calls", [("1", []), ("2", [(None, None, None, 7)])]
 )
@@ -233,7 +232,6 @@ class _Ended(Exception):
   """Stands for the end of a process."""
 
 
-@pytest.mark.any_jax
 def test_a_process_that_finds_no_other_says_so_and_ends(monkeypatch, capsys):
   ended = threading.Event()
 
@@ -258,7 +256,6 @@ def test_a_process_that_finds_no_other_says_so_and_ends(monkeypatch, capsys):
   assert "did not find each other in 0 s. Start the same command on" in errors
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("number, other", [(0, 1), (1, 0)])
 def test_another_number_of_processes_is_named(monkeypatch, number, other):
   store = {f"num_processes/{other}": "3"}
@@ -279,7 +276,6 @@ def test_another_number_of_processes_is_named(monkeypatch, number, other):
     hosts.start(_flags(*flags_of_one, f"--process_id={number}"))
 
 
-@pytest.mark.any_jax
 def test_one_process_starts_nothing(monkeypatch):
   def fail(*given, **options):
     raise AssertionError(given, options)
@@ -291,7 +287,6 @@ def test_one_process_starts_nothing(monkeypatch):
     raise config_lib.SaveError("full")
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize("kind", [config_lib.SaveError, config_lib.SetupError])
 def test_what_one_process_raises_all_raise(monkeypatch, kind):
   there = [kind.__name__, "no"]

@@ -105,6 +105,7 @@ def test_the_summary_is_what_the_rows_say(unbroken):
   assert f"{summary['max_vio_global']:.3f}" in table
 
 
+@pytest.mark.any_jax
 def test_the_rule_balances(unbroken):
   before = lm_runs.unbalanced_rows(unbroken, data_lib.load(unbroken))
   after = lm_runs.rows(unbroken.out)
@@ -122,6 +123,7 @@ def test_a_finished_run_is_only_reported_again(unbroken):
   assert summary == json.loads((out / "summary.json").read_text())
 
 
+@pytest.mark.any_jax
 def test_an_extended_run_is_one_that_was_to_be_longer(
   config, unbroken, tmp_path
 ):
@@ -204,6 +206,7 @@ def test_stopped_from_outside_then_killed_it_continues_bit_for_bit(
   lm_runs.assert_same_run(config, unbroken)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_finishes_the_step_and_saves(
   config, unbroken, number, monkeypatch
@@ -249,6 +252,7 @@ def test_a_checkpoint_of_other_settings_is_refused(unbroken):
   assert lm_runs.kept(unbroken.out) == ["50", "60"]
 
 
+@pytest.mark.any_jax
 def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   unbroken, tmp_path
 ):
@@ -278,6 +282,7 @@ def test_an_older_program_s_checkpoint_is_refused_or_started_anew(
   lm_runs.assert_same_run(config, unbroken)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "error",
   [
@@ -315,6 +320,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
   lm_runs.assert_same_run(config, unbroken)
 
 
+@pytest.mark.any_jax
 def test_a_damaged_checkpoint_continues_from_the_one_before(
   unbroken, tmp_path, capsys
 ):
@@ -370,6 +376,7 @@ def test_experts_are_sharded_and_nothing_else(unbroken):
   )
 
 
+@pytest.mark.any_jax
 def test_micro_batches_change_no_load(unbroken):
   parts = dataclasses.replace(unbroken, micro_batches=2)
   state = lm_runs.trainer(unbroken, None).init(jax.random.key(unbroken.seed))

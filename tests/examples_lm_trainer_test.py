@@ -13,7 +13,11 @@ import pytest
 import trainer as trainer_lib
 from absl import flags
 
-pytestmark = [pytest.mark.implicit_promotion, pytest.mark.devices(8)]
+pytestmark = [
+  pytest.mark.any_jax,
+  pytest.mark.implicit_promotion,
+  pytest.mark.devices(8),
+]
 
 
 def _config(**changes):
@@ -28,7 +32,6 @@ def _parsed(*arguments):
   return config
 
 
-@pytest.mark.any_jax
 def test_all_devices_are_used_unless_the_batch_does_not_divide():
   config = _config(mesh="")
   mesh = trainer_lib.make_mesh(config.on_devices(8))
@@ -45,7 +48,6 @@ def test_all_devices_are_used_unless_the_batch_does_not_divide():
   assert str(error.value) == message
 
 
-@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "size, billions",
   [("lfb_1b", 1.02), ("lfb_3b", 2.55), ("deepseek_v3_layer", 12.1)],
@@ -61,7 +63,6 @@ def test_a_size_has_the_parameters_of_its_name(size, billions):
   assert (router.num_groups, router.group_top_k) == expected
 
 
-@pytest.mark.any_jax
 def test_flags_go_before_the_size():
   config = _parsed("--size=lfb_1b", "--seq_len=64", "--dtype=float32")
   assert (config.seq_len, config.dtype) == (64, "float32")

@@ -7,7 +7,7 @@ import minimal
 import pytest
 
 # optax's Adam promotes.
-pytestmark = pytest.mark.implicit_promotion
+pytestmark = [pytest.mark.any_jax, pytest.mark.implicit_promotion]
 
 
 def test_it_balances_and_without_the_rule_it_does_not(capsys):

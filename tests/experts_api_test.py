@@ -21,6 +21,7 @@ _matmul = jax.jit(experts.grouped_matmul, static_argnames="implementation")
 _swiglu = jax.jit(experts.swiglu, static_argnames="implementation")
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_every_pattern_of_empty_groups(implementation):
   n = 150  # more than all the groups own
@@ -48,6 +49,7 @@ LAYOUTS = (
 )
 
 
+@pytest.mark.any_jax
 @each
 def test_groups_longer_and_shorter_than_a_tile(implementation):
   n = 1200
@@ -82,6 +84,7 @@ def test_any_group_sizes(implementation, group_sizes):
   )
 
 
+@pytest.mark.any_jax
 @each
 @pytest.mark.parametrize("n", (0, 1, 63, 65))
 def test_few_rows(implementation, n):
@@ -154,6 +157,7 @@ def test_swiglu_gradients(implementation):
     )
 
 
+@pytest.mark.any_jax
 @each
 def test_rows_past_the_groups_are_not_read(implementation):
   n, sizes = 100, experts_cases.sizes(30, 0, 10, 5)
@@ -182,6 +186,7 @@ def test_rows_past_the_groups_are_not_read(implementation):
   assert jnp.all(jnp.isfinite(d_rhs))
 
 
+@pytest.mark.any_jax
 @each
 def test_bfloat16_sums_in_float32(implementation):
   # A bfloat16 sum of ones stops at 256.
@@ -261,6 +266,7 @@ def test_on_a_gpu():
   )
 
 
+@pytest.mark.any_jax
 def test_dense_swiglu_is_one_expert_of_all_rows():
   x, params = experts_cases.normal(0, 20, D), experts_cases.params(e=1)
   dense = experts.dense_swiglu(x, jax.tree.map(lambda w: w[0], params))

@@ -42,12 +42,15 @@ def _assert_is_oracle(idx, e, capacity=None):
   assert load.sum() == idx.size
 
 
-@pytest.mark.parametrize("shape", conformance.rows(cases.SHAPES))
+@pytest.mark.parametrize(
+  "shape", conformance.rows(cases.SHAPES, long=[(17, 384, 8), (21, 512, 10)])
+)
 def test_every_shape(shape):
   t, e, k = shape
   _assert_is_oracle(_choices(t, e, k), e)
 
 
+@pytest.mark.any_jax
 def test_capacity_moves_the_later_tokens_to_the_end():
   _assert_is_oracle(_choices(70, 16, 3), 16, capacity=5)
 
@@ -60,6 +63,7 @@ def test_blocks_of_tokens_and_words_of_experts(shape):
   _assert_is_oracle(_choices(t, e, k), e)
 
 
+@pytest.mark.any_jax
 def test_products_of_older_generations(monkeypatch):
   monkeypatch.setattr(plan, "_columns", lambda interpret: 1)
   # A shape of its own, so that nothing is cached.
@@ -75,6 +79,7 @@ def test_counts_and_rows_by_hand():
   np.testing.assert_array_equal(rows, [[30, 10], [40, 31], [41, 42]])
 
 
+@pytest.mark.any_jax
 def test_as_many_choices_as_the_shape_of_the_experts_has_lines():
   # Both inputs of the kernel are [32, 128], and only one is cut into blocks.
   idx = _choices(128, 16, 16, unassigned=0.0)
@@ -100,11 +105,13 @@ def test_every_expert_has_an_address_of_its_own():
   assert sort.bit_address(256 + 16 + 2 + 1) == (1, 1, 17)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("expert", (0, 7, 8))
 def test_all_tokens_on_one_expert_or_on_none(expert):
   _assert_is_oracle(np.full((300, 1), expert, np.int32), 8)
 
 
+@pytest.mark.any_jax
 def test_no_expert_for_any_of_sixteen_choices():
   _assert_is_oracle(np.full((600, 16), 32, np.int32), 32)
 

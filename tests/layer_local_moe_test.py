@@ -50,6 +50,7 @@ def _oracle_moe(x, params, routing, kept):
 _moe = jax.jit(layer.local_moe, static_argnames=("capacity", "implementation"))
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("t, k", [(0, 2), (1, 4), (7, 1), (90, 3)])
 def test_moe_against_the_oracle(implementation, t, k):
@@ -62,6 +63,7 @@ def test_moe_against_the_oracle(implementation, t, k):
   np.testing.assert_array_equal(group_sizes, routing.load)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("capacity", (1, 7, 50))
 def test_an_expert_keeps_its_first_assignments_in_token_order(capacity):
   t, k = 40, 2
@@ -98,6 +100,7 @@ def test_an_assignment_to_no_expert_adds_nothing_and_counts_as_dropped():
   np.testing.assert_allclose(dropped, lost.size / (t * k))
 
 
+@pytest.mark.any_jax
 @each
 def test_masked_and_nan_tokens(implementation):
   t, k = 30, 2

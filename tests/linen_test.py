@@ -96,6 +96,7 @@ def test_collections_shapes_and_dtypes():
   }
 
 
+@pytest.mark.any_jax
 def test_a_histogram_is_a_third_collection():
   config = dataclasses.replace(CONFIG, histogram=True)
   model = jaxroute.linen.MoE(config, hidden_size=F)
@@ -109,6 +110,7 @@ def test_a_histogram_is_a_third_collection():
   )
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("shared", [0, 4])
 def test_the_layer_against_the_oracle(shared):
   model = jaxroute.linen.MoE(CONFIG, hidden_size=F, shared_hidden_size=shared)
@@ -142,10 +144,12 @@ def test_parts_on_a_mesh_are_those_of_one_call():
   model = jaxroute.linen.Router(CONFIG, partition=partition)
   x = _x(shape=(8, 2, D))
   with jax.set_mesh(jax.make_mesh((8,), ("data",))):
-    variables = model.init(jax.random.key(0), x)
+    variables = jax.jit(model.init)(jax.random.key(0), x)
     assert set(variables) == {"params", "expert_bias", "load"}
     del variables["load"]
-    apply = functools.partial(model.apply, mutable=jaxroute.linen.COUNTED)
+    apply = jax.jit(
+      functools.partial(model.apply, mutable=jaxroute.linen.COUNTED)
+    )
     (routing, _), once = apply(variables, x)
     assert once["load_parts"]["load"].shape == (8, E)
     # Whoever hands on what was counted may have changed the total.
@@ -177,6 +181,7 @@ def test_only_a_forward_pass_with_a_mutable_load_counts():
   assert y.shape == _x().shape
 
 
+@pytest.mark.any_jax
 def test_the_bias_chooses_and_never_weighs():
   config = dataclasses.replace(CONFIG, top_k=E)
   model = jaxroute.linen.Router(config)
@@ -247,6 +252,7 @@ def test_scan_and_remat_give_the_same_loads_gradients_and_bias(scan, remat):
   np.testing.assert_allclose(norm, ref_norm, rtol=1e-5)
 
 
+@pytest.mark.any_jax
 def test_a_bf16_model_routes_in_float32():
   model = jaxroute.linen.MoE(CONFIG, hidden_size=F, dtype=jnp.bfloat16)
   variables = _init(model)
@@ -267,6 +273,7 @@ def test_a_bias_cast_to_bf16_is_refused():
     model.apply(variables, _x())
 
 
+@pytest.mark.any_jax
 def test_capacity_drops_are_counted():
   model = jaxroute.linen.MoE(CONFIG, hidden_size=F, capacity_factor=0.5)
   _, out = model.apply(_init(model), _x())

@@ -13,6 +13,8 @@ import pytest
 import jaxroute
 from jaxroute import losses
 
+pytestmark = pytest.mark.any_jax
+
 SOFTMAX = jaxroute.RouterConfig(num_experts=4, top_k=2, score_fn="softmax")
 SIGMOID = jaxroute.RouterConfig(num_experts=4, top_k=2)
 

@@ -16,6 +16,8 @@ from step_cases import CONFIG, LAYERS, E
 import jaxroute
 from jaxroute import dual
 
+pytestmark = pytest.mark.any_jax
+
 
 @pytest.mark.parametrize("micro_batches", [2, 4, 8])
 def test_micro_batches_make_one_update_with_the_same_bias(micro_batches):

@@ -113,6 +113,7 @@ def test_nnx_equals_linen(kwargs):
   chex.assert_trees_all_equal(pure, grads)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "rule", [RULE, dual.quantile()], ids=["sign", "quantile"]
 )
@@ -187,6 +188,7 @@ def test_the_optimizer_and_weight_decay_pass_the_bias_by():
   assert model.router.load[...].sum() == 2 * 30 * K
 
 
+@pytest.mark.any_jax
 def test_a_cast_of_the_parameters_leaves_bias_and_load_alone():
   model = _model()
   params = nnx.state(model, nnx.Param)

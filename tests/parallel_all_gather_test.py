@@ -101,6 +101,7 @@ def test_the_layer_on_a_mesh_equals_the_layer_on_one_device(kind, name):
   )
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("name", PARTITIONS)
 def test_known_ranks_change_nothing_on_a_mesh(name, monkeypatch):
   partition, (x, kernel, bias, params, mask) = PARTITIONS[name], _inputs()
@@ -141,6 +142,7 @@ def test_known_ranks_change_nothing_on_a_mesh(name, monkeypatch):
     np.testing.assert_array_equal(np.sum(loads, axis=0), 2 * routing.load)
 
 
+@pytest.mark.any_jax
 def test_capacity_is_per_token_shard_and_counted():
   partition = PARTITIONS["data_expert"]
   inputs = _inputs()
@@ -174,6 +176,7 @@ def test_nan_tokens_stay_nan_and_uncounted_on_a_mesh():
   np.testing.assert_array_equal(sizes, routing.load)
 
 
+@pytest.mark.any_jax
 def test_no_mesh_and_odd_sizes_are_named():
   x, kernel, bias, params, mask = _inputs()
   partition = PARTITIONS["data_expert"]

@@ -125,6 +125,7 @@ def test_nothing_is_dropped_and_nothing_changes(shape, kind, factor, exchange):
   _assert_close(got_grads, grads)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("exchange", ["ragged", "equal"])
 def test_what_does_not_fit_one_round_is_dropped_and_counted(exchange):
   x, routing, params, shared = _inputs()
@@ -151,6 +152,7 @@ def test_what_does_not_fit_one_round_is_dropped_and_counted(exchange):
   _assert_close(got_grads, grads)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("exchange", ["ragged", "equal"])
 def test_the_capacity_of_an_expert_is_that_of_all_gathered_tokens(exchange):
   inputs = _inputs()
@@ -186,6 +188,7 @@ def test_a_device_that_has_all_experts_drops_what_it_is_told_to():
   assert int(np.sum(sizes)) == np.minimum(counted, T // 8 * K // 2).sum()
 
 
+@pytest.mark.any_jax
 def test_known_ranks_are_of_a_device_and_change_nothing(monkeypatch):
   x, routing, params, shared = _inputs()
   found = zip(

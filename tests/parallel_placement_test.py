@@ -239,6 +239,7 @@ def test_a_layer_names_what_its_axes_do_not_fit():
 
 
 @functools.cache
+@functools.cache
 def _step(name=None, kind=None):
   """Loads and loss of two steps, and the state after them."""
   partition = PARTITIONS.get(name)
@@ -288,10 +289,10 @@ AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
   "name, kind",
   [
     ("fsdp", EXPLICIT),
-    ("both", AUTO),
+    pytest.param("both", AUTO, marks=pytest.mark.any_jax),
     ("both", EXPLICIT),
     ("tensor", AUTO),
-    ("tensor", EXPLICIT),
+    pytest.param("tensor", EXPLICIT, marks=pytest.mark.any_jax),
   ],
 )
 def test_training_does_not_depend_on_where_parameters_lie(name, kind):
@@ -335,6 +336,7 @@ def test_flax_s_rules_place_linen_s_parameters():
     assert s.is_equivalent_to(t, x.ndim), (s, t)
 
 
+@pytest.mark.any_jax
 def test_boxes_change_no_number():
   x = jax.random.normal(jax.random.key(1), (16, D))
   key = jax.random.key(0)

@@ -52,7 +52,7 @@ def _assert_is_oracle(t, config, kind, masked=False):
   assert _route(logits, bias, config, mask).counts.histogram is None
 
 
-@pytest.mark.parametrize("shape", cases.SHAPES, ids=str)
+@pytest.mark.parametrize("shape", conformance.rows(cases.SHAPES))
 def test_every_shape(shape):
   t, e, k = shape
   config = jaxroute.RouterConfig(num_experts=e, top_k=k)
@@ -60,7 +60,7 @@ def test_every_shape(shape):
     _assert_is_oracle(t, config, kind)
 
 
-@pytest.mark.parametrize("name", cases.FAMILIES)
+@pytest.mark.parametrize("name", conformance.rows(cases.FAMILIES))
 def test_every_family(name):
   for kind in ("random", "nan", "masked"):
     _assert_is_oracle(23, cases.family(name), kind, masked=True)
@@ -127,6 +127,7 @@ def test_the_kernel_counts_the_same(t, config):
     assert actual.counts.histogram.dtype == jnp.int32
 
 
+@pytest.mark.any_jax
 @pytest.mark.cpu("it interprets the kernel of a TPU")
 def test_the_kernel_counts_distances_of_all_sizes_in_many_blocks():
   # More blocks than the fields between two sums have room for.

@@ -85,6 +85,7 @@ def test_it_is_projection_and_then_routing(t, config):
   )
 
 
+@pytest.mark.any_jax
 def test_a_nan_token_is_uncounted():
   x, router_weight = _numbers(30, 20)
   x = x.at[3].set(jnp.nan)
@@ -171,6 +172,7 @@ def test_the_simulator_finds_no_race_and_no_uninitialised_read():
   jax.tree.map(np.testing.assert_array_equal, actual.counts, expected.counts)
 
 
+@pytest.mark.any_jax
 def test_a_layer_without_logits_routes_alike():
   x, router_weight = _numbers(30, 20)
   x, mask = x.reshape(2, 15, D), np.arange(30).reshape(2, 15) < 25

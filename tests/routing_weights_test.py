@@ -110,6 +110,7 @@ def test_scores_that_underflow_are_counted(is_optimized):
     jax.config.update(name, before)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("norm_eps", (0.0, 1e-20))
 @pytest.mark.parametrize("name", SCORES)
 def test_masked_experts_have_weights_of_0(name, norm_eps):

@@ -41,6 +41,7 @@ def test_a_train_step_adds_to_what_the_state_has_counted():
   np.testing.assert_array_equal(after.router.expert_bias, [[0.5, -0.5]])
 
 
+@pytest.mark.any_jax
 def test_padding_is_invisible_to_the_bias_trajectory():
   rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
   plain = padded = step_cases.make_state(rule, optimizer)
@@ -91,6 +92,7 @@ def test_freeze_trains_the_parameters_and_leaves_the_bias():
   assert report["skipped"] == 0
 
 
+@pytest.mark.any_jax
 def test_the_bias_of_a_batch_depends_on_earlier_batches_only():
   rule, optimizer = dual.sign(1e-2), optax.set_to_zero()
   state, report = step_cases.make_step(rule, optimizer)(

@@ -27,13 +27,10 @@ pytestmark = [
 
 # Numbers of threads for a token, dtypes, families; the others are for `--all`.
 _FIRST = (
-  "V3, T=15",
-  "V3, bfloat16",
+  "V3, T=1",
   "V3, T=17003",
-  "sigmoid, 2 of 256",
   "sigmoid, 6 of 60",
   "softmax + bias in logits, float16",
-  "sigmoid, 8 of 384",
 )
 
 
@@ -86,14 +83,14 @@ def test_the_compiled_kernel_routes_as_xla_does(name):
 def test_the_compiled_histogram_is_that_of_xla(name, threads):
   case = device_cases.CASES[name]
   config = dataclasses.replace(case.config, histogram=True)
-  # Of one tile, and of several.
-  for t in (15, 40 if threads == 8 else 200):
-    logits, bias, mask = dataclasses.replace(case, t=t).inputs(seed=0)
-    theirs = jaxroute.route(logits, bias, config, mask, implementation="xla")
-    with emulate.kernels():
-      ours = kernel.route(logits, bias, mask, config=config, lanes=threads)
-    np.testing.assert_array_equal(ours.histogram, theirs.counts.histogram)
-    np.testing.assert_array_equal(ours.load, theirs.load)
+  # Of several tiles.
+  case = dataclasses.replace(case, t=40 if threads == 8 else 200)
+  logits, bias, mask = case.inputs(seed=0)
+  theirs = jaxroute.route(logits, bias, config, mask, implementation="xla")
+  with emulate.kernels():
+    ours = kernel.route(logits, bias, mask, config=config, lanes=threads)
+  np.testing.assert_array_equal(ours.histogram, theirs.counts.histogram)
+  np.testing.assert_array_equal(ours.load, theirs.load)
 
 
 @pytest.mark.parametrize(
@@ -208,7 +205,7 @@ def _integers(seed, *shape):
   return rng.integers(-3, 4, size=shape).astype(np.float32)
 
 
-@pytest.mark.parametrize("name", _first(_PRODUCTS, ("ragged", "small")))
+@pytest.mark.parametrize("name", _first(_PRODUCTS, ("ragged",)))
 @pytest.mark.parametrize("product", ("matmul", "transposed", "outer"))
 def test_the_compiled_products_are_exact(name, product, monkeypatch):
   d, f, tiling = _PRODUCTS[name]

@@ -153,8 +153,8 @@ def _results(run, way):
   "name",
   [
     *("linen", "nnx", "train_step"),
-    # Another version of JAX moves it to a mesh in examples_lm_train_test.py.
-    pytest.param("example", marks=pytest.mark.any_jax),
+    # examples_lm_train_test.py moves it to a mesh.
+    pytest.param("example", marks=pytest.mark.long),
   ],
 )
 def test_the_loads_are_equal_and_the_outputs_close(name):

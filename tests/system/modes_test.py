@@ -126,16 +126,8 @@ MODES = {
   "matmul": (lambda: jax.default_matmul_precision("highest"), True),
   "prng": (lambda: jax.default_prng_impl("rbg"), True),
 }
-_LONG = {"x64, eager", "promotion", "rank", "matmul", "prng"}
-# What takes long where loops run step by step.
-_LOOPS = {
-  "jaxroute.route (kernel)",
-  "jaxroute.train_step + jaxroute.init_train_state",
-  "dispatch.sort_by_expert (kernel)",
-  "dual.solve + solvers.bundle",
-  "losses.sequence_wise",
-  "nnx.train_step",
-}
+# `debug_nans` and `test_jitted_is_eager` are without `jit` too.
+_LONG = {"x64, eager", "disable_jit", "promotion", "rank", "matmul", "prng"}
 DTYPES = ("bfloat16", "float16")
 
 
@@ -202,10 +194,10 @@ def _check_dtype(case, name):
 
 
 def _marks(case, mode):
-  if mode in _LONG or (mode == "disable_jit" and case in _LOOPS):
+  if mode in _LONG:
     return [pytest.mark.long]
-  # What is NaN on the way follows from formulas, and not from who compiles them.
-  return [pytest.mark.any_jax] if mode == "debug_nans" else []
+  # What is NaN on the way, or needs `jit`, follows from what we wrote.
+  return [] if mode == "x64" else [pytest.mark.any_jax]
 
 
 @pytest.mark.parametrize(
@@ -227,12 +219,13 @@ def test_a_mode_changes_no_dtype_and_no_value(case, mode):
 @pytest.mark.parametrize(
   # JAX promotes both alike.
   "name",
-  [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.any_jax)],
+  [DTYPES[0], pytest.param(DTYPES[1], marks=pytest.mark.long)],
 )
 def test_a_narrow_model_has_float32_weights_and_int32_counts(case, name):
   _check_dtype(case, name)
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize("case", CASES)
 @hypothesis.settings(max_examples=2)
 @hypothesis.given(seed=st.integers(0, 2**31 - 1))

@@ -52,9 +52,9 @@ def _step(implementation, x, router_weight, params, state):
 @pytest.mark.parametrize(
   ("topology", "implementation"),
   [
-    ("v5e:2x2", None),
+    pytest.param("v5e:2x2", None, marks=pytest.mark.any_jax),
     ("v6e:2x2", None),
-    ("v6e:2x2", "xla"),
+    pytest.param("v6e:2x2", "xla", marks=pytest.mark.any_jax),
     pytest.param("v5e:2x2", "xla", marks=pytest.mark.long),
   ],
 )
@@ -164,6 +164,7 @@ def test_the_other_kernels_compile(generation, case, program, kernels):
     assert kernel in text
 
 
+@pytest.mark.any_jax
 def test_the_largest_routing_fits_the_smallest_memory():
   compiled = tpu_cycles.compile_for("v5e", "E=1024 K=16", "jaxroute")
   assert "tpu_custom_call" in compiled.as_text()
@@ -245,6 +246,7 @@ def test_the_experts_multiply_no_row_by_every_expert(
   assert found.count("matmul") >= 5 if by_kernel else not found
 
 
+@pytest.mark.any_jax
 @pytest.mark.parametrize(
   "case",
   _long_but_first(
@@ -289,6 +291,7 @@ def test_rows_are_moved_in_the_smallest_memory(case, monkeypatch):
     assert f"jaxroute_{name}_rows" in compiled.as_text()
 
 
+@pytest.mark.any_jax
 def test_the_largest_gradient_of_a_softmax_fits_the_smallest_memory():
   devices = chips.devices("v5e:2x2")
   mesh = jax.sharding.Mesh(np.array(devices[:1]), ("x",))
@@ -317,7 +320,7 @@ _OTHERS = ["jaxroute grad", "jaxroute histogram", "project fused", "sort"]
   ("generations", "table_cases", "candidates"),
   [
     (["v5e", "v6e"], ["E=64 K=6 softmax"], ["jaxroute"]),
-    (["v6e"], ["E=128 K=8"], _OTHERS),
+    pytest.param(["v6e"], ["E=128 K=8"], _OTHERS, marks=pytest.mark.any_jax),
     pytest.param(
       ["v5e", "v6e"],
       list(tpu_cycles.CASES),

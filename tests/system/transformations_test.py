@@ -370,8 +370,7 @@ TRANSFORMATIONS = {
 # What else is not there, and why.
 EXCLUDED = {("export", "dual.solve"): "it needs a number of tokens"}
 
-# These are made of the others: a third of their cells is tested always. Of any
-# three that are neighbours, one meets each transformation.
+# These are made of the others.
 _COMPOSED = (
   "layer.moe, layer.moe batched, layer.moe ragged_dot, linen.MoE, nnx.MoE, losses,"
   " metrics, update, train_step, dual.solve"
@@ -379,14 +378,20 @@ _COMPOSED = (
 
 
 def _cells():
-  """Every transformation with every function, where it is for it."""
+  """Every transformation with every function, where it is for it.
+
+  A third of the cells is tested always: of any three functions that are
+  neighbours, one meets each transformation. The others are for `--all`, of the
+  functions in `_COMPOSED`, or for one version of JAX.
+  """
   for i, (transformation, (_, why_not)) in enumerate(TRANSFORMATIONS.items()):
     for j, (function, f) in enumerate(FUNCTIONS.items()):
-      is_long = function in _COMPOSED and (i + j) % 3 > 0
-      # Of the layers, only that one is differentiable twice.
-      if why_not is _is_smooth_twice and function == "layer.moe ragged_dot":
-        is_long = False
-      marks = [pytest.mark.long] if is_long else []
+      # Of the layers, only `ragged_dot` is differentiable twice.
+      is_composed = function in _COMPOSED and not (
+        why_not is _is_smooth_twice and function == "layer.moe ragged_dot"
+      )
+      other = pytest.mark.long if is_composed else pytest.mark.any_jax
+      marks = [other] if (i + j) % 3 else []
       if why_not(f) is None and (transformation, function) not in EXCLUDED:
         yield pytest.param(transformation, function, marks=marks)
 
