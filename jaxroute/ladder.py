@@ -1,9 +1,9 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """How an operation chooses among its implementations; the same for all operations.
 
-An implementation that cannot do what it is asked for raises
-`NotImplementedError` with the reason, before it traces anything; another may be
-able to. A `ValueError` means that none can.
+An implementation that cannot do what it is asked for raises a `Refusal` with the
+reason, before it traces anything; another may be able to. A `ValueError` means
+that none can, and any other error is a defect: no slower one hides it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +22,10 @@ from jaxroute.parallel import mesh
 T = TypeVar("T")
 
 
+class Refusal(NotImplementedError):
+  """An implementation cannot do what it is asked for, or not here."""
+
+
 def climb(
   operation: str,
   implementations: Mapping[Any, Callable[[], T]],
@@ -33,16 +37,15 @@ def climb(
     operation: the public name, for error messages.
     implementations: name to call, the best one first. The entry under None is
       tried only if no name was given: it leaves the choice to the lowering.
-    implementation: a name, or None for the first that does not raise
-      `NotImplementedError`.
+    implementation: a name, or None for the first that does not refuse.
 
   Returns:
     What the implementation returns.
 
   Raises:
     ValueError: if there is no implementation of that name.
-    NotImplementedError: if the implementation asked for cannot do this, or none
-      can; with the reason of each.
+    Refusal: if the implementation asked for cannot do this, or none can; with the
+      reason of each.
   """
   check_names(
     operation, [name for name in implementations if name], implementation
@@ -52,11 +55,11 @@ def climb(
     if implementation in (None, name):
       try:
         return call()
-      except NotImplementedError as error:
+      except Refusal as error:
         reasons.append(f"{name!r} cannot: {error}.")
   others = [x for x in implementations if x not in (None, implementation)]
   fix = f" Use None, or one of {others}." if implementation and others else ""
-  raise NotImplementedError(f"`{operation}`: {' '.join(reasons)}{fix}")
+  raise Refusal(f"`{operation}`: {' '.join(reasons)}{fix}")
 
 
 def check_names(
@@ -98,7 +101,7 @@ def check_can_run(
   interpret: Any,
   over_shards: bool = False,
 ) -> None:
-  """Raises NotImplementedError unless a kernel can do this, and here.
+  """Raises `Refusal` unless a kernel can do this, and here.
 
   Args:
     unsupported: why the kernel cannot do it anywhere, or None.
@@ -113,7 +116,7 @@ def check_can_run(
     reason = reason or mesh.kernel_refusal(by_name, over_shards)
     reason = reason or (None if by_name else unavailable())
   if reason:
-    raise NotImplementedError(reason)
+    raise Refusal(reason)
 
 
 def symbolic_size(x: jax.Array) -> str | None:
@@ -132,13 +135,13 @@ def symbolic_size(x: jax.Array) -> str | None:
 
 
 def refuse_to_interpret(interpret: Any) -> None:
-  """Raises NotImplementedError if what is no kernel is asked to be interpreted.
+  """Raises `Refusal` if what is no kernel is asked to be interpreted.
 
   Args:
     interpret: what the user passed.
   """
   if interpret:
-    raise NotImplementedError(
+    raise Refusal(
       f"there is no kernel to interpret, and `interpret` is {interpret!r}"
     )
 

@@ -11,7 +11,7 @@ from jaxroute import ladder
 
 def _refusal(reason):
   def refuse():
-    raise NotImplementedError(reason)
+    raise ladder.Refusal(reason)
 
   return refuse
 
@@ -57,12 +57,14 @@ def test_where_none_can_the_error_has_the_reasons_of_all():
     ladder.climb("op", implementations, None)
 
 
-def test_other_errors_pass():
+@pytest.mark.parametrize("kind", (ValueError, NotImplementedError))
+def test_no_slower_one_hides_a_defect(kind):
   def broken():
-    raise ValueError("bad shape")
+    raise kind("bad shape")
 
-  with pytest.raises(ValueError, match="bad shape"):
-    ladder.climb("op", {"a": broken, "b": lambda: 1}, None)
+  for implementation in (None, "a"):
+    with pytest.raises(kind, match="^bad shape$"):
+      ladder.climb("op", {"a": broken, "b": lambda: 1}, implementation)
 
 
 def _double_on_tpu(x):

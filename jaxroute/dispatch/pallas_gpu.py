@@ -55,7 +55,7 @@ def sort(
   from jaxroute.kernels.gpu import order
 
   if reason := order.unsupported(num_experts):
-    raise NotImplementedError(reason)
+    raise ladder.Refusal(reason)
   call = functools.partial(_sort, num_experts, capacity, bool(interpret))
   # One by one in a batch, as a kernel with results by index is written for one.
   call = jax.custom_batching.sequential_vmap(call)

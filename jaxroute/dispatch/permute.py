@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxroute import checks, multilinear
+from jaxroute import checks, ladder, multilinear
 from jaxroute.dispatch import permute_tpu
 from jaxroute.dispatch.api import Permutation
 from jaxroute.parallel import mesh
@@ -222,7 +222,7 @@ def _products(
 def _has_kernels(x: jax.Array, row: jax.Array) -> bool:
   try:
     permute_tpu.check_can_run(x, row)
-  except NotImplementedError:
+  except ladder.Refusal:
     return False
   return True
 

@@ -232,7 +232,7 @@ def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
       default=functions["ragged_dot"],
     )
     for platform, name in _KERNELS.items():
-      with contextlib.suppress(NotImplementedError):
+      with contextlib.suppress(ladder.Refusal):
         # XLA keeps whatever the kernel cannot do.
         branches[platform] = kernel(platform, name, by_name=False)
     return lax.platform_dependent(*operands, **branches)

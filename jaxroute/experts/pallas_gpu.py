@@ -35,7 +35,7 @@ def check_can_run(operands: Any, by_name: bool) -> None:
   first, *_ = arrays = jax.tree.leaves(operands)
   widths = {size: None for x in arrays for size in x.shape[1:]}
   if reason := grouped.unsupported(first.shape[0], widths, first.dtype):
-    raise NotImplementedError(reason)
+    raise ladder.Refusal(reason)
 
 
 def products(interpret: Any = None) -> products_lib.Products:

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxroute import ladder
 from jaxroute.experts import blocks
 
 # A tile costs about as much as 50 rows before its first, hence large tiles. The
@@ -92,7 +93,7 @@ def for_each_tile(
     The carry after the last tile.
   """
   if not isinstance(n, int):
-    raise NotImplementedError(f"tiles need a number of rows, got {n}")
+    raise ladder.Refusal(f"tiles need a number of rows, got {n}")
   if n == 0:
     return carry
   largest = min(_MAX_TILE, _round_up(n))

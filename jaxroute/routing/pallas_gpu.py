@@ -57,7 +57,7 @@ def route(
   from jaxroute.kernels.gpu import route as kernel
 
   if reason := kernel.unsupported(config, logits.dtype):
-    raise NotImplementedError(reason)
+    raise ladder.Refusal(reason)
   if expert_bias is not None:
     expert_bias = jax.lax.stop_gradient(expert_bias)
 
