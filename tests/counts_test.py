@@ -17,8 +17,6 @@ import jaxroute
 from jaxroute import counts as counts_lib
 from jaxroute import dual, layer
 
-pytestmark = pytest.mark.any_jax
-
 CONFIG = jaxroute.RouterConfig(num_experts=4, top_k=2)
 RULE = dual.sign(1e-3)
 

@@ -6,11 +6,8 @@ Operands are small integers, whose sums are exact in float32.
 
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from jaxroute.kernels.tpu import rows as kernel
-
-pytestmark = pytest.mark.any_jax
 
 T, N, D = 199, 600, 2048
 

@@ -15,8 +15,6 @@ import jaxroute
 from jaxroute import scores
 from jaxroute.kernels.tpu import scatter
 
-pytestmark = pytest.mark.any_jax
-
 
 def _example(t, e, k):
   rng = np.random.default_rng(0)

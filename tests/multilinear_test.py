@@ -11,8 +11,6 @@ import jaxroute
 from jaxroute import layer, multilinear
 from jaxroute.parallel import mesh as mesh_lib
 
-pytestmark = pytest.mark.any_jax
-
 # sum_ij x_0[i] x_1[j] x_2[i, j] at the places that the indices name.
 FORM = multilinear.Form(
   "form",

@@ -16,8 +16,6 @@ from absl import flags
 
 import jaxroute
 
-pytestmark = pytest.mark.any_jax
-
 _ROOT = pathlib.Path(__file__).parents[2]
 _README = _ROOT / "README.md"
 _PAGES = sorted((*_ROOT.glob("*.md"), *(_ROOT / "docs").glob("*.md")))
