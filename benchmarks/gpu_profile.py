@@ -20,6 +20,8 @@ import gpu_report
 import jax
 from jax.profiler import ProfileData
 
+from jaxroute import ladder
+
 # A device, and the lines of its plane that show what it did once each: other lines
 # show the same time again, by operation or by step.
 _LINES = {"GPU": "Stream", "TPU": "XLA Modules"}
@@ -165,7 +167,7 @@ def measure(
     candidates = table.candidates()
   except Exception as error:
     candidates = {}
-    rows.append(dict(name="all", error=_words(error)))
+    rows.append(dict(name="all") | _failure(error))
     save(table.title, rows)
   for name, (function, args) in candidates.items():
     row = dict(name=name)
@@ -182,7 +184,7 @@ def measure(
         if table.flops:
           row |= dict(tflops=table.flops / row["us"] / 1e6)
       except Exception as error:
-        row |= dict(error=_words(error))
+        row |= _failure(error)
       finally:
         faulthandler.cancel_dump_traceback_later()
       print(f"{name}: {row.get('us', row.get('error'))}", file=sys.stderr)
@@ -191,5 +193,26 @@ def measure(
   print(show(table.title, rows), flush=True)
 
 
-def _words(error: Exception) -> str:
-  return f"{type(error).__name__}: {error}".splitlines()[0][:300]
+def check_all_measured(
+  tables: dict[str, gpu_report.Rows], *, may_refuse: bool
+) -> None:
+  """Raises SystemExit if a row failed that was begun.
+
+  Args:
+    tables: what `measure` saved.
+    may_refuse: whether an implementation may leave a row to another.
+  """
+  reasons = {
+    row["error"]
+    for rows in tables.values()
+    for row in rows
+    if "error" in row and not (may_refuse and row.get("refused"))
+  }
+  reasons -= {LEFT_OUT}
+  if reasons:
+    raise SystemExit("not all could be measured: " + "; ".join(reasons))
+
+
+def _failure(error: Exception) -> dict[str, Any]:
+  words = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+  return dict(error=words, refused=isinstance(error, ladder.Refusal))

@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import pytest
 from jax.profiler import ProfileData
 
+from jaxroute import ladder
+
 # Two calls of three launches; other lines and planes show the time again.
 PROFILE = """
   planes {
@@ -121,12 +123,39 @@ def test_what_fails_or_is_late_is_a_row_that_says_so(monkeypatch, capsys):
   gpu_profile.measure(table, float("inf"), saved.__setitem__)
   good, bad = saved["sums"]
   assert (good["us"], good["tflops"]) == (2.0, 2.0)
-  assert bad == dict(name="broken", error="NotImplementedError: no kernel here")
+  words = "NotImplementedError: no kernel here"
+  assert bad == dict(name="broken", error=words, refused=False)
   assert "| broken | - | - | - | - | NotImplementedError" in (
     capsys.readouterr().out
   )
   gpu_profile.measure(table, 0.0, saved.__setitem__)
   assert [row["error"] for row in saved["sums"]] == [gpu_profile.LEFT_OUT] * 2
+  gpu_profile.check_all_measured(saved, may_refuse=False)
+
+
+def test_a_refusal_may_be_allowed_and_a_defect_not():
+  def raises(error):
+    def function(x):
+      raise error
+
+    return function
+
+  def saved_of(**errors):
+    table = gpu_profile.Table(
+      "sums",
+      lambda: {n: (raises(x), (jnp.zeros(3),)) for n, x in errors.items()},
+    )
+    saved = {}
+    gpu_profile.measure(table, float("inf"), saved.__setitem__)
+    return saved
+
+  refused = saved_of(refusing=ladder.Refusal("XLA can"))
+  gpu_profile.check_all_measured(refused, may_refuse=True)
+  with pytest.raises(SystemExit, match="Refusal: XLA can"):
+    gpu_profile.check_all_measured(refused, may_refuse=False)
+  broken = saved_of(broken=NotImplementedError("no such primitive"))
+  with pytest.raises(SystemExit, match="no such primitive"):
+    gpu_profile.check_all_measured(broken, may_refuse=True)
 
 
 def test_a_table_that_cannot_be_made_is_one_row():
@@ -137,5 +166,5 @@ def test_a_table_that_cannot_be_made_is_one_row():
   table = gpu_profile.Table("lanes", candidates)
   gpu_profile.measure(table, float("inf"), saved.__setitem__)
   assert saved["lanes"] == [
-    dict(name="all", error="ImportError: no such kernel")
+    dict(name="all", error="ImportError: no such kernel", refused=False)
   ]
