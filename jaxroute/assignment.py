@@ -18,7 +18,6 @@ limits are not in the program; they can only lower the optimum.
 
 import dataclasses
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -113,10 +112,9 @@ def _solve_until_proven(gamma: np.ndarray, top_k: int) -> linear_program.Vertex:
   finite = np.isfinite(gamma)
   tolerance = 1e-9 * np.abs(gamma[finite]).max(initial=1.0) * t
   bias, gap, vertex = linear_program.alternate(gamma, top_k), math.inf, None
-  for count in _widths(32 * e, int(finite.sum())):
+  for count in linear_program.numbers(32 * e, int(finite.sum())):
     margin = linear_program.margin(gamma, bias, top_k)
-    width = _smallest(np.abs(margin[finite]), count)
-    undecided = finite & (np.abs(margin) <= width)
+    undecided = linear_program.nearest(margin, finite, count)
     vertex = linear_program.solve_undecided(
       gamma, top_k, undecided, finite & (margin > 0)
     )
@@ -133,21 +131,6 @@ def _solve_until_proven(gamma: np.ndarray, top_k: int) -> linear_program.Vertex:
     f"`scores` must leave a balanced assignment of {top_k} of {e} experts to"
     f" {t} tokens; its -inf forbid them all. Allow more experts."
   )
-
-
-def _widths(first: int, total: int) -> Iterator[int]:
-  """Numbers of variables to free, each four times the last; in the end all."""
-  count = first
-  while count < total:
-    yield count
-    count *= 4
-  if total:
-    yield total
-
-
-def _smallest(values: np.ndarray, count: int) -> float:
-  """The `count`-th smallest of at least that many."""
-  return np.partition(values, count - 1)[count - 1]
 
 
 def dual_value(

@@ -76,7 +76,7 @@ def router(
     implementation=implementation,
     # A layer goes on to sort its assignments, by their ranks; but after an
     # all-gather a device also sorts those of others, which have ranks of their own.
-    with_rank=_exchange(x, partition) != "all_gather",
+    with_rank=shards.exchange_of(x, partition) != "all_gather",
   )
   routes, logits, parts = mesh_lib.map_over_tokens(
     run_shard,
@@ -205,7 +205,7 @@ def moe(
     run_shard = functools.partial(
       _shard_moe,
       partition=partition,
-      exchange=_exchange(x, partition),
+      exchange=shards.exchange_of(x, partition),
       **static,
     )
     out, group_sizes = shards.map_experts(
@@ -219,21 +219,6 @@ def moe(
     out = out + experts.dense_swiglu(tokens, shared)
   axes = jax.typeof(x).sharding.spec
   return mesh_lib.reshape(out, x.shape, axes), group_sizes
-
-
-def _exchange(
-  x: jax.Array, partition: types.Partition | None
-) -> types.Exchange | None:
-  """How tokens and experts of a mesh meet; None where a device has all experts."""
-  if partition is None or partition.expert_axis is None:
-    return None
-  if not partition.exchanges_tokens:
-    return "all_gather"  # of tokens that all devices have already
-  mesh = mesh_lib.mesh_of(partition, x)
-  exchange = all_to_all.choose(partition, mesh)
-  if mesh.shape[partition.expert_axis] == 1 and not partition.drop:
-    return None
-  return exchange
 
 
 def _flatten(x: jax.Array, partition: types.Partition | None) -> jax.Array:

@@ -7,6 +7,7 @@ decided otherwise, and the optimum of a few variables while the others are
 fixed. All is float64; `gamma` are the scores of the tokens that count.
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,23 @@ def margin(gamma: np.ndarray, bias: np.ndarray, top_k: int) -> np.ndarray:
   # -inf - -inf, of a token that has to choose a forbidden expert, is no margin.
   with np.errstate(invalid="ignore"):
     return gamma + bias - (following + last)[:, None] / 2
+
+
+def numbers(first: int, total: int) -> Iterator[int]:
+  """Numbers of variables to free, each four times the last; in the end all."""
+  count = first
+  while count < total:
+    yield count
+    count *= 4
+  if total:
+    yield total
+
+
+def nearest(margin: np.ndarray, finite: np.ndarray, count: int) -> np.ndarray:
+  """`[T, E]` bool: the `count` finite variables of the smallest margin, and ties."""
+  distance = np.abs(margin)
+  width = np.partition(distance[finite], count - 1)[count - 1]
+  return finite & (distance <= width)
 
 
 def solve_undecided(

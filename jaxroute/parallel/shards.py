@@ -16,13 +16,40 @@ import jax
 import jax.numpy as jnp
 
 from jaxroute import types
+from jaxroute.parallel import all_to_all, placement
 from jaxroute.parallel import mesh as mesh_lib
-from jaxroute.parallel import placement
 
 # (tokens, their routing, parameters of experts) -> (output, group_sizes)
 RunExperts = Callable[
   [jax.Array, types.Routing, types.PyTree], tuple[jax.Array, jax.Array]
 ]
+
+
+def exchange_of(
+  x: jax.Array, partition: types.Partition | None
+) -> types.Exchange | None:
+  """How tokens and experts of a mesh meet; None where a device has all experts.
+
+  Args:
+    x: the tokens, of any shape.
+    partition: layout on the mesh of `jax.set_mesh`, or None for one device.
+
+  Returns:
+    The exchange, as in `types.Partition`.
+
+  Raises:
+    ValueError: if no mesh is in force, or it lacks an axis.
+    NotImplementedError: if its devices lack the exchange that was asked for.
+  """
+  if partition is None or partition.expert_axis is None:
+    return None
+  if not partition.exchanges_tokens:
+    return "all_gather"  # of tokens that all devices have already
+  mesh = mesh_lib.mesh_of(partition, x)
+  exchange = all_to_all.choose(partition, mesh)
+  if mesh.shape[partition.expert_axis] == 1 and not partition.drop:
+    return None
+  return exchange
 
 
 def map_experts(
