@@ -49,7 +49,7 @@ def check_array(
       for size, letter in zip(last, letters, strict=True)
     ):
       return
-    dtype = ""  # which is as it must be
+    dtype = ""  # The message leaves out what is right.
   known = re.sub(
     r"\w+", lambda m: f"{m[0]}={sizes[m[0]]}" if m[0] in sizes else m[0], shape
   )

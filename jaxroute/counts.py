@@ -1,5 +1,5 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
-"""Counts of layers and loss functions, held against the state they are for."""
+"""Checks counts of layers and loss functions against the state they are added to."""
 
 import dataclasses
 import math
@@ -14,7 +14,7 @@ from jaxroute import types
 
 
 def of_layers(layers: Any, total: types.Counts) -> types.Counts:
-  """What the layers counted, in the form of the counts that it is added to.
+  """Stacks what the layers counted, into the shapes of a state's counts.
 
   Args:
     layers: a `Routing`, an `MoEOutput` or a `Counts`, or a list of those.
@@ -35,7 +35,7 @@ def of_layers(layers: Any, total: types.Counts) -> types.Counts:
     )
   apart = [c.parts for c in found if c.parts is not None]
   if len(apart) == len(found) and _shards(apart) is not None:
-    found = add_shards(apart)
+    found = sum_shards(apart)
   if total.histogram is None:
     found = [types.Counts(load=c.load) for c in found]
   elif any(c.histogram is None for c in found):
@@ -43,23 +43,7 @@ def of_layers(layers: Any, total: types.Counts) -> types.Counts:
       "`routing` must have a histogram, got None. Set `histogram=True` in the"
       " `RouterConfig`, or leave it out of `init_router_state`."
     )
-
-  def add_up(total: jax.Array, *layers: jax.Array) -> jax.Array:
-    is_stacked = len(layers) == 1 and layers[0].ndim == total.ndim
-    shapes = {jnp.shape(layer) for layer in layers}
-    found = layers[0].shape if is_stacked else (len(layers), *min(shapes))
-    if found != total.shape or len(shapes) > 1:
-      raise ValueError(
-        f"`routing` must hold counts of shape {total.shape} (layers, experts"
-        f" ...), got {sorted(shapes)} of {len(layers)}. Pass the routing of every"
-        " layer at once."
-      )
-    for layer in layers:
-      _check_dtype("routing", layer)
-    stacked = layers[0] if is_stacked else jnp.stack(layers)
-    return stacked.astype(total.dtype)
-
-  return jax.tree.map(add_up, total, *[_in_tree(c, total) for c in found])
+  return jax.tree.map(_stack_like, total, *[_in_tree(c, total) for c in found])
 
 
 def of_loss(
@@ -85,7 +69,7 @@ def of_loss(
       " `histogram=True` in the `RouterConfig`."
     )
   if isinstance(counts, types.Parts):
-    (counts,) = add_shards([counts])
+    (counts,) = sum_shards([counts])
   like_bias(counts, router.expert_bias)
   total, structure = jax.tree.flatten(router.counts)
   leaves = jax.tree.leaves(counts)
@@ -110,10 +94,10 @@ def of_parts(parts: types.Parts, total: types.Counts) -> types.Counts:
 
   if structure(parts) != structure(total) or _shards([parts]) is None:
     return total
-  return add_shards([parts])[0].made_of(parts)
+  return sum_shards([parts])[0].made_of(parts)
 
 
-def add_shards(parts: Sequence[types.Parts]) -> list[types.Counts]:
+def sum_shards(parts: Sequence[types.Parts]) -> list[types.Counts]:
   """Sums what shards counted, all in one all-reduce.
 
   Args:
@@ -177,6 +161,23 @@ def _shards(parts: Sequence[types.Parts]) -> int | None:
   """S, if all have the same."""
   found = {x.shape[-2] for p in parts for x in jax.tree.leaves(p.load)}
   return found.pop() if len(found) == 1 else None
+
+
+def _stack_like(total: jax.Array, *layers: jax.Array) -> jax.Array:
+  """The counts of all layers, in the shape and dtype of `total`."""
+  is_stacked = len(layers) == 1 and layers[0].ndim == total.ndim
+  shapes = {jnp.shape(layer) for layer in layers}
+  found = layers[0].shape if is_stacked else (len(layers), *min(shapes))
+  if found != total.shape or len(shapes) > 1:
+    raise ValueError(
+      f"`routing` must hold counts of shape {total.shape} (layers, experts"
+      f" ...), got {sorted(shapes)} of {len(layers)}. Pass the routing of every"
+      " layer at once."
+    )
+  for layer in layers:
+    _check_dtype("routing", layer)
+  stacked = layers[0] if is_stacked else jnp.stack(layers)
+  return stacked.astype(total.dtype)
 
 
 def _of_layer(layer: Any) -> types.Counts:

@@ -84,7 +84,7 @@ def check_names(
     raise ValueError(
       f"`{argument}` of `{operation}` must be None or one of"
       f" {', '.join(map(repr, names))}, got {checks.describe(implementation)}. None"
-      " takes the best one that can run here."
+      " selects the best one that can run here."
     )
   if not isinstance(interpret, bool | pltpu.InterpretParams):
     raise ValueError(
@@ -235,7 +235,10 @@ def _identity(name: str, impl: Callable[..., Any], lowering: Any) -> Any:
 
 
 def _jvp(primals: Any, tangents: Any, *, operation: str, platform: str) -> Any:
-  """Of integers alone, which JAX gives tangents where a custom derivative ends."""
+  """The derivative of integers, which is zero; of all else it is refused.
+
+  JAX asks for it where a custom derivative ends.
+  """
   del tangents
   (x,), names = primals, dict(operation=operation, platform=platform)
   if jnp.issubdtype(x.dtype, jnp.inexact):

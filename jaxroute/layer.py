@@ -50,6 +50,7 @@ def router(
 
   Raises:
     ValueError: if a shape or dtype does not fit, or the mesh not `partition`.
+    NotImplementedError: if `implementation` cannot do this; "xla" always can.
   """
   x, router_weight = map(checks.as_jax, (x, router_weight))
   check_tokens(x)
@@ -165,6 +166,7 @@ def moe(
       device, to leave it to the compiler, or where the axes of the mesh are
       explicit, for tokens that lie as `x` does and experts that every device
       has whole.
+    experts_implementation: as in `jaxroute.experts.grouped_matmul`.
 
   Returns:
     The output, shaped and sharded like `x`, 0 for padding and NaN for tokens with NaN
@@ -173,6 +175,8 @@ def moe(
   Raises:
     ValueError: if a shape or dtype does not fit, as where `routing`, `params`
       and `config` have different numbers of experts.
+    NotImplementedError: if the implementation or exchange asked for cannot do
+      this.
   """
   x, params, shared = jax.tree.map(checks.as_jax, (x, params, shared))
   check_tokens(x)
@@ -352,9 +356,9 @@ def _exchanged_moe(
 def _order(
   routing: types.Routing, num_experts: int, capacity: int | None = None
 ) -> dispatch.Permutation:
-  """The expert order of assignments, of which the first experts may be here."""
+  """Sorts assignments by expert; only the first `num_experts` may be here."""
   known: Any = {}
-  # A rank counts what no expert receives, which some may that are elsewhere.
+  # Ranks are those among the assignments of all experts, which must all be here.
   if routing.rank is not None and num_experts == routing.load.shape[0]:
     known = dict(rank=routing.rank, load=routing.load)
   return dispatch.sort_by_expert(

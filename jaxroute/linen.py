@@ -270,7 +270,7 @@ def init_router_state(
 
   Raises:
     ValueError: if the model has no router, one of its routers lacks a
-      collection, or `rule` is none.
+      collection, or `rule` is no optax transformation.
   """
   if not isinstance(variables, Mapping):
     raise ValueError(

@@ -30,7 +30,7 @@ def violation(load: jax.Array) -> jax.Array:
     `[..., E]` float32; 0 where nothing was counted.
 
   Raises:
-    ValueError: if `load` is a scalar or not an integer array.
+    ValueError: if `load` is a scalar or does not hold int32 or int64.
 
   Example:
     >>> violation(jnp.array([3, 1, 1, 3]))
@@ -104,7 +104,8 @@ def max_vio(load: types.PyTree) -> jax.Array:
     collection or a list `[Lyr]`: of one layer after the other.
 
   Raises:
-    ValueError: if a load is a scalar or not an integer array, or there is none.
+    ValueError: if a load is a scalar or does not hold int32 or int64, or there is
+      none.
 
   Example:
     >>> max_vio(jnp.array([3, 1, 1, 3]))

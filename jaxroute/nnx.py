@@ -3,7 +3,8 @@
 
 The bias and the counts are variables of their own types, `ExpertBias`, `Load`
 and, where the `RouterConfig` has histograms, `Histogram`:
-`nnx.Optimizer(model, tx, wrt=nnx.Param)` and casts of `nnx.Param` pass them by.
+`nnx.Optimizer(model, tx, wrt=nnx.Param)` and casts of `nnx.Param` do not touch
+them.
 A forward pass only reads the bias; it counts unless `model.eval()` was called.
 
     rule_state = jaxroute.nnx.init_rule_state(model, rule)

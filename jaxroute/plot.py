@@ -142,7 +142,7 @@ def curves(
 
   Raises:
     ValueError: if steps and values differ in length, or an argument is of
-      another type.
+      the wrong type.
   """
   lines = _vectors("series", series)
   _check_labels(xlabel, ylabel)
@@ -183,7 +183,7 @@ def trade_off(
 
   Raises:
     ValueError: if imbalances and losses differ in length, or there is none, or
-      an argument is of another type.
+      an argument is of the wrong type.
   """
   methods = _vectors("points", points, at_least=1)
   _check_labels(xlabel, ylabel)

@@ -80,7 +80,7 @@ def get(name: str) -> Preset:
   """
   if not isinstance(name, str) or name not in PRESETS:
     raise ValueError(
-      f"`preset` must be one of {', '.join(PRESETS)}, got {checks.describe(name)}."
-      " For another model, write its `RouterConfig`."
+      f"`name` must be that of a preset, one of {', '.join(PRESETS)}, got"
+      f" {checks.describe(name)}. For another model, write its `RouterConfig`."
     )
   return PRESETS[name]

@@ -42,7 +42,7 @@ def init_router_state(
     `jaxroute.linen.init_router_state(variables, rule)`.
 
   Raises:
-    ValueError: if `rule` is none, or a size is no int or below 1.
+    ValueError: if `rule` is no optax transformation, or a size is no int or below 1.
 
   Example:
     >>> from jaxroute import dual

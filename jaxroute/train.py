@@ -54,7 +54,7 @@ def init_train_state(
     A `TrainState`.
 
   Raises:
-    ValueError: if `router` or `optimizer` is none.
+    ValueError: if `router` is no state, or `optimizer` no optax transformation.
   """
   step_lib.check_state("router", router)
   checks.check_transformation("optimizer", optimizer)

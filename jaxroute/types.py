@@ -96,7 +96,7 @@ class RouterConfig:
       `jaxroute.dual.quantile` moves the bias.
 
   Raises:
-    ValueError: if a value is of another type or out of range, also as float32,
+    ValueError: if a value is of the wrong type or out of range, also as float32,
       or the groups do not divide.
 
   References:
@@ -286,7 +286,7 @@ class Counts:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-  """What each of S token shards counted; `jaxroute.counts.add_shards` sums them.
+  """What each of S token shards counted; `jaxroute.counts.sum_shards` sums them.
 
   Attributes:
     load: `[S, E]` int32, or a pytree of `[..., S, E]` arrays, sharded over S.

@@ -100,7 +100,10 @@ def test_the_kernel_is_reported_with_its_cycles():
 _REFUSED = [
   ("", "expected one command, of route, layer, got []."),
   ("layer v6e:2x2", "got ['layer', 'v6e:2x2']."),
-  ("route --preset=v4", "`preset` must be one of deepseek_v3, "),
+  (
+    "route --preset=v4",
+    "`name` must be that of a preset, one of deepseek_v3, ",
+  ),
   ("route --grad", "--grad is of `layer`, got the command 'route'."),
   ("route --nodrop --mesh=data=4", "--mesh, --drop is of `layer`, got"),
   ("layer --tokens=4", "--tokens is of `route`, got the command 'layer'."),

@@ -92,7 +92,7 @@ def from_flags(
 
 
 def _differences(config: Config, size: str) -> str:
-  """Names what but the rule makes a run another than the default."""
+  """Names the settings, other than the rule, that differ from the defaults."""
   parts = [] if size == "tiny" else [f",size={size}"]
   for field in dataclasses.fields(Config):
     value = getattr(config, field.name)

@@ -153,7 +153,7 @@ def missing() -> str:
 
 
 def versions() -> str:
-  """Those of jax and of the assembler, which decide what is compiled."""
+  """The versions of jax and of the assembler, which decide what is compiled."""
   ptxas = _tool("ptxas")
   assert ptxas is not None
   said = subprocess.check_output([ptxas, "--version"], text=True)

@@ -55,7 +55,7 @@ def missing() -> str:
 
 
 def version() -> str:
-  """That of the compiler."""
+  """The version of libtpu, the compiler."""
   return importlib.metadata.version("libtpu")
 
 

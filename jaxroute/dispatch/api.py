@@ -61,7 +61,7 @@ def expert_capacity(
 
   Raises:
     ValueError: if `capacity_factor` is not positive and finite, or another
-      argument is of another type.
+      argument is of the wrong type.
   """
   fix = "Write jaxroute.RouterConfig(num_experts=..., top_k=...)."
   checks.check_instance("config", config, types.RouterConfig, fix)
@@ -115,7 +115,7 @@ def sort_by_expert(
 
   Returns:
     A `Permutation`, with `group_sizes = min(load, C)`. The order of the rows that
-    belong to no expert is another for every implementation.
+    belong to no expert differs between implementations.
 
   Raises:
     ValueError: if a shape, dtype or `capacity` does not fit.

@@ -42,7 +42,7 @@ def sort(
     `[E]`, `[N]` and `[N]`, all int32.
 
   Raises:
-    NotImplementedError: if the kernel cannot do this, or not here.
+    ladder.Refusal: if the kernel cannot do this, or not here.
   """
   ladder.check_can_run(
     device.too_old()

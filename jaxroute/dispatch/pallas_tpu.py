@@ -37,7 +37,7 @@ def sort(
     index E.
 
   Raises:
-    NotImplementedError: if the kernel cannot do this, or not here.
+    ladder.Refusal: if the kernel cannot do this, or not here.
   """
   ladder.check_can_run(
     ladder.symbolic_size(key) or kernel.unsupported(*key.shape),

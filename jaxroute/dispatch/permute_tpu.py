@@ -12,14 +12,14 @@ from jaxroute.kernels.tpu import rows as kernel
 
 
 def check_can_run(x: jax.Array, row: jax.Array) -> None:
-  """Raises NotImplementedError unless the kernels can do this, here, and faster.
+  """Raises `ladder.Refusal` unless the kernels can do this, here, and faster.
 
   Args:
     x: `[T, D]` or `[N, D]`.
     row: `[T, K]`.
 
   Raises:
-    NotImplementedError: with the reason.
+    ladder.Refusal: with the reason.
   """
   t, width = row.shape[0], x.shape[1]
   refused = kernel.unsupported(t, row.size, width, x.dtype)

@@ -114,7 +114,7 @@ def solve(
   )
 
 
-class Progress(NamedTuple):
+class _Progress(NamedTuple):
   """What one iteration hands to the next.
 
   Attributes:
@@ -198,7 +198,7 @@ def _solve(
       scores, bias, config.top_k, token_mask
     )
 
-  def iterate(p: Progress) -> Progress:
+  def iterate(p: _Progress) -> _Progress:
     routes = routing.route(scores, p.bias, config, token_mask)
     value = _dual_value(scores, p.bias, routes)
     is_better = value < p.best_value
@@ -215,9 +215,9 @@ def _solve(
     )
     is_close = _relative(best_value, primal_value) <= tolerance
     bias, solver_state = solver.step(
-      problem, p.solver_state, p.bias, routes, value
+      problem, p.solver_state, solvers.Iterate(p.bias, routes, value)
     )
-    return Progress(
+    return _Progress(
       bias=bias,
       solver_state=solver_state,
       best_bias=best_bias,
@@ -228,10 +228,10 @@ def _solve(
       converged=is_check & is_close,
     )
 
-  def goes_on(p: Progress) -> jax.Array:
+  def goes_on(p: _Progress) -> jax.Array:
     return ~p.converged & (p.iteration < max_iterations)
 
-  start = Progress(
+  start = _Progress(
     bias=expert_bias,
     solver_state=solver.init(problem, expert_bias),
     best_bias=expert_bias,

@@ -32,40 +32,45 @@ class Problem(NamedTuple):
   scale: jax.Array
 
 
+class Iterate(NamedTuple):
+  """A bias, and what it leads to.
+
+  Attributes:
+    expert_bias: `[E]` float32.
+    routing: of the tokens, by this bias.
+    dual_value: `[]` float32. g of it.
+  """
+
+  expert_bias: jax.Array
+  routing: types.Routing
+  dual_value: jax.Array
+
+
 class Solver(NamedTuple):
   """A method for the dual.
 
   Attributes:
     init: `(problem, expert_bias) -> state`; `expert_bias` is `[E]` float32.
-    step:
-      `(problem, state, expert_bias, routing, value) -> (expert_bias, state)`:
-      the next bias from the routes of this one and its dual value, `[]`
-      float32.
+    step: `(problem, state, iterate) -> (expert_bias, state)`: the next bias.
   """
 
   init: Callable[[Problem, jax.Array], Any]
-  step: Callable[
-    [Problem, Any, jax.Array, types.Routing, jax.Array], tuple[jax.Array, Any]
-  ]
+  step: Callable[[Problem, Any, Iterate], tuple[jax.Array, Any]]
 
 
 @functools.cache
 def alternating_quantiles() -> Solver:
   """Repeats quantile balancing: exact coordinate minimisation, no step size.
 
+  Returns:
+    A `Solver`.
+
   References:
     Su, 2026, https://kexue.fm/archives/11619.
   """
 
-  def step(
-    problem: Problem,
-    state: Any,
-    expert_bias: jax.Array,
-    routing: types.Routing,
-    value: jax.Array,
-  ) -> tuple[jax.Array, Any]:
-    del value
-    target = target_bias(problem.scores, expert_bias, routing)
+  def step(problem: Problem, state: Any, at: Iterate) -> tuple[jax.Array, Any]:
+    target = target_bias(problem.scores, at.expert_bias, at.routing)
     return target - jnp.mean(target), state
 
   return Solver(_no_state, step)
@@ -79,20 +84,16 @@ def bip() -> Solver:
   per expert, whose prices of tokens (cutoffs) and experts (minus the bias) are
   at least 0. An expert that at most L tokens want without a bias has none.
 
+  Returns:
+    A `Solver`.
+
   References:
     Sun, 2025, https://arxiv.org/abs/2502.15451.
   """
 
-  def step(
-    problem: Problem,
-    state: Any,
-    expert_bias: jax.Array,
-    routing: types.Routing,
-    value: jax.Array,
-  ) -> tuple[jax.Array, Any]:
-    del value
+  def step(problem: Problem, state: Any, at: Iterate) -> tuple[jax.Array, Any]:
     target = target_bias(
-      problem.scores, expert_bias, routing, lowest_cutoff=0.0
+      problem.scores, at.expert_bias, at.routing, lowest_cutoff=0.0
     )
     return jnp.minimum(target, 0.0), state
 
@@ -108,8 +109,11 @@ def subgradient(rule: optax.GradientTransformation) -> Solver:
       `dual.proportional`; `optax.sgd(rate, momentum)`, heavy ball, or with
       `nesterov=True`; `dual.triple_momentum`.
 
+  Returns:
+    A `Solver`.
+
   Raises:
-    ValueError: if `rule` is none.
+    ValueError: if `rule` is no optax transformation.
   """
   checks.check_transformation("rule", rule)
   return _subgradient(rule)
@@ -121,16 +125,9 @@ def _subgradient(rule: optax.GradientTransformation) -> Solver:
     del problem
     return rule.init(expert_bias)
 
-  def step(
-    problem: Problem,
-    state: Any,
-    expert_bias: jax.Array,
-    routing: types.Routing,
-    value: jax.Array,
-  ) -> tuple[jax.Array, Any]:
-    del value
-    violation = metrics.violation(routing.load)
-    return _descend(rule, violation, state, expert_bias, problem.scale)
+  def step(problem: Problem, state: Any, at: Iterate) -> tuple[jax.Array, Any]:
+    violation = metrics.violation(at.routing.load)
+    return _descend(rule, violation, state, at.expert_bias, problem.scale)
 
   return Solver(init, step)
 
@@ -147,6 +144,9 @@ def sinkhorn(temperature: float) -> Solver:
     temperature: of the entropy, positive, in units of the scores' standard
       deviation within a token.
 
+  Returns:
+    A `Solver`.
+
   Raises:
     ValueError: if `temperature` is not positive.
 
@@ -158,23 +158,17 @@ def sinkhorn(temperature: float) -> Solver:
 
 @functools.cache
 def _sinkhorn(temperature: float) -> Solver:
-  def step(
-    problem: Problem,
-    state: Any,
-    expert_bias: jax.Array,
-    routing: types.Routing,
-    value: jax.Array,
-  ) -> tuple[jax.Array, Any]:
-    del value
+  def step(problem: Problem, state: Any, at: Iterate) -> tuple[jax.Array, Any]:
     unit = temperature * problem.scale
     x = problem.scores / unit
-    token = jax.nn.logsumexp(x + expert_bias[None] / unit, axis=1)
+    token = jax.nn.logsumexp(x + at.expert_bias[None] / unit, axis=1)
     # K is left out, because it scales the sums of tokens and of experts alike.
-    count = jnp.sum(routing.token_mask, dtype=jnp.float32)
-    share = jnp.where(routing.token_mask, -token, -jnp.inf)
+    is_counted = at.routing.token_mask
+    count = jnp.sum(is_counted, dtype=jnp.float32)
+    share = jnp.where(is_counted, -token, -jnp.inf)
     expert = jax.nn.logsumexp(x + share[:, None], axis=0)
     moved = unit * (jnp.log(count / x.shape[1]) - expert)
-    moved = jnp.where(jnp.isfinite(moved), moved, expert_bias)
+    moved = jnp.where(jnp.isfinite(moved), moved, at.expert_bias)
     return moved - jnp.mean(moved), state
 
   return Solver(_no_state, step)
@@ -195,8 +189,12 @@ def sparse_transport(
       in units of the scores' standard deviation within a token.
     regularization: positive, in the same units.
 
+  Returns:
+    A `Solver`.
+
   Raises:
-    ValueError: if `rule` is none or `regularization` is not positive.
+    ValueError: if `rule` is no optax transformation, or `regularization` is not
+      positive.
 
   References:
     Liu, Puigcerver, Blondel, 2023, Sparsity-constrained optimal transport,
@@ -214,16 +212,9 @@ def _sparse_transport(
     del problem
     return rule.init(expert_bias)
 
-  def step(
-    problem: Problem,
-    state: Any,
-    expert_bias: jax.Array,
-    routing: types.Routing,
-    value: jax.Array,
-  ) -> tuple[jax.Array, Any]:
-    del value
-    num_experts = expert_bias.shape[0]
-    biased = problem.scores + expert_bias[None]
+  def step(problem: Problem, state: Any, at: Iterate) -> tuple[jax.Array, Any]:
+    routing, num_experts = at.routing, at.expert_bias.shape[0]
+    biased = problem.scores + at.expert_bias[None]
     best = jnp.take_along_axis(biased, routing.expert_idx, axis=1)
     # The projection subtracts them from each other, and -inf - -inf is NaN.
     best = jnp.maximum(best, -1e30)
@@ -233,7 +224,7 @@ def _sparse_transport(
     mass = mass.at[routing.expert_idx].add(plan)
     due = jnp.sum(routing.token_mask, dtype=jnp.float32) / num_experts
     violation = mass / jnp.maximum(due, 1e-9) - 1.0
-    return _descend(rule, violation, state, expert_bias, problem.scale)
+    return _descend(rule, violation, state, at.expert_bias, problem.scale)
 
   return Solver(init, step)
 
@@ -284,6 +275,9 @@ def bundle(size: int = 32) -> Solver:
   Args:
     size: cuts kept, at least 2.
 
+  Returns:
+    A `Solver`.
+
   Raises:
     ValueError: if `size` is below 2.
 
@@ -310,24 +304,20 @@ def _bundle(size: int) -> Solver:
     )
 
   def step(
-    problem: Problem,
-    state: BundleState,
-    expert_bias: jax.Array,
-    routing: types.Routing,
-    value: jax.Array,
+    problem: Problem, state: BundleState, at: Iterate
   ) -> tuple[jax.Array, BundleState]:
-    e = expert_bias.shape[0]
-    assigned = jnp.maximum(metrics.total(routing.load), 1.0)
-    value = value / assigned
-    slope = metrics.violation(routing.load) / e
+    e = at.expert_bias.shape[0]
+    assigned = jnp.maximum(metrics.total(at.routing.load), 1.0)
+    value = at.dual_value / assigned
+    slope = metrics.violation(at.routing.load) / e
     slot = state.count % size
     slopes = state.slopes.at[slot].set(slope)
-    offsets = state.offsets.at[slot].set(value - slope @ expert_bias)
+    offsets = state.offsets.at[slot].set(value - slope @ at.expert_bias)
     is_first = state.count == 0
     promised = state.center_value - state.predicted
     gained = state.center_value - value
     is_serious = is_first | (gained >= 0.1 * promised)
-    center = jnp.where(is_serious, expert_bias, state.center)
+    center = jnp.where(is_serious, at.expert_bias, state.center)
     center_value = jnp.where(is_serious, value, state.center_value)
     # The first step then moves by the scores' scale for a violation of 1.
     stiffness = jnp.where(

@@ -128,14 +128,14 @@ class _Chunks(NamedTuple):
     first_row: `[E]` int32. The first row of an expert's first chunk.
     end: `[E]` int32. The row after the last of an expert.
     count: `[E]` int32. Chunks per expert.
-    num_before: `[E]` int32. Chunks up to and with those of an expert.
+    num_up_to: `[E]` int32. Chunks up to and including those of an expert.
   """
 
   rows: int
   first_row: jax.Array
   end: jax.Array
   count: jax.Array
-  num_before: jax.Array
+  num_up_to: jax.Array
 
 
 def products(expected_rows: int | None) -> products_lib.Products:
@@ -192,7 +192,7 @@ def for_each_batch(
 
   def has_more(state: tuple[jax.Array, Any]) -> jax.Array:
     next_chunk, _ = state
-    return next_chunk < chunks.num_before[-1]
+    return next_chunk < chunks.num_up_to[-1]
 
   def run_batch(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
     next_chunk, carry = state
@@ -228,12 +228,12 @@ def _first_batch(
 def _chunk_batch(numbers: jax.Array, chunks: _Chunks, n: int) -> ChunkBatch:
   """The chunks of some numbers, `[B]` int32."""
   e = jnp.sum(
-    chunks.num_before[None] <= numbers[:, None], axis=1, dtype=jnp.int32
+    chunks.num_up_to[None] <= numbers[:, None], axis=1, dtype=jnp.int32
   )
   # Past the last chunk e is the last expert, and `begin` is its end or beyond:
   # the chunk is empty.
   e = jnp.minimum(e, chunks.count.shape[0] - 1)
-  in_expert = numbers - chunks.num_before[e] + chunks.count[e]
+  in_expert = numbers - chunks.num_up_to[e] + chunks.count[e]
   begin = chunks.first_row[e] + in_expert * chunks.rows
   # A chunk that would stick out at the end starts earlier and masks more.
   start = jnp.minimum(begin, n - chunks.rows)

@@ -14,7 +14,7 @@ from jaxroute.kernels.gpu import device
 
 
 def check_can_run(operands: Any, by_name: bool) -> None:
-  """Raises NotImplementedError unless the kernels can multiply this, and here.
+  """Raises `ladder.Refusal` unless the kernels can multiply this, and here.
 
   Args:
     operands: of one of the `Products`; a pytree of arrays, the first `[N, D]`.
@@ -22,7 +22,7 @@ def check_can_run(operands: Any, by_name: bool) -> None:
       that is not here.
 
   Raises:
-    NotImplementedError: with the reason.
+    ladder.Refusal: with the reason.
   """
   ladder.check_can_run(
     device.too_old() or _other_gpu(),

@@ -12,7 +12,7 @@ from jaxroute.kernels.tpu import device, grouped
 
 
 def check_can_run(operands: Any, by_name: bool) -> None:
-  """Raises NotImplementedError unless the kernels can multiply this, and here.
+  """Raises `ladder.Refusal` unless the kernels can multiply this, and here.
 
   Args:
     operands: of one of the `Products`; a pytree of arrays, the first `[N, D]`.
@@ -20,7 +20,7 @@ def check_can_run(operands: Any, by_name: bool) -> None:
       that is not here.
 
   Raises:
-    NotImplementedError: with the reason.
+    ladder.Refusal: with the reason.
   """
   first, *_ = arrays = jax.tree.leaves(operands)
   widths = {size: None for x in arrays for size in x.shape[1:]}

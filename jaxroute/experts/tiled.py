@@ -65,13 +65,13 @@ class _TilesOfOneSize(NamedTuple):
     count: `[E]` int32. Tiles of this size per expert.
     first_row: `[E]` int32. The first row of an expert's first tile of this
       size.
-    num_before: `[E]` int32. Tiles of this size up to and with those of an
+    num_up_to: `[E]` int32. Tiles of this size up to and including those of an
       expert.
   """
 
   count: jax.Array
   first_row: jax.Array
-  num_before: jax.Array
+  num_up_to: jax.Array
 
 
 def for_each_tile(
@@ -109,7 +109,7 @@ def for_each_tile(
     ) -> Any:
       return body(_tile(i, min(size, n), tiles, ends, n), carry)
 
-    carry = lax.fori_loop(0, tiles.num_before[-1], run_tile, carry)
+    carry = lax.fori_loop(0, tiles.num_up_to[-1], run_tile, carry)
   return carry
 
 
@@ -131,8 +131,8 @@ def _tile(
   i: jax.Array, rows: int, tiles: _TilesOfOneSize, ends: jax.Array, n: int
 ) -> Tile:
   """The i-th tile of a size."""
-  e = jnp.sum(tiles.num_before <= i, dtype=jnp.int32)
-  number = i - tiles.num_before[e] + tiles.count[e]
+  e = jnp.sum(tiles.num_up_to <= i, dtype=jnp.int32)
+  number = i - tiles.num_up_to[e] + tiles.count[e]
   begin = tiles.first_row[e] + number * rows
   # A tile that would stick out at the end starts earlier and masks more.
   start = jnp.minimum(begin, n - rows)

@@ -43,7 +43,16 @@ class Plan(NamedTuple):
 
 
 def make_plan(group_sizes: jax.Array, axis: str, capacity: int | None) -> Plan:
-  """Two exchanges of a few numbers tell every device what its peers send and take."""
+  """Exchanges a few numbers, so that every device knows what its peers send and take.
+
+  Args:
+    group_sizes: `[E]` int32. Rows of this device for each expert.
+    axis: the expert axis of the mesh.
+    capacity: rows that an expert takes of all devices; None for all.
+
+  Returns:
+    A `Plan`.
+  """
 
   def swap(*tables: jax.Array) -> tuple[jax.Array, ...]:
     stacked = jnp.stack(tables, axis=1)
@@ -64,7 +73,7 @@ def make_plan(group_sizes: jax.Array, axis: str, capacity: int | None) -> Plan:
 
 
 def _before(x: jax.Array) -> jax.Array:
-  """Of the last axis, the sum of what comes before."""
+  """The sum of what comes before, along the last axis."""
   return jnp.cumsum(x, axis=-1, dtype=jnp.int32) - x
 
 
@@ -181,7 +190,7 @@ class _Slices(NamedTuple):
 def _find(
   size: int, first: jax.Array, first_other: jax.Array, count: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Of slices that lie in two places, from each index in one that in the other.
+  """Maps each index in one layout of the slices to its index in the other.
 
   Returns:
     `[size]` int32, 0 where there is no slice, and `[size]` bool, where there is.

@@ -66,7 +66,7 @@ def shardings(
     `jax.NamedSharding`s, in the structure of `tree`.
 
   Raises:
-    ValueError: if `partition` or `mesh` is none, the mesh lacks an axis of
+    ValueError: if `partition` or `mesh` is of the wrong type, the mesh lacks an axis of
       `partition`, or does not divide E or F.
 
   Example:

@@ -45,7 +45,7 @@ def route(
     A `Routing`.
 
   Raises:
-    NotImplementedError: if the kernel cannot do this, or not here.
+    ladder.Refusal: if the kernel cannot do this, or not here.
   """
   ladder.check_can_run(
     device.too_old() or ladder.symbolic_size(logits) or _unsupported(logits),

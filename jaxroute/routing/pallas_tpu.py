@@ -50,7 +50,7 @@ def route(
     A `Routing`.
 
   Raises:
-    NotImplementedError: if the kernel cannot do this, or not here.
+    ladder.Refusal: if the kernel cannot do this, or not here.
   """
   unsupported = ladder.symbolic_size(logits) or kernel.unsupported(config)
   _check_can_run(unsupported, by_name=by_name, interpret=interpret)
@@ -83,7 +83,7 @@ def project_and_route(
     A `Routing`.
 
   Raises:
-    NotImplementedError: as in `route`.
+    ladder.Refusal: as in `route`.
   """
   unsupported = ladder.symbolic_size(tokens)
   unsupported = unsupported or kernel.unsupported_projection(

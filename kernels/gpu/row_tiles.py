@@ -72,13 +72,13 @@ def row_tiles_of(group_sizes: jax.Array, num_rows: int, m: int) -> RowTiles:
   sizes = jnp.concatenate([group_sizes, rest[None]])
   groups = groups_of(sizes)
   counts = jnp.where(sizes > 0, pl.cdiv(groups.end - groups.start, m), 0)
-  num_before = jnp.cumsum(counts)
+  num_up_to = jnp.cumsum(counts)
   # A group has up to PACK - 1 rows before it, and fills its last tile in part.
   bound = (num_rows + len(sizes) * (m + PACK - 2)) // m
   tile = jnp.arange(bound, dtype=jnp.int32)
-  group = jnp.sum(num_before[None] <= tile[:, None], axis=1, dtype=jnp.int32)
+  group = jnp.sum(num_up_to[None] <= tile[:, None], axis=1, dtype=jnp.int32)
   group = jnp.minimum(group, len(group_sizes))
-  start = groups.start[group] + m * (tile - num_before[group] + counts[group])
+  start = groups.start[group] + m * (tile - num_up_to[group] + counts[group])
   begin = jnp.clip(groups.begin[group] - start, 0, m)
   end = jnp.clip(groups.end[group] - start, 0, m)
-  return RowTiles(group, start, begin, end, num_before[-1:])
+  return RowTiles(group, start, begin, end, num_up_to[-1:])

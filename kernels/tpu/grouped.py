@@ -217,10 +217,10 @@ def _visits(
   begins = ends - sizes
   first = begins // rows
   counts = jnp.where(sizes > 0, (ends - 1) // rows - first + 1, least)
-  num_before = jnp.cumsum(counts)
+  num_up_to = jnp.cumsum(counts)
   # Every group but the first adds a visit at most, to the block where it begins.
   visit = jnp.arange(num_blocks + sizes.size - 1, dtype=jnp.int32)
-  group = jnp.sum(num_before[None] <= visit[:, None], axis=1, dtype=jnp.int32)
+  group = jnp.sum(num_up_to[None] <= visit[:, None], axis=1, dtype=jnp.int32)
   group = jnp.minimum(group, sizes.size - 1)
   is_here = group[:, None] == jnp.arange(sizes.size, dtype=jnp.int32)[None]
 
@@ -228,7 +228,7 @@ def _visits(
     # A gather of so few takes longer than comparisons with all.
     return jnp.sum(jnp.where(is_here, x[None], 0), axis=1, dtype=jnp.int32)
 
-  block = of_group(first - num_before + counts) + visit
+  block = of_group(first - num_up_to + counts) + visit
   begin = jnp.clip(of_group(begins) - block * rows, 0, rows)
   end = jnp.clip(of_group(ends) - block * rows, begin, rows)
   return _Visits(group, jnp.minimum(block, num_blocks - 1), begin, end)

@@ -151,7 +151,7 @@ def write_rows(
     product: number of the product.
     column: number of the column in it.
     counts: `[experts, tokens of the product]` float32. The product's
-      assignments up to and with each token.
+      assignments up to and including each token.
     rows_ref: `[K, tokens of a block]` int32, written.
     scratch: reads `next_row`, `expert`, `earlier_unassigned`, `num_unassigned`.
   """
