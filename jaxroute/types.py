@@ -263,14 +263,18 @@ class Counts:
 
   @property
   def parts(self) -> "Parts | None":
-    """What adds up to these counts, or None: for who can put off their sum."""
+    """Counts of shards that add up to these, or None if they are not known.
+
+    A caller who has them can sum those of all layers in one all-reduce. They are no
+    leaf of the pytree: `jax.tree.map`, `replace` and every transformation lose them.
+    """
     return vars(self).get("_parts")
 
   def made_of(self, parts: "Parts | None") -> "Counts":
     """These counts, with `parts`.
 
-    They are no field: whoever makes other counts of these has none, so that parts
-    never belong to other counts. Arrays they are of are the same on every mesh.
+    They are no field, so that counts made of these, which they may not add up to,
+    have none, and so that the tree of `Counts` is the same on every mesh.
 
     Args:
       parts: what adds up to these counts, or None.

@@ -368,6 +368,21 @@ def test_unknown_implementation_is_refused():
     experts.swiglu(LHS, experts_cases.params(), SIZES, implementation="tpu")
 
 
+@pytest.mark.parametrize("implementation", ("ragged_dot", "tiled", "batched"))
+def test_xla_has_nothing_to_interpret(implementation):
+  x, params, sizes = (
+    jnp.zeros((4, 2)),
+    experts_cases.params(0, 3, 2, 5),
+    [1] * 3,
+  )
+  how = dict(implementation=implementation, interpret=True)
+  sizes, words = jnp.array(sizes, jnp.int32), "no kernel to interpret.*True"
+  with pytest.raises(NotImplementedError, match=words):
+    experts.grouped_matmul(x, params.w_gate, sizes, **how)
+  with pytest.raises(NotImplementedError, match=words):
+    experts.swiglu(x, params, sizes, **how)
+
+
 def test_negative_expected_rows_are_refused():
   with pytest.raises(ValueError, match="`expected_rows`.*got -1"):
     experts.swiglu(LHS, experts_cases.params(), SIZES, expected_rows=-1)

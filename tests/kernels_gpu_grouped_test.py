@@ -33,9 +33,7 @@ CASES = [
 
 
 @pytest.fixture(autouse=True)
-def _few_cores_and_no_races(monkeypatch, capfd):
-  # Every core is a thread of the interpreter.
-  monkeypatch.setattr(device, "num_cores", lambda: 2)
+def _no_races(capfd):
   yield
   printed = capfd.readouterr()
   assert "RACE" not in printed.out + printed.err

@@ -138,6 +138,7 @@ _permutation = _tree(
 _grouped = dict(
   group_sizes=_array("E", "int32", "E"),
   implementation=_one_of("tiled", "tpu", optional=True),
+  interpret=_flag,
   expected_rows=_int(4, low=0, optional=True),
 )
 _rate = _number(0.1, -1.0)

@@ -50,9 +50,7 @@ class Transformer(nn.Module):
     block = Block
     if c.remat:
       # A scan keeps the compiler from joining both computations already.
-      block = nn.remat(
-        Block, policy=jaxroute.remat.save_routing, prevent_cse=False
-      )
+      block = nn.remat(Block, policy=jaxroute.save_routing, prevent_cse=False)
     x, _ = block(c, dense=True, name="dense_layer")(x, None)
     layers = nn.scan(
       block,

@@ -34,9 +34,9 @@ class Report:
     collectives: of the program. Those in a loop are of each round of an exchange
       after the first, of which there is none if the load is balanced.
     seconds: the least time of each resource, in which it does what it must; an
-      estimate. "MXU" is of `needed_flops`. "HBM" moves arguments and results once
-      and temporaries twice. "ICI" or "NVLink" and the axes are of the collectives
-      that are in no loop.
+      estimate. "matrix units" is of `needed_flops`. "HBM" moves arguments and
+      results once and temporaries twice. "ICI" or "NVLink" and the axes are of the
+      collectives that are in no loop.
   """
 
   needed: float
@@ -136,7 +136,7 @@ def report(
   found = collectives_lib.read(text, dict(mesh.shape))
   moved = memory.argument_size_in_bytes + memory.output_size_in_bytes
   seconds: dict[str, float] = collections.defaultdict(float)
-  seconds["MXU"] = needed_flops / chip.flops
+  seconds["matrix units"] = needed_flops / chip.flops
   seconds["HBM"] = (moved + 2 * memory.temp_size_in_bytes) / chip.hbm_bandwidth
   for c in (c for c in found if not c.in_loop):
     name = f"{chip.link} {'+'.join(c.axes)}"

@@ -56,7 +56,7 @@ def sort(
 
   if reason := order.unsupported(num_experts):
     raise ladder.Refusal(reason)
-  call = functools.partial(_sort, num_experts, capacity, bool(interpret))
+  call = functools.partial(_sort, capacity, bool(interpret))
   # One by one in a batch, as a kernel with results by index is written for one.
   call = jax.custom_batching.sequential_vmap(call)
   operands = mesh.vary_alike((expert_idx, rank, token_mask, load))
@@ -74,7 +74,6 @@ def _unsupported(rank: jax.Array | None, load: jax.Array | None) -> str | None:
 
 
 def _sort(
-  num_experts: int,
   capacity: int | None,
   interpret: bool,
   expert_idx: jax.Array,

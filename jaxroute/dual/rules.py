@@ -220,7 +220,7 @@ def triple_momentum(
   there.
 
   Args:
-    rate: a number of at least 0.
+    rate: a number of at least 0; no schedule, as the method is for a fixed step.
     condition: largest curvature over smallest, at least 1.
 
   Returns:

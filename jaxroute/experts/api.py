@@ -49,6 +49,7 @@ def grouped_matmul(
   group_sizes: jax.Array,
   *,
   implementation: Implementation | None = None,
+  interpret: Any = False,
   expected_rows: int | None = None,
   preferred_element_type: Any = None,
 ) -> jax.Array:
@@ -73,6 +74,8 @@ def grouped_matmul(
       forward-mode and second derivatives; "tiled" and the kernels cannot take the
       symbolic N of `jax.export`, and the kernels are lowered for their platform
       alone, not for several at once.
+    interpret: whether a kernel is interpreted, on any device. Also what
+      `pallas_call` takes.
     expected_rows: of all groups together when they are balanced, where that is
       far below N, as on one shard of the experts; None for N. It only sizes the
       batches of "batched"; it never changes the result.
@@ -100,7 +103,7 @@ def grouped_matmul(
     "rhs", rhs, "[E, D, F]", lhs.dtype.name, fix, D=lhs.shape[1]
   )
   _check_group_sizes(group_sizes, rhs.shape[0])
-  how = _checked("grouped_matmul", implementation, expected_rows)
+  how = _checked("grouped_matmul", implementation, interpret, expected_rows)
   dtype = lhs.dtype
   if preferred_element_type is not None:
     dtype = checks.as_float_dtype(
@@ -108,7 +111,7 @@ def grouped_matmul(
     )
   lhs, rhs, group_sizes = mesh.vary_alike((lhs, rhs, group_sizes))
   with jax.named_scope("jaxroute.grouped_matmul"):
-    if implementation == "ragged_dot":
+    if implementation == "ragged_dot" and not interpret:
       return ragged_dot.PRODUCTS.matmul(lhs, rhs, group_sizes, dtype=dtype)
     return _grouped_matmul(how, dtype, False, lhs, rhs, group_sizes)
 
@@ -119,6 +122,7 @@ def swiglu(
   group_sizes: jax.Array,
   *,
   implementation: Implementation | None = None,
+  interpret: Any = False,
   expected_rows: int | None = None,
 ) -> jax.Array:
   """`(silu(x w_gate) * (x w_up)) w_down`, every row with its expert's matrices.
@@ -129,6 +133,7 @@ def swiglu(
     params: with the E axis, of the dtype of `x`.
     group_sizes: `[E]` int32. Rows per expert.
     implementation: as in `grouped_matmul`.
+    interpret: as in `grouped_matmul`.
     expected_rows: as in `grouped_matmul`.
 
   Returns:
@@ -142,10 +147,10 @@ def swiglu(
   checks.check_array("x", x, "[N, D]", "floating point", "Flatten axes into N.")
   check_params("params", params, x.shape[1], dtype=x.dtype.name)
   _check_group_sizes(group_sizes, params.w_gate.shape[0])
-  how = _checked("swiglu", implementation, expected_rows)
+  how = _checked("swiglu", implementation, interpret, expected_rows)
   x, params, group_sizes = mesh.vary_alike((x, params, group_sizes))
   with jax.named_scope("jaxroute.swiglu"):
-    if implementation == "ragged_dot":
+    if implementation == "ragged_dot" and not interpret:
       return ragged_dot.PRODUCTS.swiglu(x, params, group_sizes, keep=False)[0]
     return _swiglu(how, x, params, group_sizes)
 
@@ -182,70 +187,107 @@ class _How(NamedTuple):
   """How groups are multiplied; see `grouped_matmul`."""
 
   implementation: Implementation | None
+  interpret: Any
   expected_rows: int | None
 
 
 def _checked(
   operation: str,
   implementation: Implementation | None,
+  interpret: Any,
   expected_rows: int | None,
 ) -> _How:
-  ladder.check_names(operation, get_args(Implementation), implementation)
+  names = get_args(Implementation)
+  ladder.check_names(operation, names, implementation, interpret)
   if expected_rows is not None:
     fix = "None is for groups that own most of the rows."
     expected_rows = checks.as_int("expected_rows", expected_rows, fix, low=0)
-  return _How(implementation, expected_rows)
+  return _How(implementation, interpret, expected_rows)
 
 
-def _call(how: _How, product: str, *operands: Any, **static: Any) -> Any:
+def _call(
+  operation: str, how: _How, product: str, *operands: Any, **static: Any
+) -> Any:
   """One of an implementation's `Products`, by name or by platform."""
-  is_swiglu = product.startswith("swiglu")
-  operation = "swiglu" if is_swiglu else "grouped_matmul"
+  functions = _functions(how, product, **static)
+
+  def by_xla(name: str) -> Any:
+    ladder.refuse_to_interpret(how.interpret)
+    return functions[name](*operands)
+
+  def by_kernel(platform: str, name: str) -> Any:
+    call = _kernel(
+      operation, platform, functions, operands, how.interpret, by_name=True
+    )
+    return call(*operands)
+
+  def by_platform() -> Any:
+    ladder.refuse_to_interpret(how.interpret)
+    return _by_platform(operation, functions, operands)
+
+  # Without a name, all but the first are for kernels that are interpreted.
+  rungs: dict[Any, Callable[[], Any]] = {None: by_platform}
+  rungs |= {name: functools.partial(by_xla, name) for name in functions}
+  for platform, name in _KERNELS.items():
+    rungs[name] = functools.partial(by_kernel, platform, name)
+  return ladder.climb(operation, rungs, how.implementation)
+
+
+def _functions(
+  how: _How, product: str, **static: Any
+) -> dict[str, Callable[..., Any]]:
+  """The product of every implementation."""
   by_implementation = {
     "ragged_dot": ragged_dot.PRODUCTS,
     "tiled": tiled.PRODUCTS,
     "batched": batched.products(how.expected_rows),
-    "pallas_tpu": pallas_tpu.products(),
-    "pallas_gpu": pallas_gpu.products(),
+    "pallas_tpu": pallas_tpu.products(how.interpret),
+    "pallas_gpu": pallas_gpu.products(how.interpret),
   }
   # One by one in a batch: there the loops of all would go on until the longest
   # is done, and copy what they carry.
-  functions = {
+  return {
     name: jax.custom_batching.sequential_vmap(
       functools.partial(getattr(all_products, product), **static)
     )
     for name, all_products in by_implementation.items()
   }
 
-  def kernel(platform: str, name: str, by_name: bool) -> Callable[..., Any]:
-    """The kernel of a platform, if it can multiply this."""
-    _CHECKS[name](operands, by_name=by_name)
-    return functools.partial(
-      ladder.call_kernel, operation, platform, functions[name], False
-    )
 
-  def by_platform() -> Any:
-    is_symbolic = not isinstance(operands[0].shape[0], int)
-    branches: dict[str, Callable[..., Any]] = dict(
-      cpu=functions["batched" if is_symbolic else "tiled"],
-      cuda=functions["batched"],
-      default=functions["ragged_dot"],
-    )
-    for platform, name in _KERNELS.items():
-      with contextlib.suppress(ladder.Refusal):
-        # XLA keeps whatever the kernel cannot do.
-        branches[platform] = kernel(platform, name, by_name=False)
-    return lax.platform_dependent(*operands, **branches)
+def _kernel(
+  operation: str,
+  platform: str,
+  functions: dict[str, Callable[..., Any]],
+  operands: Any,
+  interpret: Any,
+  *,
+  by_name: bool,
+) -> Callable[..., Any]:
+  """The kernel of a platform; raises `ladder.Refusal` if it cannot multiply this."""
+  name = _KERNELS[platform]
+  _CHECKS[name](operands, by_name=by_name, interpret=interpret)
+  return functools.partial(
+    ladder.call_kernel, operation, platform, functions[name], interpret
+  )
 
-  rungs = {None: by_platform} | {
-    name: functools.partial(function, *operands)
-    for name, function in functions.items()
-  }
-  for platform, name in _KERNELS.items():
-    rungs[name] = lambda platform=platform, name=name: kernel(
-      platform, name, by_name=True
-    )(*operands)
-  return ladder.climb(operation, rungs, how.implementation)
+
+def _by_platform(
+  operation: str, functions: dict[str, Callable[..., Any]], operands: Any
+) -> Any:
+  """The best product of the platform that the program is lowered for."""
+  is_symbolic = not isinstance(operands[0].shape[0], int)
+  branches: dict[str, Callable[..., Any]] = dict(
+    cpu=functions["batched" if is_symbolic else "tiled"],
+    cuda=functions["batched"],
+    default=functions["ragged_dot"],
+  )
+  for platform in _KERNELS:
+    with contextlib.suppress(ladder.Refusal):
+      # XLA keeps whatever the kernel cannot do.
+      branches[platform] = _kernel(
+        operation, platform, functions, operands, False, by_name=False
+      )
+  return lax.platform_dependent(*operands, **branches)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
@@ -258,7 +300,7 @@ def _grouped_matmul(
   group_sizes: jax.Array,
 ) -> jax.Array:
   static = dict(dtype=dtype, transpose_rhs=transpose_rhs)
-  return _call(how, "matmul", lhs, rhs, group_sizes, **static)
+  return _call("grouped_matmul", how, "matmul", lhs, rhs, group_sizes, **static)
 
 
 def _grouped_matmul_fwd(
@@ -287,7 +329,7 @@ def _grouped_matmul_bwd(
     how, lhs.dtype, not transpose_rhs, d_out, rhs, group_sizes
   )
   pair = (d_out, lhs) if transpose_rhs else (lhs, d_out)
-  d_rhs = _call(how, "outer", *pair, group_sizes)
+  d_rhs = _call("grouped_matmul", how, "outer", *pair, group_sizes)
   return d_lhs, d_rhs, None
 
 
@@ -298,21 +340,21 @@ _grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 def _swiglu(
   how: _How, x: jax.Array, params: ExpertParams, group_sizes: jax.Array
 ) -> jax.Array:
-  out, _ = _call(how, "swiglu", x, params, group_sizes, keep=False)
+  out, _ = _call("swiglu", how, "swiglu", x, params, group_sizes, keep=False)
   return out
 
 
 def _swiglu_fwd(
   how: _How, x: jax.Array, params: ExpertParams, group_sizes: jax.Array
 ) -> tuple[jax.Array, tuple[Any, ...]]:
-  out, kept = _call(how, "swiglu", x, params, group_sizes, keep=True)
+  out, kept = _call("swiglu", how, "swiglu", x, params, group_sizes, keep=True)
   return out, (x, kept, params, group_sizes)
 
 
 def _swiglu_bwd(
   how: _How, residuals: tuple[Any, ...], d_out: jax.Array
 ) -> tuple[jax.Array, ExpertParams, None]:
-  d_x, d_params = _call(how, "swiglu_gradient", *residuals, d_out)
+  d_x, d_params = _call("swiglu", how, "swiglu_gradient", *residuals, d_out)
   return d_x, d_params, None
 
 

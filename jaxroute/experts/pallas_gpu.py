@@ -13,22 +13,23 @@ from jaxroute.experts import products as products_lib
 from jaxroute.kernels.gpu import device
 
 
-def check_can_run(operands: Any, by_name: bool) -> None:
+def check_can_run(operands: Any, *, by_name: bool, interpret: Any) -> None:
   """Raises `ladder.Refusal` unless the kernels can multiply this, and here.
 
   Args:
     operands: of one of the `Products`; a pytree of arrays, the first `[N, D]`.
     by_name: whether the kernels were asked for, and may be on their way to a GPU
       that is not here.
+    interpret: whether they are interpreted, on any device.
 
   Raises:
     ladder.Refusal: with the reason.
   """
   ladder.check_can_run(
-    device.too_old() or _other_gpu(),
+    device.too_old() or (None if interpret else _other_gpu()),
     unavailable=device.unavailable,
     by_name=by_name,
-    interpret=False,
+    interpret=interpret,
   )
   from jaxroute.kernels.gpu import grouped
 
@@ -38,28 +39,30 @@ def check_can_run(operands: Any, by_name: bool) -> None:
     raise ladder.Refusal(reason)
 
 
-def products(interpret: Any = None) -> products_lib.Products:
+def products(interpret: Any) -> products_lib.Products:
   """The products by kernels.
 
   Args:
-    interpret: what `plgpu.kernel` takes.
+    interpret: whether Pallas interprets them.
 
   Returns:
     `Products`, of what `check_can_run` lets pass.
   """
 
   def matmul(*operands: jax.Array, **static: Any) -> jax.Array:
-    from jaxroute.kernels.gpu import grouped
+    from jaxroute.kernels.gpu import grouped, mosaic
 
-    return grouped.matmul(*operands, interpret=interpret, **static)
+    params = mosaic.interpreter(interpret)
+    return grouped.matmul(*operands, interpret=params, **static)
 
   def outer(
     lhs: jax.Array, d_out: jax.Array, group_sizes: jax.Array
   ) -> jax.Array:
-    from jaxroute.kernels.gpu import grouped
+    from jaxroute.kernels.gpu import grouped, mosaic
 
+    params = mosaic.interpreter(interpret)
     return grouped.outer(
-      lhs, d_out, group_sizes, dtype=lhs.dtype, interpret=interpret
+      lhs, d_out, group_sizes, dtype=lhs.dtype, interpret=params
     )
 
   return products_lib.of(matmul, outer)

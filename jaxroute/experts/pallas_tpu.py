@@ -11,13 +11,14 @@ from jaxroute.experts import products as products_lib
 from jaxroute.kernels.tpu import device, grouped
 
 
-def check_can_run(operands: Any, by_name: bool) -> None:
+def check_can_run(operands: Any, *, by_name: bool, interpret: Any) -> None:
   """Raises `ladder.Refusal` unless the kernels can multiply this, and here.
 
   Args:
     operands: of one of the `Products`; a pytree of arrays, the first `[N, D]`.
     by_name: whether the kernels were asked for, and may be on their way to a TPU
       that is not here.
+    interpret: whether they are interpreted, on any device.
 
   Raises:
     ladder.Refusal: with the reason.
@@ -35,11 +36,11 @@ def check_can_run(operands: Any, by_name: bool) -> None:
     refused,
     unavailable=device.unavailable,
     by_name=by_name,
-    interpret=False,
+    interpret=interpret,
   )
 
 
-def products(interpret: Any = False) -> products_lib.Products:
+def products(interpret: Any) -> products_lib.Products:
   """The products by kernels.
 
   Args:

@@ -44,6 +44,7 @@ _PIECE_BYTES = 128
 _MIN_SIZE = 128
 # How much more work may be done in tiles of 128 x 256 than in those of 128 x 128.
 _WORTH = 9 / 8
+_INTERPRETED_CORES = 2
 # What the pipeline asks for: the registers of a thread that only moves data.
 _MEMORY_REGISTERS = 40
 
@@ -449,13 +450,15 @@ def _call(
   cluster: int,
   interpret: Any,
 ) -> jax.Array:
+  # Every core is a thread of the interpreter.
+  cores = _INTERPRETED_CORES if interpret else device.num_cores()
   blocks: dict[str, Any] = {}
   if cluster > 1:
     blocks = dict(cluster=(cluster,), cluster_names=("cluster",))
   kernel = plgpu.kernel(
     body,
     out_type=jax.ShapeDtypeStruct(shape, dtype),
-    grid=(device.num_cores() // cluster,),
+    grid=(cores // cluster,),
     grid_names=("core",),
     **blocks,
     num_threads=3,

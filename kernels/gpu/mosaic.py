@@ -46,5 +46,17 @@ def call(
       unsafe_no_auto_barriers=True,
     ),
     kernel_name=f"jaxroute_{name}",
-    **({"interpret": plgpu.InterpretGPUParams()} if interpret else {}),
+    interpret=interpreter(interpret),
   )
+
+
+def interpreter(interpret: Any) -> Any:
+  """What `plgpu.kernel` takes for `interpret`.
+
+  Args:
+    interpret: what the user passed.
+
+  Returns:
+    The interpreter's parameters; None to compile.
+  """
+  return plgpu.InterpretGPUParams() if interpret else None
