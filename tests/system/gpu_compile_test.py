@@ -1,6 +1,7 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """Routing compiled for NVIDIA GPUs that are not here, by their compilers."""
 
+import functools
 import json
 import re
 
@@ -128,6 +129,102 @@ def test_tokens_stay_in_their_shards():
   for collectives, sorts in process.apart(_shards_of_xla):
     assert collectives == ["all-reduce"]  # of the load
     assert sorts == ["s32[16,64]"]
+
+
+def _lost_sums(text):
+  """Results of kernels that a fusion moves from where the kernel adds to them.
+
+  Such a kernel adds through the pointer of its operand; inside a fusion, what updates
+  a slice by the result makes the result a part of that slice.
+  """
+  lost = []
+  for computation in re.split(r"\n\n", text):
+    lines = computation.splitlines()
+    for kernel, aliases in re.findall(
+      r"(%[\w.-]+) = .* custom-call\(.*output_to_operand_aliasing=\{(.*?\)\})",
+      computation,
+    ):
+      sums = set(re.findall(r"\{(\d+)\}: \(", aliases))
+      moved = set()
+      for line in lines:
+        name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+        index = re.search(r", index=(\d+)", rest)
+        if f"get-tuple-element({kernel})" in rest and index[1] in sums:
+          moved.add(name)
+        elif re.search(r"\bbitcast\((%[\w.-]+)\)", rest):
+          if re.search(r"\bbitcast\((%[\w.-]+)\)", rest)[1] in moved:
+            moved.add(name)
+        elif "dynamic-update-slice(" in rest:
+          update = re.search(
+            r"dynamic-update-slice\(%[\w.-]+, (%[\w.-]+)", rest
+          )
+          if update[1] in moved:
+            lost.append(line.strip())
+  return lost
+
+
+def test_a_sum_that_a_fusion_moves_is_seen():
+  text = """
+%dynamic-slice-fusion (p0: f32[8], p1: s32[4]) -> s32[3,4] {
+  %k.1 = (f32[8]{0}, s32[4]{0}) custom-call(%p0, %p1), \
+custom_call_target="mosaic_gpu_v2", output_to_operand_aliasing={{1}: (1, {})}
+  %get-tuple-element.1 = WHICH
+  %bitcast.2 = s32[1,4]{1,0} bitcast(%get-tuple-element.1)
+  ROOT %update.3 = s32[3,4]{1,0} dynamic-update-slice(%p2, %bitcast.2, %p3, %p4)
+}
+"""
+  of_sum = "s32[4]{0} get-tuple-element(%k.1), index=1"
+  of_other = "f32[8]{0} get-tuple-element(%k.1), index=0"
+  assert len(_lost_sums(text.replace("WHICH", of_sum))) == 1
+  assert _lost_sums(text.replace("WHICH", of_other)) == []
+
+
+def _programs_that_stack_counts():
+  """Runs apart: programs that keep the counts of several calls, compiled."""
+  config = jaxroute.RouterConfig(num_experts=64, top_k=4, histogram=True)
+  jax.config.update("jax_disable_most_optimizations", False)
+
+  def route(logits, bias=None):
+    return jaxroute.route(
+      logits, bias, config, implementation="pallas_gpu", with_rank=True
+    )
+
+  def stack(logits, bias, loads):
+    return loads.at[1].set(route(logits, bias).load)
+
+  def layers(logits, biases):
+    def layer(logits, bias):
+      routing = route(logits, bias)
+      return logits + jnp.sum(routing.weights), (routing.counts, routing.rank)
+
+    return jax.lax.scan(layer, logits, biases)
+
+  def gradient(logits, biases):
+    def loss(logits):
+      logits, (counts, _) = layers(logits, biases)
+      return jnp.sum(logits), counts
+
+    return jax.grad(loss, has_aux=True)(logits)
+
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.float32)
+  logits, biases = shape((300, 64)), shape((3, 64))
+  loads = jax.ShapeDtypeStruct((3, 64), jnp.int32)
+  programs = {
+    "stack": (stack, logits, shape((64,)), loads),
+    "gradient": (gradient, logits, biases),
+    "vmap": (jax.vmap(route), shape((3, 300, 64))),
+  }
+  return {
+    name: gpu.compile_for("h100", *program).as_text()
+    for name, program in programs.items()
+  }
+
+
+@needs_compiler
+def test_counts_stay_where_the_kernel_adds_to_them():
+  for name, text in process.apart(_programs_that_stack_counts).items():
+    assert "output_to_operand_aliasing" in text
+    assert _lost_sums(text) == [], name
 
 
 @needs_compiler

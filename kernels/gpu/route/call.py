@@ -187,19 +187,21 @@ def _outputs(
   """What the kernel wrote, in the shapes of the caller."""
   choices = plan.tokens, plan.config.top_k
   rank, chosen = results.get("rank"), results.get("chosen")
+  # XLA moves an update of a slice by a result, as of the stack of a scan, into one
+  # fusion with the kernel: the result is then in the stack, and what the kernel has
+  # added, through the pointer of its operand, is lost.
+  counts = lax.optimization_barrier({name: x[...] for name, x in sums.items()})
   if rank is not None and plan.tiles > 1:
     rank = order.rank(
       results["expert_idx"],
       rank,
       results["counts"],
-      sums["span_counts"][...],
+      counts["span_counts"],
       num_experts=plan.num_experts,
       tile_choices=plan.tile_tokens * plan.config.top_k,
       interpret=plan.interpret,
     )
-  counts = results
-  if plan.tiles > 1:
-    counts = {name: ref[...] for name, ref in sums.items()}
+  counts = counts if plan.tiles > 1 else results
   by_bin = counts.get("histogram")
   if by_bin is not None:
     by_bin = by_bin.reshape(types.HISTOGRAM_BINS, plan.num_experts)
