@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxroute import checks, linear_program
+from jaxroute import checks, linear_program, metrics
 from jaxroute.rounding import round_to_balanced
 
 __all__ = [
@@ -96,9 +96,10 @@ def solve(
   top_k = _checked_top_k(top_k, scores)
   counted = _counted(scores, token_mask)
   gamma = scores[counted]
-  # HiGHS takes what is below 1e-7 for 0. A power of 2 rounds nothing.
+  # HiGHS takes what is below 1e-7 for 0, and fails of 1e20. A power of 2 rounds
+  # nothing; near the largest float the next one up is none.
   largest = np.abs(gamma[np.isfinite(gamma)]).max(initial=0.0)
-  scale = 2.0 ** min(math.frexp(largest)[1], 0) if largest else 1.0
+  scale = 2.0 ** min(math.frexp(largest)[1], 1023) if largest else 1.0
   vertex = _solve_until_proven(gamma / scale, top_k)
   x = np.zeros_like(scores)
   x[counted] = vertex.x
@@ -238,6 +239,7 @@ def primal_value(
   t = scores.shape[0]
   checks.check_array("expert_idx", expert_idx, "[T, K]", "integer", fix, T=t)
   checks.check_mask(token_mask, t)
+  expert_idx = checks.as_expert_idx(expert_idx, scores.shape[1])
   chosen = jnp.take_along_axis(scores, expert_idx, axis=1)
   is_expert = (expert_idx >= 0) & (expert_idx < scores.shape[1])
   chosen = jnp.where(is_expert, chosen.astype(jnp.float32), 0.0)
@@ -315,8 +317,10 @@ def complementary_slackness(
   checks.check_array("load", load, "[..., E]", "int32 or int64", fix)
   dtype, e = "floating point", load.shape[-1]
   checks.check_array("expert_bias", expert_bias, "[..., E]", dtype, fix, E=e)
-  load = load.astype(jnp.float32)
-  violation = load - jnp.mean(load, axis=-1, keepdims=True)
+  # The mean is taken off as an integer, which float32 may not hold.
+  quotient, rest = metrics.mean_load(load)
+  fraction = rest.astype(jnp.float32) / e
+  violation = (load - quotient).astype(jnp.float32) - fraction
   return jnp.sum(expert_bias * violation, axis=-1)
 
 

@@ -63,6 +63,16 @@ def as_jax(x: Any) -> Any:
   return jnp.asarray(x) if is_numpy else x
 
 
+def as_expert_idx(expert_idx: Any, num_experts: int) -> Any:
+  """Integer indices as int32, and E for what that cannot hold: no expert."""
+  if jnp.iinfo(expert_idx.dtype).max > jnp.iinfo(jnp.int32).max:
+    # In 32 bits an index past all experts could become that of one.
+    is_here = (expert_idx >= 0) & (expert_idx < num_experts)
+    xp = expert_idx.__array_namespace__()
+    expert_idx = xp.where(is_here, expert_idx, num_experts)
+  return expert_idx.astype(jnp.int32)
+
+
 def check_key(name: str, x: Any) -> None:
   """Checks that `x` is one random key, new or old."""
   dtype = getattr(x, "dtype", None)

@@ -159,6 +159,12 @@ def call_loss(
     raise ValueError(
       f"`loss_fn` must return a dict of metrics, got {checks.describe(metrics)}."
     )
+  for path, x in jax.tree_util.tree_leaves_with_path(dict(metrics)):
+    if not _is_number(x, complex_too=True):
+      raise ValueError(
+        "`loss_fn` must return metrics of numbers, whose means are taken, got"
+        f" {checks.describe(x)} at metrics{jax.tree_util.keystr(path)}. Leave it out."
+      )
   if after:
     _check_is_alike(after[0], variables)
   counts = counts.parts or counts
@@ -254,7 +260,8 @@ def _split(batch: types.PyTree, parts: int) -> tuple[jax.Array, types.PyTree]:
         f" `batch`, got shape {shape} at batch{jax.tree_util.keystr(path)}. Random"
         " keys are given as `rng`, other scalars with an axis of the batch's size."
       )
-    return jnp.swapaxes(jnp.reshape(x, (-1, parts, *shape[1:])), 0, 1)
+    shape = shape[0] // parts, parts, *shape[1:]
+    return jnp.swapaxes(jnp.reshape(x, shape), 0, 1)
 
   return jnp.arange(parts), jax.tree_util.tree_map_with_path(split, batch)
 
@@ -263,13 +270,24 @@ def _weight(weight_fn: WeightFn | None, part: types.PyTree) -> jax.Array:
   if weight_fn is None:
     return jnp.ones((), jnp.float32)
   weight = weight_fn(part)
-  is_real = not jnp.issubdtype(jnp.result_type(weight), jnp.complexfloating)
-  if jnp.shape(weight) or not is_real:
+  if not _is_number(weight, complex_too=False) or jnp.shape(weight):
     raise ValueError(
       f"`weight_fn` must return a real scalar, got {checks.describe(weight)}. Return"
       " the number of tokens that count: `jnp.sum(batch['token_mask'])`."
     )
   return _widened(weight)
+
+
+def _is_number(x: Any, *, complex_too: bool) -> bool:
+  """Whether `x` is an array of numbers or bools, or one of Python's."""
+  if isinstance(x, bool | int | float) or (complex_too and type(x) is complex):
+    return True
+  dtype = getattr(x, "dtype", None)
+  if dtype is None or not hasattr(x, "shape"):
+    return False
+  kinds = jnp.bool_, jnp.integer, jnp.floating
+  kinds += (jnp.complexfloating,) if complex_too else ()
+  return any(jnp.issubdtype(dtype, kind) for kind in kinds)
 
 
 def _times(weight: jax.Array, x: jax.Array) -> jax.Array:

@@ -94,13 +94,16 @@ def _abstract_eval(*operands: Any, **params: Any) -> Any:
 
 def _jvp(
   primals: Sequence[Any], tangents: Sequence[Any], **params: Any
-) -> tuple[jax.Array, jax.Array]:
+) -> tuple[jax.Array, Any]:
   parts = [
     _derivative.bind(*primals[:i], tangent, *primals[i + 1 :], **params)
     for i, tangent in enumerate(tangents[: len(params["dtypes"]) - 1])
     if type(tangent) is not ad.Zero
   ]
   out = _derivative.bind(*primals, **params)
+  if not parts:
+    # JAX asks for it where the indices come out of a custom derivative.
+    return out, ad.Zero(jax.typeof(out).to_tangent_aval())
   return out, functools.reduce(ad.add_tangents, parts)
 
 

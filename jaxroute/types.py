@@ -377,3 +377,19 @@ class RouterState:
   def load(self) -> PyTree:
     """int32, shaped like `expert_bias`: `counts.load`."""
     return self.counts.load
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExpertParams:
+  """Parameters of E SwiGLU experts; of a dense SwiGLU without the E axis.
+
+  Attributes:
+    w_gate: `[E, D, F]`. Projection that `silu` is applied to.
+    w_up: `[E, D, F]`. Projection it multiplies.
+    w_down: `[E, F, D]`. Projection back to the model width.
+  """
+
+  w_gate: jax.Array
+  w_up: jax.Array
+  w_down: jax.Array

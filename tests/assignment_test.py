@@ -284,3 +284,22 @@ def test_a_gap_is_compiled_once(caplog):
     assignment.duality_gap(second, bias, 1)
   compiled = [r.getMessage() for r in caplog.records]
   assert not [words for words in compiled if "Compiling" in words]
+
+
+@pytest.mark.parametrize("dtype", (jnp.int8, jnp.uint8, jnp.int16, jnp.int32))
+def test_narrow_indices_are_those_of_experts(dtype):
+  idx = jnp.array([[1, 2], [3, 127]], dtype)
+  value = assignment.primal_value(jnp.ones((2, 256)), idx)
+  assert float(value) == 4.0
+
+
+def test_slackness_is_exact_for_counts_that_float32_does_not_hold():
+  load = jnp.array([2**27 + 1, 2**27 - 1])
+  residual = assignment.complementary_slackness(jnp.array([1.0, -1.0]), load)
+  assert float(residual) == 2.0
+
+
+@pytest.mark.parametrize("size", (1e-30, 1e20, 1e300))
+def test_scores_of_any_size(size):
+  best = assignment.solve(np.array([[3, 1], [2, 0.5], [1, 2.0]]) * size, 1)
+  assert best.value == pytest.approx(6.25 * size)

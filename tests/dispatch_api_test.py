@@ -205,6 +205,22 @@ def test_a_capacity_factor_is_what_it_is_written_as(kind):
   assert capacity(1201, kind(5 / 3)) == 501
 
 
+@pytest.mark.parametrize("kind", (float, np.float32))
+def test_a_capacity_factor_keeps_all_digits(kind):
+  config = types.RouterConfig(num_experts=8, top_k=8)
+  assert dispatch.expert_capacity(config, 10**7, kind(1.000001)) == 10_000_010
+  assert dispatch.expert_capacity(config, 10**6, kind(1.000004)) == 1_000_004
+  assert dispatch.expert_capacity(config, 10**7, kind(1e-6)) == 10
+
+
+def test_a_capacity_that_nothing_reaches_drops_nothing():
+  assert dispatch.expert_capacity(CONFIG, 8, 1e30) == 2**31 - 1
+  idx = jnp.array([[0, 1], [0, 2]], jnp.int32)
+  for capacity in (2**31 - 1, 2**31, 2**70):
+    order = dispatch.sort_by_expert(idx, 4, capacity=capacity)
+    np.testing.assert_array_equal(order.group_sizes, [2, 1, 1, 0])
+
+
 @pytest.mark.parametrize("factor", (0.0, -1.0, math.inf, math.nan))
 def test_impossible_capacity_factors_are_refused(factor):
   with pytest.raises(ValueError, match=f"`capacity_factor`.*{factor}"):

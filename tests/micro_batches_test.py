@@ -206,3 +206,44 @@ def test_what_cannot_be_split_is_named(batch, words):
       batch,
       micro_batches=2,
     )
+
+
+def test_a_batch_may_hold_arrays_of_no_size():
+  batch = {"x": jnp.arange(8.0), "empty": jnp.zeros((8, 0))}
+  _, report = _take_step(
+    lambda w, b: (w * jnp.mean(b["x"]), {}),
+    jnp.ones(()),
+    batch,
+    micro_batches=2,
+  )
+  assert float(report["loss"]) == 3.5
+
+
+@pytest.mark.parametrize("micro_batches", (1, 2))
+@pytest.mark.parametrize(
+  ("metrics", "words"),
+  (
+    ({"a": {"b": "c"}}, r"got 'c' at metrics\['a'\]\['b'\]"),
+    ({"key": jax.random.key(0)}, r"got key<fry> \(\) at metrics\['key'\]"),
+  ),
+)
+def test_metrics_that_have_no_mean_are_named(metrics, words, micro_batches):
+  with pytest.raises(ValueError, match=words):
+    _take_step(
+      lambda w, x: (w * jnp.mean(x), metrics),
+      jnp.ones(()),
+      jnp.ones(8),
+      micro_batches=micro_batches,
+    )
+
+
+@pytest.mark.parametrize("weight", (None, "a", 1j, jnp.ones(2)))
+def test_a_weight_that_is_no_number_is_named(weight):
+  with pytest.raises(ValueError, match="`weight_fn` must return a real scalar"):
+    _take_step(
+      lambda w, x: (w * jnp.mean(x), {}),
+      jnp.ones(()),
+      jnp.ones(8),
+      micro_batches=2,
+      weight_fn=lambda batch: weight,
+    )

@@ -8,7 +8,7 @@ import pytest
 from public_functions import FUNCTIONS
 
 import jaxroute
-from jaxroute import layer, multilinear
+from jaxroute import dispatch, layer, multilinear
 from jaxroute.parallel import mesh as mesh_lib
 
 # sum_ij x_0[i] x_1[j] x_2[i, j] at the places that the indices name.
@@ -105,6 +105,28 @@ def test_one_gradient_is_the_only_one_taken():
   text = str(jax.make_jaxpr(jax.grad(_loss(_ours)))(_normal(3), _normal(4)))
   # Forwards, and backwards for one argument.
   assert text.count("jaxroute_multilinear[") == 2
+
+
+def test_indices_may_come_out_of_a_custom_derivative():
+  config = jaxroute.RouterConfig(num_experts=4, top_k=2)
+  x, logits = jnp.ones((3, 8)), jnp.arange(12.0).reshape(3, 4)
+  weights = jnp.ones((3, 2))
+
+  @jax.custom_vjp
+  def order_of(logits):
+    idx = jaxroute.route(logits, None, config).expert_idx
+    return dispatch.sort_by_expert(idx, 4)
+
+  order_of.defvjp(lambda z: (order_of(z), None), lambda _, d_order: (None,))
+
+  def loss(logits):
+    order = order_of(logits)
+    rows = dispatch.dispatch(x, order)
+    out = dispatch.combine(jnp.ones((6, 8)), weights, order)
+    return (jnp.sum(rows) + jnp.sum(out)) * jnp.sum(logits)
+
+  gradient = jax.grad(loss)(logits)
+  np.testing.assert_array_equal(gradient, jnp.full((3, 4), 96.0))
 
 
 @pytest.mark.parametrize(

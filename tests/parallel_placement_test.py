@@ -2,6 +2,7 @@
 """Where parameters and states lie, and that nothing else depends on it."""
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -150,6 +151,22 @@ def test_moments_of_other_shapes_are_replicated():
   assert {(LAYERS, E, D), (LAYERS, E, F)} <= shapes
   found = _specs(state, PARTITIONS["both"])
   assert found == _of_params("both", "params")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class _Dense:
+  """A user's own SwiGLU, stacked over five layers."""
+
+  w_gate: jax.Array
+  w_up: jax.Array
+  w_down: jax.Array
+
+
+@pytest.mark.any_jax
+def test_names_of_experts_in_other_classes_are_no_experts():
+  dense = _Dense(*[jnp.zeros((5, D, F))] * 3)
+  assert _specs(dense, PARTITIONS["expert"]) == {}
 
 
 @pytest.mark.any_jax

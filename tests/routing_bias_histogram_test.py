@@ -145,3 +145,14 @@ def test_the_kernel_counts_distances_of_all_sizes_in_many_blocks():
     actual.counts.histogram, expected.counts.histogram
   )
   np.testing.assert_array_equal(actual.load, expected.load)
+
+
+@pytest.mark.parametrize("dtype", (jnp.int8, jnp.uint8, jnp.int32))
+def test_narrow_indices_are_those_of_experts(dtype):
+  selection = jnp.linspace(0.0, 1.0, 200)[None]
+  idx = jnp.array([[199, 198] if dtype != jnp.int8 else [126, 127]], dtype)
+  found = bias_histogram.count(
+    selection, idx, jnp.array([0.5]), jnp.array([True])
+  )
+  assert found.shape == (200, 16)
+  assert int(jnp.sum(found[np.asarray(idx[0], np.int32)])) == 2

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxroute import checks, ladder, remat, types
 from jaxroute.dispatch import pallas_gpu, pallas_tpu, xla
@@ -57,7 +58,7 @@ def expert_capacity(
       Every token shard has a capacity of its own, for its part of T.
 
   Returns:
-    C, at least 1.
+    C, at least 1, and at most 2^31 - 1, which drops nothing.
 
   Raises:
     ValueError: if `capacity_factor` is not positive and finite, or another
@@ -75,10 +76,27 @@ def expert_capacity(
     fix = "None is for one device."
     checks.check_instance("partition", partition, types.Partition, fix)
   shard_tokens = num_tokens // mesh.token_shards(partition)
-  # A float of 1.1 is a little more than 1.1, one of 32 bits even by 2e-8.
-  factor = fractions.Fraction(str(capacity_factor)).limit_denominator(10**5)
+  factor = _as_written(capacity_factor)
   wanted = factor.numerator * shard_tokens * config.top_k
-  return max(-(-wanted // (factor.denominator * config.num_experts)), 1)
+  return _in_int32(
+    max(-(-wanted // (factor.denominator * config.num_experts)), 1)
+  )
+
+
+def _in_int32(capacity: Any) -> Any:
+  """A capacity that rows can be compared with; a symbolic one stays as it is."""
+  return min(capacity, 2**31 - 1) if isinstance(capacity, int) else capacity
+
+
+def _as_written(x: float) -> fractions.Fraction:
+  """The number that a float stands for: 11 / 10, or 1 / 3; a float32's if it is one.
+
+  A float of 1.1 is a little more than 1.1, one of 32 bits even by 2e-8.
+  """
+  kind = np.float32 if np.float32(x) == x else np.float64
+  decimal = fractions.Fraction(str(kind(x)))
+  simple = decimal.limit_denominator(10**5)
+  return simple if kind(float(simple)) == kind(x) else decimal
 
 
 def sort_by_expert(
@@ -128,7 +146,7 @@ def sort_by_expert(
   checks.check_mask(token_mask, expert_idx.shape[0])
   if capacity is not None:
     fix = "It is rows per expert. Use None to drop nothing."
-    capacity = checks.as_int("capacity", capacity, fix)
+    capacity = _in_int32(checks.as_int("capacity", capacity, fix))
   fix = "Pass `Routing.rank` of these `expert_idx`, or leave it out."
   sizes = dict(zip("TK", expert_idx.shape, strict=True))
   if rank is not None:
@@ -141,13 +159,8 @@ def sort_by_expert(
     load = load.astype(jnp.int32)
   names = get_args(Implementation)
   ladder.check_names("sort_by_expert", names, implementation, interpret)
-  if jnp.iinfo(expert_idx.dtype).max > jnp.iinfo(jnp.int32).max:
-    # In 32 bits an index past all experts could become that of one.
-    is_here = (expert_idx >= 0) & (expert_idx < num_experts)
-    xp = expert_idx.__array_namespace__()
-    expert_idx = xp.where(is_here, expert_idx, num_experts)
   return _sort_by_expert(
-    expert_idx.astype(jnp.int32),
+    checks.as_expert_idx(expert_idx, num_experts),
     token_mask,
     rank,
     load,

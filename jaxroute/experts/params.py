@@ -1,29 +1,13 @@
 # Copyright 2026 The jaxroute Authors. Licensed under the Apache License, 2.0.
 """The parameters of the experts."""
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jaxroute import checks
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ExpertParams:
-  """Parameters of E SwiGLU experts; of a dense SwiGLU without the E axis.
-
-  Attributes:
-    w_gate: `[E, D, F]`. Projection that `silu` is applied to.
-    w_up: `[E, D, F]`. Projection it multiplies.
-    w_down: `[E, F, D]`. Projection back to the model width.
-  """
-
-  w_gate: jax.Array
-  w_up: jax.Array
-  w_down: jax.Array
+from jaxroute.types import ExpertParams
 
 
 def check_params(

@@ -89,7 +89,7 @@ def shardings(
     tree, is_leaf=lambda x: isinstance(x, types.RouterState) or _is_boxed(x)
   )
   leaves = {_names(path): x for path, x in found}
-  layers = _layers(found)
+  layers = _layers(tree, found)
   # The path of a moment ends as that of its parameter does, which starts with
   # the name of another field.
   params = {path[1:]: path for path in leaves if "opt_state" not in path}
@@ -142,12 +142,18 @@ def _names(path: tuple[Any, ...]) -> Path:
   return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _layers(found: list[tuple[tuple[Any, ...], Any]]) -> set[Path]:
-  """Where "w_gate" is an expert's: beside a router, and in a dataclass."""
-  paths = [path for path, _ in found]
-  routers = [p for p in paths if _names(p[-2:]) == ("router", "kernel")]
-  fields = [p for p in paths if p and hasattr(p[-1], "name")]
-  return {_names(p[:-2]) for p in routers} | {_names(p[:-1]) for p in fields}
+def _layers(
+  tree: types.PyTree, found: list[tuple[tuple[Any, ...], Any]]
+) -> set[Path]:
+  """Where "w_gate" is an expert's: beside a router, and in an `ExpertParams`."""
+  names = [_names(path) for path, _ in found]
+  routers = {path[:-2] for path in names if path[-2:] == ("router", "kernel")}
+
+  def is_experts(x: Any) -> bool:
+    return isinstance(x, types.ExpertParams)
+
+  parts, _ = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_experts)
+  return routers | {_names(path) for path, x in parts if is_experts(x)}
 
 
 def _is_boxed(x: Any) -> bool:

@@ -66,6 +66,7 @@ def count(
   checks.check_array("expert_idx", expert_idx, "[T, K]", "integer", fix, T=t)
   checks.check_array("cutoff", cutoff, "[T]", "float32", fix, T=t)
   checks.check_array("token_mask", token_mask, "[T]", "bool", fix, T=t)
+  expert_idx = checks.as_expert_idx(expert_idx, selection.shape[1])
   operands = selection, expert_idx, cutoff, token_mask
   return mesh.map_over_tokens(
     _count, operands, are_per_token=[True] * 4, outputs_per_token=False

@@ -48,7 +48,7 @@ _ALLOWED = {
   "losses": {"types", "metrics", "routing", "scores", "parallel"},
   "linear_program": set(),
   "rounding": {"types", "routing", "parallel"},
-  "assignment": {"rounding", "linear_program"},
+  "assignment": {"metrics", "rounding", "linear_program"},
   "dual": {*_CALLS_ROUTE, "dual", "assignment", "rounding", "parallel"},
   "plot": set(),
   "presets": {"types"},
