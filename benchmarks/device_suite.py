@@ -186,7 +186,7 @@ class Part:
       # pytest writes down on an interrupt what it has.
       self._process.send_signal(signal.SIGINT)
       with contextlib.suppress(subprocess.TimeoutExpired):
-        self._process.wait(30)
+        self._process.wait(10)
     # A kernel that hangs ends with its process.
     with contextlib.suppress(ProcessLookupError):
       os.killpg(self._process.pid, signal.SIGKILL)
@@ -238,6 +238,9 @@ def failures(parts: dict[str, dict[str, Any]]) -> list[str]:
       found.append(f"{name}: no test ran")
     if name == "times" and not part.get("tables"):
       found.append("times: nothing was measured")
+    late = [bar["what"] for bar in part.get("bars", ()) if bar["value"] is None]
+    if late:
+      found.append(f"{name}: not measured: {'; '.join(late)}")
   return found
 
 

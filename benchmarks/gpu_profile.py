@@ -174,12 +174,12 @@ def measure(
     if time.monotonic() > deadline:
       row |= dict(error=LEFT_OUT)
     else:
-      # A kernel that hangs ends this process, and leaves what was saved.
-      faulthandler.dump_traceback_later(
-        _HANG_SECONDS, exit=True, file=sys.__stderr__
-      )
       try:
         call = jax.jit(function).lower(*args).compile()
+        # A kernel that hangs ends this process, and leaves what was saved.
+        faulthandler.dump_traceback_later(
+          _HANG_SECONDS, exit=True, file=sys.__stderr__
+        )
         row |= dataclasses.asdict(profile(call, *args))
         if table.flops:
           row |= dict(tflops=table.flops / row["us"] / 1e6)

@@ -2,13 +2,18 @@
 """Races, bad accesses and bad barriers of the GPU's kernels, by compute-sanitizer.
 
   python benchmarks/gpu_racecheck.py
+  python benchmarks/gpu_racecheck.py --run=routers --seconds=200
 
 runs small routings of every kind of program, and experts, under NVIDIA's tool, which
-watches every access to shared memory, and fails if it reports anything. It takes at
-most eight minutes on a Hopper or newer GPU; the tool comes with the CUDA toolkit.
+watches every access to shared memory, and fails if it reports anything. Routers and
+experts are told apart: of kernels that multiply asynchronously the tool has reported
+what was no fault. It takes at most eight minutes on a Hopper or newer GPU; the tool
+comes with the CUDA toolkit.
 """
 
+import argparse
 import concurrent.futures
+import itertools
 import os
 import pathlib
 import re
@@ -24,8 +29,6 @@ TOOLS = {
   "memcheck": ["--report-api-errors", "no"],
   "synccheck": [],
 }
-# Seconds, after which a kernel hangs.
-_LIMIT = 480
 # T, E, K, threads a token, and what else the router is. Programs differ by them:
 # in the lists they keep, in how lists are merged, and in what they store.
 CASES = (
@@ -47,8 +50,8 @@ CASES = (
 )
 
 
-def run_cases() -> None:
-  """Runs every case; this is what the tool watches."""
+def run_routers() -> None:
+  """Runs every router; this is what the tool watches."""
   import jax
   import numpy as np
 
@@ -62,10 +65,16 @@ def run_cases() -> None:
     bias = rng.normal(size=e).astype(np.float32) / 8
     args = jax.device_put((logits, bias, rng.random(t) < 0.8))
     jax.block_until_ready((_route(args, config, lanes), _order(args, config)))
+    print(f"{config}, {lanes} threads a token", flush=True)
+  print(f"ran {len(CASES)} routers on {jax.devices()[0].device_kind}")
+
+
+def run_experts() -> None:
+  """Runs experts, and their gradients."""
+  import jax
+
   jax.block_until_ready(_experts())
-  print(
-    f"ran {len(CASES)} routers, and experts, on {jax.devices()[0].device_kind}"
-  )
+  print(f"ran experts on {jax.devices()[0].device_kind}")
 
 
 def _route(args, config, lanes):
@@ -100,7 +109,7 @@ def _experts():
   from jaxroute import experts
 
   key, dtype = jax.random.key(0), jnp.bfloat16
-  x = jax.random.normal(key, (700, 256), dtype)
+  x = jax.random.normal(key, (704, 256), dtype)
   params = experts.init_expert_params(key, 4, 256, 128, dtype)
   sizes = jnp.array([300, 0, 129, 171], jnp.int32)
 
@@ -135,13 +144,23 @@ def reported(output: str) -> int | None:
   return sum(map(int, counts)) if counts else None
 
 
-def check(sanitizer: str, tool: str) -> bool:
-  """Runs the cases under a tool, prints what it found, and tells if that is nothing."""
+def check(sanitizer: str, tool: str, part: str, seconds: int) -> bool:
+  """Runs a part under a tool, prints what it found, and tells if that is nothing.
+
+  Args:
+    sanitizer: the path of compute-sanitizer.
+    tool: a key of `TOOLS`.
+    part: a key of `PARTS`.
+    seconds: after which it is ended.
+
+  Returns:
+    Whether it came to its end, and the tool reported nothing.
+  """
   command = [sanitizer, "--tool", tool, *TOOLS[tool]]
   command += ["--error-exitcode", "99", "--print-limit", "20"]
   path = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
   process = subprocess.Popen(
-    [*command, sys.executable, __file__, "--run"],
+    [*command, sys.executable, __file__, f"--watched={part}"],
     cwd=ROOT,
     start_new_session=True,
     # An allocation for every array, so that what lies beside one is not memory.
@@ -159,7 +178,7 @@ def check(sanitizer: str, tool: str) -> bool:
     text=True,
   )
   try:
-    output, _ = process.communicate(timeout=_LIMIT)
+    output, _ = process.communicate(timeout=seconds)
   except subprocess.TimeoutExpired:
     os.killpg(process.pid, signal.SIGKILL)
     output, _ = process.communicate()
@@ -170,20 +189,34 @@ def check(sanitizer: str, tool: str) -> bool:
   found = (
     f"{count} found" if has_run and count is not None else "did not finish"
   )
-  print(f"{tool}: {found}, exit code {process.returncode}", flush=True)
+  code = process.returncode
+  print(f"{tool} of {part}: {found}, exit code {code}", flush=True)
   return is_clean
 
 
+PARTS = {"routers": run_routers, "experts": run_experts}
+
+
 def main() -> None:
-  if sys.argv[1:] == ["--run"]:
-    run_cases()
+  parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+  parser.add_argument("--run", choices=PARTS, help="one part; both if left out")
+  parser.add_argument(
+    "--seconds", type=int, default=480, help="then it is ended"
+  )
+  parser.add_argument("--watched", choices=PARTS, help=argparse.SUPPRESS)
+  args = parser.parse_args()
+  if args.watched:
+    PARTS[args.watched]()
     return
-  if sys.argv[1:]:
-    raise SystemExit("usage: python benchmarks/gpu_racecheck.py")
   sanitizer = find_tool()
+  jobs = itertools.product(TOOLS, [args.run] if args.run else PARTS)
   # All at once: most of the time the cases are compiled.
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    clean = list(pool.map(lambda tool: check(sanitizer, tool), TOOLS))
+    watched = [
+      pool.submit(check, sanitizer, tool, part, args.seconds)
+      for tool, part in jobs
+    ]
+    clean = [job.result() for job in watched]
   if not all(clean):
     raise SystemExit("gpu_racecheck: failed")
 

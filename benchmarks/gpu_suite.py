@@ -66,15 +66,15 @@ SUITE = device_suite.Suite(
       choice=["-m", "gpu", *device_suite.marked_files("gpu")],
       workers=max(_CORES // 3, 1),
     ),
-    "own tests": device_suite.Tests(
+    "own_tests": device_suite.Tests(
       choice=["-m", "not gpu", "-k", f"not ({NOT_OWN})", *OWN],
       workers=max(2 * _CORES // 3, 1),
       left_out=NOT_OWN,
     ),
   },
-  tests_limit=165,
+  tests_limit=150,
   times="benchmarks/gpu.py",
-  times_limit=165,
+  times_limit=150,
   describe=_driver,
 )
 

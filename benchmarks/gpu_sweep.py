@@ -11,6 +11,8 @@ What `grouped.matmul_tiling` and `grouped.outer_tiling` take is marked.
 
 import functools
 import itertools
+import json
+import pathlib
 import time
 from typing import Any
 
@@ -31,7 +33,9 @@ _EXPERTS = flags.DEFINE_integer("experts", 64, "E.")
 _MODEL_SIZE = flags.DEFINE_integer("model_size", 2048, "D.")
 _HIDDEN_SIZE = flags.DEFINE_integer("hidden_size", 1408, "F.")
 _LOAD = flags.DEFINE_string("load", "MaxVio 1", "One of `gpu_experts.loads`.")
-_SECONDS = flags.DEFINE_integer("seconds", 420, "Begin nothing after so many.")
+_SECONDS = flags.DEFINE_integer("seconds", 150, "Begin nothing after so many.")
+
+_JSON = flags.DEFINE_string("json", "", "Where to write the tables, too.")
 
 _DTYPE = jnp.bfloat16
 # Those that compile without spills. 256 columns and 4 stages fill shared memory.
@@ -85,6 +89,8 @@ def matmul(group_sizes: jax.Array, transpose_rhs: bool, in_pairs: bool) -> Any:
     f"jax's ragged_dot, 128 x 128, width {w}": functools.partial(of_jax, w)
     for w in (1, 8)
   }
+  # They stand in the tables of single blocks.
+  calls = {} if in_pairs else calls
   calls |= {
     _name(tiling, chosen): functools.partial(
       grouped.matmul, dtype=_DTYPE, transpose_rhs=transpose_rhs, tiling=tiling
@@ -116,6 +122,7 @@ def outer(group_sizes: jax.Array, m: int, f: int, in_pairs: bool) -> Any:
     "dense product": dense,
     "jax's transposed_ragged_dot, 128 x 128": of_jax,
   }
+  calls = {} if in_pairs else calls
   calls |= {
     _name(tiling, chosen): functools.partial(
       grouped.outer, dtype=_DTYPE, tiling=tiling
@@ -149,6 +156,13 @@ def main(argv: list[str]) -> None:
   }
   print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
   deadline = time.monotonic() + _SECONDS.value
+  tables = {}
+
+  def save(title, rows):
+    tables[title] = rows
+    if _JSON.value:
+      pathlib.Path(_JSON.value).write_text(json.dumps(tables, indent=1))
+
   # Blocks in pairs come last: what hangs there loses nothing.
   for in_pairs, (title, product) in itertools.product(
     (False, True), products.items()
@@ -159,7 +173,7 @@ def main(argv: list[str]) -> None:
       functools.partial(product, in_pairs),
       sizes.flops // 3,
     )
-    gpu_profile.measure(table, deadline, lambda title, rows: None)
+    gpu_profile.measure(table, deadline, save)
 
 
 if __name__ == "__main__":

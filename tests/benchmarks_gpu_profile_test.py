@@ -101,9 +101,11 @@ def test_a_profile_without_a_gpu_is_refused():
 @pytest.mark.gpu
 def test_a_sum_takes_time_on_the_device():
   x = jnp.ones((1024, 1024))
-  profile = gpu_profile.of_call(jax.jit(lambda x: x + 1), x)
-  assert profile.launches == 1
-  assert 1 < profile.us < 1000
+  call = jax.jit(lambda x: x + 1)
+  # Other processes may share the device by turns.
+  profiles = [gpu_profile.of_call(call, x) for _ in range(3)]
+  assert {profile.launches for profile in profiles} == {1}
+  assert 1 < min(profile.us for profile in profiles) < 1000
 
 
 def test_what_fails_or_is_late_is_a_row_that_says_so(monkeypatch, capsys):

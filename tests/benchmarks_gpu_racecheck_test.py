@@ -6,9 +6,10 @@ import pathlib
 import sys
 
 import gpu_racecheck
+import jax
 import pytest
 
-pytestmark = pytest.mark.any_jax
+from jaxroute.kernels.gpu import device
 
 CLEAN = """\
 ran 14 cases
@@ -52,7 +53,7 @@ def test_only_a_run_that_ends_well_and_counts_none_is_clean(
   tmp_path, capsys, output, code, is_clean
 ):
   tool = _tool(tmp_path, output, code)
-  assert gpu_racecheck.check(tool, "racecheck") is is_clean
+  assert gpu_racecheck.check(tool, "racecheck", "routers", 60) is is_clean
   assert f"exit code {code}" in capsys.readouterr().out
 
 
@@ -70,3 +71,10 @@ def test_any_report_fails_the_script(monkeypatch, tmp_path):
   monkeypatch.setattr(sys, "argv", ["gpu_racecheck.py"])
   with pytest.raises(SystemExit, match="failed"):
     gpu_racecheck.main()
+
+
+@pytest.mark.skipif(device.too_old() is not None, reason=str(device.too_old()))
+def test_the_experts_are_some_that_the_kernels_take():
+  out, gradients = jax.eval_shape(gpu_racecheck._experts)
+  assert out.shape == (704, 256)
+  assert len(jax.tree.leaves(gradients)) == 4

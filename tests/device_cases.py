@@ -96,7 +96,9 @@ CASES = {
   "sigmoid, 1 of 128": _of(513, 128, 1),
   "sigmoid + bias in logits": _of(31, 64, 8, "sigmoid_logit_bias"),
   "sigmoid after": _of(65, 64, 8, "sigmoid_after"),
-  "sigmoid, multiplied logits": _of(64, 64, 8, logit_multiplier=0.5),
+  "sigmoid, multiplied logits": _of(
+    64, 64, 8, "sigmoid_logit_bias", logit_multiplier=0.3
+  ),
 }
 
 

@@ -161,6 +161,7 @@ def test_functions_of_numbers(shape):
   x, y = rng.uniform(0.5, 4, (2, *shape)).astype(np.float32)
   for actual, expected in (
     (_TWINS.reciprocal(x), 1 / x),
+    (_TWINS.scale(x, 0.3), x * np.float32(0.3)),
     (_TWINS.divide(x, y), x / y),
     (_TWINS.sqrt(jnp.asarray(x)), np.sqrt(x)),
     (_TWINS.log1p(jnp.asarray(x)), np.log1p(x)),
@@ -263,6 +264,9 @@ _USES = {
   "add_to": _use_add_to,
   "gather_rows": _use_gather_rows,
   "reciprocal": _on_floats("reciprocal", 1),
+  "scale": lambda ops, floats, ints: ops.scale(
+    ops.gather(floats, ops.index()), 0.3
+  ),
   "divide": _on_floats("divide", 2),
   "sqrt": _on_floats("sqrt", 1),
   "log1p": _on_floats("log1p", 1),
@@ -273,7 +277,7 @@ _USES = {
 @pytest.mark.parametrize("name", _METHODS)
 def test_every_operation_is_lowered_for_cuda(name):
   ops, dtype = Threads(), jnp.int32
-  if name in ("gather_rows", "reciprocal", "divide", "sqrt", "log1p"):
+  if name in ("gather_rows", "reciprocal", "scale", "divide", "sqrt", "log1p"):
     dtype = jnp.float32
 
   def kernel(floats_ref, ints_ref, out_ref):

@@ -80,6 +80,8 @@ def test_without_jit():
 
 @pytest.mark.parametrize("is_optimized", (False, True))
 def test_scores_that_underflow_are_counted(is_optimized):
+  # XLA divides on a GPU by approximations, each right to two last bits.
+  tolerance = 3e-6 if jax.default_backend() == "gpu" else 1e-6
   name = "jax_disable_most_optimizations"
   before = jax.config.read(name)
   jax.config.update(name, not is_optimized)
@@ -103,8 +105,8 @@ def test_scores_that_underflow_are_counted(is_optimized):
       share = 1 / (1 + np.exp(-gap))
       slope = share * (1 - share)
       slope = slope / 2 if config.score_fn == "sqrtsoftplus" else slope
-      np.testing.assert_allclose(weight, share, rtol=1e-6)
-      np.testing.assert_allclose(gradient, [[slope, -slope]], rtol=1e-6)
+      np.testing.assert_allclose(weight, share, rtol=tolerance)
+      np.testing.assert_allclose(gradient, [[slope, -slope]], rtol=tolerance)
       np.testing.assert_array_equal(load, [1, 1])
   finally:
     jax.config.update(name, before)

@@ -267,8 +267,13 @@ class Threads:
     return run(ref, start)
 
   def reciprocal(self, x: jax.Array) -> jax.Array:
-    """An approximate inverse; of any shape, as are the next three."""
+    """An approximate inverse; of any shape, as are the next four."""
     return _assembly("rcp.approx.ftz.f32", x)
+
+  def scale(self, x: jax.Array, factor: float) -> jax.Array:
+    """`x * factor`, rounded before anything is added to it, as XLA does."""
+    word = int(np.float32(factor).view(np.uint32))
+    return _assembly("mul.rn.f32", x, immediate=f"0f{word:08X}")
 
   def divide(self, x: jax.Array, y: jax.Array) -> jax.Array:
     """`x / y`, as XLA rounds it."""
@@ -344,9 +349,12 @@ def _address(ref: Value, index: Value, element: Any) -> Value:
   return mosaic.utils.getelementptr(pointer, [offset], element)
 
 
-def _assembly(name: str, *arrays: jax.Array) -> jax.Array:
-  """One instruction of PTX on every element."""
-  operands = ", ".join(f"${i + 1}" for i in range(len(arrays)))
+def _assembly(
+  name: str, *arrays: jax.Array, immediate: str | None = None
+) -> jax.Array:
+  """One instruction of PTX on every element; a constant is its last operand."""
+  names = [f"${i + 1}" for i in range(len(arrays))]
+  operands = ", ".join([*names, *([immediate] if immediate else [])])
   constraints = ",".join(["=f", *["f"] * len(arrays)])
 
   def run(*values: Value) -> Value:

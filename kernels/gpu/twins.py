@@ -7,6 +7,7 @@ and written whole.
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxroute.kernels.gpu.threads import THREADS, WARP, Ref, Threads
 
@@ -68,6 +69,9 @@ class Twins(Threads):
 
   def reciprocal(self, x: jax.Array) -> jax.Array:
     return 1.0 / x
+
+  def scale(self, x: jax.Array, factor: float) -> jax.Array:
+    return x * np.float32(factor)
 
   def divide(self, x: jax.Array, y: jax.Array) -> jax.Array:
     return x / y

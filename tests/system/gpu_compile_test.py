@@ -17,6 +17,8 @@ from jax import export
 import jaxroute
 from jaxroute import ladder
 from jaxroute.aot import gpu, process
+from jaxroute.kernels.gpu.route import plan as plan_lib
+from jaxroute.kernels.gpu.route import refs
 
 IMPLEMENTATIONS = ("xla", "pallas_gpu")
 
@@ -79,6 +81,30 @@ def test_a_kernel_takes_no_more_than_it_may(name):
 @pytest.mark.parametrize("name", _long_but_first(gpu_static.PROGRAMS))
 def test_a_program_takes_no_more_than_it_did(name):
   _assert_not_worse(name, gpu_static.row(name))
+
+
+def test_shared_memory_is_counted_as_pallas_asks_for_it():
+  """By which `lanes.possible` knows what fits."""
+  for rows in json.loads(gpu_static.TABLE.read_text()).values():
+    for name, found in rows.items():
+      case = gpu_static.CASES.get(name.split(" ", 1)[1])
+      if case is None:
+        continue
+      plan = plan_lib.Plan(
+        config=jaxroute.RouterConfig(
+          num_experts=case.e, top_k=case.k, **case.config
+        ),
+        tokens=gpu_static.TOKENS,
+        dtype=jnp.dtype(jnp.float32),
+        has_bias=True,
+        has_mask=False,
+        with_chosen=False,
+        with_rank=False,
+        lanes=case.lanes,
+        interpret=False,
+      )
+      # The assembler has a byte of its own.
+      assert found["shared_memory"] - refs.shared_bytes(plan) in (0, 1), name
 
 
 def test_xla_launches_no_more_than_plain_jax_where_launches_count():

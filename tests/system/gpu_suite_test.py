@@ -147,6 +147,9 @@ def test_a_part_that_did_not_end_well_is_named(part, words):
 def test_times_that_were_not_taken_are_named():
   parts = {"times": dict(code=0, seconds=1, tables={})}
   assert device_suite.failures(parts) == ["times: nothing was measured"]
+  bars = [dict(what="a", value=1.0), dict(what="b", value=None)]
+  parts = {"times": dict(code=0, seconds=1, tables={"t": []}, bars=bars)}
+  assert device_suite.failures(parts) == ["times: not measured: b"]
 
 
 def test_what_takes_too_long_is_ended_with_all_that_it_started(tmp_path):

@@ -117,6 +117,33 @@ def test_the_gradient_is_that_of_xla(name):
   device_cases.check_gradient(kernel, xla, case, tolerance=1e-5)
 
 
+def test_counts_of_several_tiles_are_kept_in_a_stack():
+  config = jaxroute.RouterConfig(num_experts=64, top_k=4, histogram=True)
+  logits = jax.random.normal(jax.random.key(0), (2048, 64))
+  biases = jax.random.normal(jax.random.key(1), (3, 64)) / 8
+
+  def layers(logits, biases):
+    def layer(logits, bias):
+      routing = kernel(logits, bias, config)
+      return logits + 0.0 * jnp.sum(routing.weights), routing.counts
+
+    return jax.lax.scan(layer, logits, biases)[1]
+
+  def stack(logits, bias, loads):
+    return loads.at[1].set(kernel(logits, bias, config).load)
+
+  found = device_cases.compiled(layers, logits, biases)(logits, biases)
+  for i, bias in enumerate(biases):
+    alone = jax.jit(kernel, static_argnums=2)(logits, bias, config).counts
+    assert int(jnp.sum(alone.load)) == 2048 * 4
+    at_i = jax.tree.map(lambda x, i=i: x[i], found)
+    jax.tree.map(np.testing.assert_array_equal, at_i, alone)
+  loads = jnp.full((3, 64), -7, jnp.int32)
+  stacked = jax.jit(stack)(logits, biases[0], loads)
+  np.testing.assert_array_equal(stacked[1], found.load[0])
+  np.testing.assert_array_equal(stacked[::2], loads[::2])
+
+
 def test_vmap_is_a_loop():
   logits, bias, _ = V3.finite()
   logits = jnp.stack([logits, logits[::-1], -logits])

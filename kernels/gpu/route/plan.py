@@ -11,8 +11,8 @@ from jaxroute import types
 from jaxroute.kernels.gpu import twins
 from jaxroute.kernels.gpu.threads import THREADS, WARP, Threads
 
-MAX_SHARED_BYTES = 226 * 1024
-"""Shared memory of a block on Hopper, less what the barriers take."""
+MAX_SHARED_BYTES = 227 * 1024
+"""Shared memory of a block on Hopper."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,6 +11,10 @@ from jaxroute.kernels.gpu.mosaic import plgpu
 from jaxroute.kernels.gpu.route.plan import Plan
 from jaxroute.kernels.gpu.threads import THREADS, Ref
 
+# Pallas aligns every buffer to so many bytes, and reserves some for reductions.
+_ALIGNMENT = 1024
+_REDUCTION_BYTES = 2048
+
 DISTANCE_BITS = 5
 """Bits by which the histogram counts a distance."""
 
@@ -143,11 +147,17 @@ def buffer_shapes(plan: Plan) -> dict[str, tuple[tuple[int, ...], Any]]:
 
 
 def shared_bytes(plan: Plan) -> int:
-  """Bytes of the buffers, but for the barriers."""
-  return sum(
+  """Bytes of shared memory that Pallas asks for: of buffers, barriers and its own."""
+  buffers = (
     math.prod(shape) * jnp.dtype(dtype).itemsize
     for shape, dtype in buffer_shapes(plan).values()
   )
+  barriers = 8 * plan.chunks
+  return sum(map(_aligned, buffers)) + barriers + _REDUCTION_BYTES
+
+
+def _aligned(size: int) -> int:
+  return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 def scratch_types(plan: Plan) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def bias_index(plan: Plan, expert: jax.Array) -> jax.Array:
 def prepare(plan: Plan, logits: jax.Array) -> jax.Array:
   """Applies the multiplier."""
   multiplier = plan.config.logit_multiplier
-  return logits if multiplier == 1.0 else logits * np.float32(multiplier)
+  return logits if multiplier == 1.0 else plan.threads.scale(logits, multiplier)
 
 
 def apply_score_fn(
