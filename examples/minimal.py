@@ -3,14 +3,14 @@
 
   python examples/minimal.py
 
-It takes less than a minute on a CPU. The arrays lie on a mesh of all devices,
-each of which holds a part of the batch and all parameters; loads are those of
-the whole batch. On a pod, start the program on every host and call
-`jax.distributed.initialize()` first in `main`: nothing else changes. examples/lm
-also shards the experts and saves checkpoints.
+It takes less than a minute on a CPU. The arrays lie on a mesh of all devices, each of
+which holds a part of the batch and all parameters; loads are those of the whole batch.
+On a pod, start the program on every host and call `jax.distributed.initialize()` first
+in `main`. examples/lm also shards the experts and saves checkpoints.
 """
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -97,4 +97,4 @@ def main(steps: int = 200) -> dict[str, list[float]]:
 
 
 if __name__ == "__main__":
-  main()
+  main() if len(sys.argv) == 1 else sys.exit(__doc__)

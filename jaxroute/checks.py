@@ -92,14 +92,14 @@ def check_key(name: str, x: Any) -> None:
 def check_mask(token_mask: Any, num_tokens: int) -> None:
   """Checks that a mask is None or of so many tokens."""
   if token_mask is not None:
-    fix = "True marks real tokens."
+    fix = "True marks real tokens. A layer's `out.routing.token_mask` is flat."
     check_array("token_mask", token_mask, "[T]", "bool", fix, T=num_tokens)
 
 
 def check_mask_of(x: Any, token_mask: Any) -> None:
   """Checks that there is a bool for each of the tokens `x`, `[..., D]`."""
   leading = x.shape[:-1]
-  fix = f"Shape it like the leading axes of `x`, {leading}."
+  fix = f"Pass a bool, True for real tokens, for the leading axes of `x`, {leading}."
   check_array("token_mask", token_mask, "[...]", "bool", fix)
   if token_mask.shape != leading:
     raise ValueError(

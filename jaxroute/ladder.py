@@ -204,8 +204,8 @@ def _raise_refusal(*args: Any, operation: str, platform: str) -> Any:
   del args
   raise NotImplementedError(
     f"the {platform.upper()} kernel of `{operation}` was traced, and the program is"
-    " compiled for another platform; trace it for that platform, with"
-    " `implementation=None`, or interpret the kernel (`interpret=True`)"
+    " compiled for another platform. Leave the implementation out (None), trace for"
+    " that platform, or interpret the kernel: functions take `interpret=True`"
   )
 
 

@@ -313,7 +313,8 @@ def counts(collections: Mapping[str, Any]) -> types.Counts:
     found = sorted(collections) if is_mapping else checks.describe(collections)
     raise ValueError(
       f"`collections` must hold 'load', got {found}. Pass what"
-      " `model.apply(..., mutable=jaxroute.linen.COUNTED)` returned."
+      " `model.apply(..., mutable=jaxroute.linen.COUNTED)` returned; under an `nn.scan`"
+      " or `nn.vmap`, name `COUNTED` among its `variable_axes`."
     )
   found = types.Counts(
     load=collections["load"], histogram=collections.get("histogram")

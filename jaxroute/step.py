@@ -185,5 +185,6 @@ def _check_rule_state(
   if jax.tree.flatten(expected) != jax.tree.flatten(found):
     raise ValueError(
       "`state.rule_state` must be like `rule.init(state.expert_bias)`, of the shapes"
-      f" {expected}, got {found}. Update a state by the rule that it was made with."
+      f" {expected}, got {found}. To change the rule and keep the biases:"
+      " `dataclasses.replace(state, rule_state=rule.init(state.expert_bias))`."
     )

@@ -46,6 +46,10 @@ def test_all_devices_are_used_unless_the_batch_does_not_divide():
   with pytest.raises(config_lib.SetupError) as error:
     config.on_devices(6)
   assert str(error.value) == message
+  with pytest.raises(
+    config_lib.SetupError, match="one device.*=9, or other --micro_batches"
+  ):
+    _config(mesh="data=1", micro_batches=3)
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 """The first example that a reader opens: that it balances, and stays small."""
 
 import pathlib
+import subprocess
+import sys
 
 import minimal
 import pytest
@@ -24,3 +26,10 @@ def test_it_balances_and_without_the_rule_it_does_not(capsys):
 def test_it_fits_on_two_screens():
   text = pathlib.Path(minimal.__file__).read_text()
   assert len(text.splitlines()) <= 100
+
+
+def test_who_gives_an_argument_gets_the_page_of_help():
+  command = [sys.executable, minimal.__file__, "--steps=0"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 1
+  assert done.stderr.strip() == minimal.__doc__.strip()

@@ -167,16 +167,19 @@ class Config:
   def _check_divides(self, data: int, expert: int):
     devices, unit = data * expert, self.micro_batches * data * expert
     if self.batch_size % unit:
-      fewer = max(
+      fewer = [
         n
-        for n in range(1, devices + 1)
-        if self.batch_size % (self.micro_batches * n) == 0 or n == 1
-      )
+        for n in range(1, devices)
+        if self.batch_size % (self.micro_batches * n) == 0
+      ]
+      number = f"{devices} devices" if devices > 1 else "one device"
+      other = "other --micro_batches"
+      if fewer:
+        other = f"take fewer devices, as by --mesh=data={fewer[-1]}"
       raise SetupError(
         f"--batch_size={self.batch_size} must be divisible by --micro_batches="
-        f"{self.micro_batches} times the {devices} devices of --mesh={self.mesh}."
-        f" Type --batch_size={-(-self.batch_size // unit) * unit}, or take fewer"
-        f" devices, as by --mesh=data={fewer}."
+        f"{self.micro_batches} times the {number} of --mesh={self.mesh}."
+        f" Type --batch_size={-(-self.batch_size // unit) * unit}, or {other}."
       )
     if self.num_experts % expert:
       raise SetupError(

@@ -79,8 +79,9 @@ def quantile(ema: float = 0.0) -> optax.GradientTransformationExtraArgs:
     if histogram is None or params is None:
       raise ValueError(
         "`dual.quantile` needs a histogram, got None. Set `histogram=True` in"
-        " the `RouterConfig` and in `init_router_state`, and call"
-        " `jaxroute.update`. Not all wrappers of optax pass it on."
+        " the `RouterConfig`, and without a Flax layer in"
+        " `jaxroute.init_router_state`; call `jaxroute.update`. Not all wrappers of"
+        " optax pass it on."
       )
 
     def increment(bias: Any, load: jax.Array, histogram: jax.Array) -> Any:

@@ -111,7 +111,11 @@ def _flags(script):
   for name in re.findall(r"^import (\w+)$", text, flags=re.MULTILINE):
     beside = path.with_name(f"{name}.py")
     text += beside.read_text() if beside.exists() else ""
-  return set(re.findall(r"(?:DEFINE_\w+|addoption)\(\s*\"(?:--)?(\w+)", text))
+  return set(
+    re.findall(
+      r"(?:DEFINE_\w+|addoption|add_argument)\(\s*\"(?:--)?(\w+)", text
+    )
+  )
 
 
 @pytest.mark.parametrize("script, arguments", sorted(set(_commands())))
