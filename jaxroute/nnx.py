@@ -113,9 +113,16 @@ class Router(nnx.Module):
     Returns:
       The `Routing` of the T tokens and their logits, `[T, E]` float32, or None.
     """
+    x, kernel = checks.as_jax(x), self.kernel[...]
+    layer.check_tokens(x)
+    if x.shape[-1] != kernel.shape[0]:
+      raise ValueError(
+        f"`x` must have D = `in_features` = {kernel.shape[0]}, got"
+        f" {checks.describe(x)}. Pass `in_features` of the model."
+      )
     routes, logits = layer.router(
       x,
-      self.kernel[...],
+      kernel,
       self.expert_bias[...],
       self.config,
       token_mask,

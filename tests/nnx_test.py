@@ -279,3 +279,12 @@ def test_a_model_without_router_is_named():
   model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
   with pytest.raises(ValueError, match="`model` must hold.*Linear"):
     jaxroute.nnx.init_rule_state(model, RULE)
+
+
+def test_tokens_of_another_width_are_named():
+  model = jaxroute.nnx.MoE(
+    CONFIG, in_features=D, hidden_size=F, rngs=nnx.Rngs(0)
+  )
+  words = rf"`x` must have D = `in_features` = {D}, got float32 \(3, {D + 1}\)"
+  with pytest.raises(ValueError, match=words):
+    model(jnp.zeros((3, D + 1)))
