@@ -101,7 +101,7 @@ def test_sinkhorn_has_the_sums_of_its_plan():
   @jax.jit
   def step(bias, state):
     routes = jaxroute.route(problem.scores, bias, config)
-    return solver.step(problem, state, bias, routes, None)
+    return solver.step(problem, state, solvers.Iterate(bias, routes, None))
 
   for _ in range(200):
     bias, state = step(bias, state)
@@ -136,7 +136,7 @@ def test_bip_by_hand():
   s, q, bias = np.asarray(scores), np.zeros(8, np.float32), jnp.zeros(8)
   for _ in range(3):
     routes = _route(scores, bias, config)
-    bias, _ = step(problem, (), bias, routes, None)
+    bias, _ = step(problem, (), solvers.Iterate(bias, routes, None))
     p = np.maximum(np.sort(s - q, axis=1)[:, -3], 0)
     q = np.maximum(np.sort(s - p[:, None], axis=0)[-(64 * 2 // 8) - 1], 0)
     np.testing.assert_allclose(bias, -q, atol=1e-6)
@@ -169,7 +169,8 @@ def test_sparse_transport_by_hand():
   solver = solvers.sparse_transport(optax.sgd(rate), regularization)
   problem = solvers.Problem(jnp.asarray(scores), jnp.float32(scale))
   state = solver.init(problem, jnp.asarray(bias))
-  moved, _ = jax.jit(solver.step)(problem, state, bias, routes, None)
+  at = solvers.Iterate(jnp.asarray(bias), routes, None)
+  moved, _ = jax.jit(solver.step)(problem, state, at)
   np.testing.assert_allclose(moved, expected, rtol=1e-5)
 
 
@@ -189,7 +190,7 @@ def test_padding_is_invisible_to_a_step(name):
     routes = jaxroute.route(scores, bias, config, mask)
     value = jnp.float32(30)
     state = solver.init(problem, bias)
-    return solver.step(problem, state, bias, routes, value)[0]
+    return solver.step(problem, state, solvers.Iterate(bias, routes, value))[0]
 
   padded = step(scores, mask)
   kept = step(scores[mask], np.ones(16, np.bool_))
