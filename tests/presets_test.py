@@ -34,5 +34,7 @@ def test_a_preset_has_the_size_of_its_model(name, total, active):
 def test_an_unknown_preset_is_refused_with_the_known_ones():
   with pytest.raises(ValueError, match="deepseek_v3, kimi_k2, qwen3_235b, got"):
     presets.get("deepseek_v9")
-  with pytest.raises(ValueError, match="must be one of.*got a list"):
+  with pytest.raises(
+    ValueError, match="must be that of a preset, one of.*got a list"
+  ):
     presets.get(["deepseek_v3"])
