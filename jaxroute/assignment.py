@@ -317,11 +317,9 @@ def complementary_slackness(
   checks.check_array("load", load, "[..., E]", "int32 or int64", fix)
   dtype, e = "floating point", load.shape[-1]
   checks.check_array("expert_bias", expert_bias, "[..., E]", dtype, fix, E=e)
-  # The mean is taken off as an integer, which float32 may not hold.
-  quotient, rest = metrics.mean_load(load)
-  fraction = rest.astype(jnp.float32) / e
-  violation = (load - quotient).astype(jnp.float32) - fraction
-  return jnp.sum(expert_bias * violation, axis=-1)
+  # `violation` is exact where float32 does not hold the counts.
+  mean = metrics.total(load) / e
+  return mean * jnp.sum(expert_bias * metrics.violation(load), axis=-1)
 
 
 def regret(

@@ -30,8 +30,8 @@ from jax.experimental import topologies
 
 from jaxroute.aot import gpu_sass
 
-# Of `GpuTargetConfigProto`, what differs between the GPUs; copied from XLA's
-# xla/backends/gpu/target_config/specs: h100_sxm, b200 and a100_sxm_80.
+# These fields of `GpuTargetConfigProto` differ between the GPUs. They are copied from
+# XLA's xla/backends/gpu/target_config/specs: h100_sxm, b200 and a100_sxm_80.
 TARGETS: dict[str, dict[str, Any]] = {
   "h100": dict(
     name="NVIDIA H100 80GB HBM3",
@@ -76,7 +76,7 @@ TARGETS: dict[str, dict[str, Any]] = {
 _REGISTERS_PER_CORE = 65536
 _THREADS_PER_CORE = 2048
 _BLOCKS_PER_CORE = 32
-# What the driver takes of the shared memory for every block.
+# The driver takes so much of the shared memory for every block.
 _RESERVED_PER_BLOCK = 1024
 
 # Thunks that only hold others.

@@ -245,7 +245,8 @@ def _on_tpu(
   return call
 
 
-# Of tokens and rows; and of rows, weights and tokens. Without kernels, and with.
+# `dispatch` is linear in tokens and rows, `combine` in rows, weights and tokens. The
+# first form of each is without kernels, the second with them.
 _DISPATCH = (
   multilinear.Form("dispatch", (_sum, _copy)),
   multilinear.Form(

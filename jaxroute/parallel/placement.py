@@ -13,6 +13,7 @@ the others that it divides.
 """
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -89,7 +90,7 @@ def shardings(
     tree, is_leaf=lambda x: isinstance(x, types.RouterState) or _is_boxed(x)
   )
   leaves = {_names(path): x for path, x in found}
-  layers = _layers(tree, found)
+  layers = _layers(tree, leaves)
   # The path of a moment ends as that of its parameter does, which starts with
   # the name of another field.
   params = {path[1:]: path for path in leaves if "opt_state" not in path}
@@ -142,12 +143,9 @@ def _names(path: tuple[Any, ...]) -> Path:
   return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
-def _layers(
-  tree: types.PyTree, found: list[tuple[tuple[Any, ...], Any]]
-) -> set[Path]:
+def _layers(tree: types.PyTree, paths: Iterable[Path]) -> set[Path]:
   """Where "w_gate" is an expert's: beside a router, and in an `ExpertParams`."""
-  names = [_names(path) for path, _ in found]
-  routers = {path[:-2] for path in names if path[-2:] == ("router", "kernel")}
+  routers = {path[:-2] for path in paths if path[-2:] == ("router", "kernel")}
 
   def is_experts(x: Any) -> bool:
     return isinstance(x, types.ExpertParams)

@@ -175,11 +175,11 @@ def _lost_sums(text):
       for line in lines:
         name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
         index = re.search(r", index=(\d+)", rest)
+        bitcast = re.search(r"\bbitcast\((%[\w.-]+)\)", rest)
         if f"get-tuple-element({kernel})" in rest and index[1] in sums:
           moved.add(name)
-        elif re.search(r"\bbitcast\((%[\w.-]+)\)", rest):
-          if re.search(r"\bbitcast\((%[\w.-]+)\)", rest)[1] in moved:
-            moved.add(name)
+        elif bitcast and bitcast[1] in moved:
+          moved.add(name)
         elif "dynamic-update-slice(" in rest:
           update = re.search(
             r"dynamic-update-slice\(%[\w.-]+, (%[\w.-]+)", rest

@@ -37,7 +37,7 @@ _ALLOWED = {
   "remat": set(),
   **{name: _BELOW | {name} for name in _OPERATIONS},
   "layer": {"types", "ladder", "parallel", "remat", *_OPERATIONS},
-  "linen": {*_LAYERS, "counts", "step", "train"},
+  "linen": {*_LAYERS, "counts", "train"},
   "nnx": {*_LAYERS, "nnx_step"},
   "nnx_step": {"types", "micro_batches", "step", "train"},
   "metrics": {"types"},

@@ -190,18 +190,19 @@ def _outputs(
   # XLA moves an update of a slice by a result, as of the stack of a scan, into one
   # fusion with the kernel: the result is then in the stack, and what the kernel has
   # added, through the pointer of its operand, is lost.
-  counts = lax.optimization_barrier({name: x[...] for name, x in sums.items()})
+  counts = results | lax.optimization_barrier(
+    {name: ref[...] for name, ref in sums.items()}
+  )
   if rank is not None and plan.tiles > 1:
     rank = order.rank(
       results["expert_idx"],
       rank,
-      results["counts"],
+      counts["counts"],
       counts["span_counts"],
       num_experts=plan.num_experts,
       tile_choices=plan.tile_tokens * plan.config.top_k,
       interpret=plan.interpret,
     )
-  counts = counts if plan.tiles > 1 else results
   by_bin = counts.get("histogram")
   if by_bin is not None:
     by_bin = by_bin.reshape(types.HISTOGRAM_BINS, plan.num_experts)
